@@ -1,0 +1,348 @@
+"""
+The Transformer that every stage trains: pre-norm blocks of grouped-query attention and SwiGLU
+(001 section 1.3), with a language-model head or a scalar head (reward model, critic).
+
+    h <- h + Attention(RMSNorm(h))         queries and keys turned by RoPE
+    h <- h + SwiGLU(RMSNorm(h))            (Swish(x W1) * x W3) W2
+
+Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, C head width,
+F feed-forward width, V vocabulary. Weights are fp32 masters; `model.dtype` is what matmuls and the
+residual stream run in; norms' statistics, softmax and log-probs are fp32. Everything that
+kernels/ fuses is called through kernels/.
+
+    model = Transformer(ModelConfig(vocab_size=1024))
+    logits = model(tokens)                            # (B, T, V)
+    logps = model(inputs, targets=targets)            # (B, T), never holds all logits in fp32
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from tokenizer import Tokenizer
+
+
+@dataclass
+class ModelConfig:
+    """Raises ValueError, naming the fields, when the sizes do not fit together."""
+    vocab_size: int                   # special tokens included
+    context_length: int = 256         # longest input, in tokens
+    d_model: int = 128                # D
+    n_layers: int = 4
+    n_heads: int = 4                  # H
+    n_kv_heads: int = 0               # K; 0: as many as n_heads
+    d_ff: int = 0                     # F; 0: 8/3 D, rounded up to a multiple of 16
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True                 # the output projection is the embedding
+    head: str = "lm"                  # lm | scalar
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.d_ff = self.d_ff or -(-8 * self.d_model // 48) * 16
+        for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.d_head % 2:
+            raise ValueError(f"head width {self.d_head} (d_model {self.d_model} / n_heads "
+                             f"{self.n_heads}) is odd; RoPE turns pairs of channels")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads "
+                             f"{self.n_kv_heads}; a key/value head serves a group of query heads")
+        if self.head not in ("lm", "scalar"):
+            raise ValueError(f'head is "{self.head}"; it must be "lm" or "scalar"')
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token: everything but norms and the embedding look-up."""
+        attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
+        head = self.d_model * (self.vocab_size if self.head == "lm" else 1)
+        return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + head
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs to train on one token of a causal sequence of `length`: 6 per matmul parameter (2
+        forward, 4 backward) and, as a token sees length / 2 others on average, 6 * length * D per
+        layer for scores and weighted values. Norms and softmax are left out."""
+        return 6 * self.matmul_parameters() + 6 * self.n_layers * length * self.d_model
+
+
+class Linear(nn.Linear):
+    """y = x W^T, the fp32 master weight cast to the dtype of x at use."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rmsnorm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for left-padded rows that grow together.
+
+    starts: (B,) index of each row's first real token. `length` tokens are stored of `capacity`.
+    """
+
+    def __init__(self, config: ModelConfig, starts: Tensor, capacity: int, dtype: torch.dtype):
+        shape = (config.n_layers, 2, len(starts), capacity, config.n_kv_heads, config.d_head)
+        self.keys_values = torch.zeros(shape, dtype=dtype, device=starts.device)
+        self.starts, self.length, self.capacity = starts, 0, capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
+        keys, values = self.keys_values[layer]
+        keys[:, self.length:self.length + k.shape[1]] = k
+        values[:, self.length:self.length + v.shape[1]] = v
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these (an index tensor): finished rows cost nothing."""
+        self.keys_values = self.keys_values[:, :, rows]
+        self.starts = self.starts[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.d_head = layer, config.d_head
+        self.wq = Linear(config.d_model, config.n_heads * config.d_head)
+        self.wk = Linear(config.d_model, config.n_kv_heads * config.d_head)
+        self.wv = Linear(config.d_model, config.n_kv_heads * config.d_head)
+        self.wo = Linear(config.n_heads * config.d_head, config.d_model)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None,
+                cache: KVCache | None) -> Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
+        q, k = kernels.rope(q, k, cos, sin)                        # (B, T, H, C), (B, T, K, C)
+        if cache is None:
+            y = kernels.attention(q, k, v, causal=True, documents=documents)
+        else:
+            keys, values = cache.append(self.layer, k, v)
+            y = kernels.decode_attention(q, keys, values, cache.starts, cache.length + x.shape[1])
+        return self.wo(y.flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w13 = Linear(config.d_model, 2 * config.d_ff)         # W1 and W3 side by side
+        self.w2 = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(kernels.swiglu(self.w13(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None,
+                cache: KVCache | None) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), cos, sin, documents, cache)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype, self.gradient_checkpointing = config, dtype, False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.head == "scalar":
+            self.scalar_head = nn.Linear(config.d_model, 1)        # W_r, b_r of 001 section 4.4
+        elif not config.tied:
+            self.lm_head = Linear(config.d_model, config.vocab_size)
+        angles = torch.outer(torch.arange(config.context_length), rope_frequencies(config))
+        self.register_buffer("cos", angles.cos(), persistent=False)    # (context_length, C / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """001 step 2.1: variance 1 / fan-in, and zero for what writes to the residual stream, so
+        that every block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.normal_(std=module.in_features ** -0.5)
+        for block in self.blocks:
+            block.attention.wo.weight.zero_()
+            block.mlp.w2.weight.zero_()
+        self.embedding.weight.normal_(std=0.02)                    # small: first loss is log V
+        if hasattr(self, "lm_head"):
+            self.lm_head.weight.normal_(std=0.02)
+        if self.config.head == "scalar":
+            self.scalar_head.weight.normal_(std=(self.config.d_model + 1) ** -0.5)
+            self.scalar_head.bias.zero_()
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the projection to the vocabulary."""
+        return self.embedding.weight if self.config.tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None,
+               positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> final hidden states (B, T, D), normalised, in `self.dtype`."""
+        B, T = tokens.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.context_length:
+            raise ValueError(f"{past + T} tokens, but the model's context_length is "
+                             f"{self.config.context_length}")
+        if cache is not None:                                      # count from the first real token
+            positions = torch.arange(past, past + T, device=tokens.device) - cache.starts[:, None]
+            positions = positions.clamp(min=0)
+        cos = self.cos[:T] if positions is None else self.cos[positions]   # (T, C/2), (B, T, C/2)
+        sin = self.sin[:T] if positions is None else self.sin[positions]
+        h = F.embedding(tokens, self.embedding.weight).to(self.dtype)      # (B, T, D)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, cos, sin, documents, cache, use_reentrant=False)
+            else:
+                h = block(h, cos, sin, documents, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(h)
+
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None,
+                loss_mask: Tensor | None = None, documents: Tensor | None = None,
+                positions: Tensor | None = None, cache: KVCache | None = None,
+                temperature: float = 1.0, with_entropy: bool = False):
+        """
+        tokens: (B, T) ids. documents: (B, T) numbers; attention stays within equal ones.
+        positions: (B, T) for RoPE, by default 0 .. T-1. cache: what came before `tokens`.
+        Returns (all fp32)
+          scalar head:   values (B, T)
+          no targets:    logits (B, T, V); with a cache those of the last position (B, 1, V)
+          targets (B, T): their log-probabilities in nats (B, T), 0 where loss_mask is 0;
+                          with_entropy: also the entropy (B, T) of each prediction, in nats
+        Logits are divided by `temperature` first. Raises ValueError beyond context_length, and when
+        tokens are to be scored or generated with a scalar head.
+        """
+        if self.config.head == "scalar" and (targets is not None or cache is not None):
+            raise ValueError("this model has a scalar head: it is a reward model or a critic; "
+                             "scoring and generating tokens takes a language model")
+        h = self.hidden(tokens, documents, positions, cache)
+        if self.config.head == "scalar":
+            return F.linear(h.float(), self.scalar_head.weight, self.scalar_head.bias).squeeze(-1)
+        if targets is None:
+            h = h if cache is None else h[:, -1:]
+            return F.linear(h, self.output_weight.to(h.dtype)).float() / temperature
+        h, flat_targets = h.flatten(0, 1), targets.flatten()
+        if loss_mask is not None:                                  # only targets meet the V words
+            rows = loss_mask.flatten().nonzero().squeeze(1)
+            h, flat_targets = h[rows], flat_targets[rows]
+        scores = kernels.linear_cross_entropy(h, self.output_weight, flat_targets,
+                                              temperature=temperature, with_entropy=with_entropy)
+        outputs = scores if with_entropy else (scores,)
+        if loss_mask is not None:
+            blank = torch.zeros(targets.numel(), device=h.device)
+            outputs = [blank.index_put((rows,), output) for output in outputs]
+        outputs = [output.view(targets.shape) for output in outputs]
+        return tuple(outputs) if with_entropy else outputs[0]
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """theta^(-2i/C) for i < C/2: radians per position (001 section 1.3, alpha_i). Channel i turns
+    with channel i + C/2 (rotating halves, as Llama checkpoints do)."""
+    return config.rope_theta ** (-torch.arange(0, config.d_head, 2) / config.d_head)
+
+
+def token_logps(model: nn.Module, batch, temperature: float = 1.0, with_entropy: bool = False):
+    """log p(x_t | x_<t) in nats of every target in the batch, (B, T-1) fp32, 0 elsewhere.
+
+    batch: data.Batch. The one place where tokens are shifted against their predictions; every
+    stage's loss is made of what it returns. Entry t - 1 is the score of token t.
+    """
+    def inputs(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :-1]
+    loss_mask = batch.loss_mask[:, 1:]
+    return model(batch.tokens[:, :-1], targets=batch.tokens[:, 1:],
+                 loss_mask=None if loss_mask.all() else loss_mask,
+                 documents=inputs(batch.documents), positions=inputs(batch.positions),
+                 temperature=temperature, with_entropy=with_entropy)
+
+
+def parameter_count(model: nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+# ---------------------------------------------------------------------- the model folder
+
+def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer, **record) -> None:
+    """Write tokenizer.json, model.safetensors and, last, config.json = {"model": ..., **record}:
+    a folder with config.json is complete. Each file replaces the former one atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+    config = {"model": dataclasses.asdict(model.config), **record}
+    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json.tmp").replace(folder / "config.json")
+
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu",
+               dtype: torch.dtype = torch.float32, head: str | None = None,
+               context_length: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """Read a model folder. head="scalar" puts a fresh scalar head on a language model (001 step
+    4.5-1); context_length changes how far RoPE's table reaches.
+
+    Raises ValueError when the folder is absent or half-written, or its parts do not fit together.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            why = f"there is no {name}: the run that writes it has not finished" \
+                if folder.is_dir() else "there is no such folder"
+            raise ValueError(f"--init {folder}: {why}; give the --out folder of a finished stage")
+    tokenizer = Tokenizer.load(folder)
+    try:
+        saved = json.loads((folder / "config.json").read_text())["model"]
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise ValueError(f"{folder}: config.json or model.safetensors is damaged ({error}); "
+                         "run the stage again or use a checkpoint of it") from error
+    config = ModelConfig(**saved | ({"head": head} if head else {})
+                         | ({"context_length": context_length} if context_length else {}))
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
+                         f"{tokenizer.vocab_size}; they are not of one run")
+    model = Transformer(config, dtype)
+    if head == "scalar" and saved["head"] == "lm":
+        weights.pop("lm_head.weight", None)
+        weights |= {"scalar_head." + name: w for name, w in model.scalar_head.state_dict().items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
+                         f"one run ({error})") from error
+    return model.to(device), tokenizer

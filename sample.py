@@ -1,0 +1,187 @@
+"""
+Decoding (002: greedy, temperature, top-k, top-p) with a KV cache, for one prompt or a batch.
+
+Prompts of different lengths are left-padded so that all rows grow at the same end; positions count
+from each row's first real token, and attention never sees the padding, so a row's tokens are the
+same alone and in a batch. A row stops at its first stop token; rows that have stopped are dropped
+from the batch. PPO's rollouts and evaluate.py use this engine too.
+
+    python sample.py --init out/dpo                            # a chat in the terminal
+    python sample.py --init out/dpo --prompt "Who lives in the old mill?"
+    python sample.py --init out/pretrain --raw --prompt "One morning" --temperature 0.8
+"""
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import training
+from data import left_pad
+from model import KVCache, Transformer, load_model
+
+
+@dataclass
+class Config:
+    init: str = "out/dpo"             # model folder to read
+    prompt: str = ""                  # answer this once and exit; empty: chat in the terminal
+    system: str = ""                  # system message to start with
+    raw: bool = False                 # continue the text as it is, without the chat template
+    max_new_tokens: int = 128         # longest answer, in tokens
+    temperature: float = 0.0          # 0: greedy; 1: the model's own distribution
+    top_k: int = 0                    # sample among the k likeliest tokens; 0: all
+    top_p: float = 1.0                # sample among the likeliest that hold this probability
+    seed: int = 0                     # of the random numbers
+    device: str = "auto"              # auto | cpu | cuda | mps
+    dtype: str = "auto"               # auto | float32 | bfloat16 | float16
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set to -inf what top-k (Fan et al. 2018) and nucleus sampling (Holtzman et al. 2020) exclude.
+
+    logits: (B, V). top_k keeps the k largest (0: all); top_p the smallest set of largest whose
+    probability reaches p, at least one. Worked: probabilities .5 .3 .2 and p = .6 keep .5 and .3.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p            # what came before already reaches p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return logits
+
+
+def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+               generator: torch.Generator | None) -> Tensor:
+    """(B, V) logits -> (B,) ids; temperature 0 takes the likeliest."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    probs = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+           stop: tuple[int, ...] = (), temperature: float = 0.0, top_k: int = 0,
+           top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[list]:
+    """Generate a token for every unfinished row at a time: yields [(row, id), ...].
+
+    The stop token is the last a row yields. Raises ValueError for an empty prompt, and when prompt
+    and new tokens do not fit into the model's context.
+    """
+    longest, context = max(map(len, prompts)), model.config.context_length
+    if min(map(len, prompts)) == 0:
+        raise ValueError("a prompt is empty: there is nothing to continue; give at least one token")
+    if longest + max_new_tokens > context:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                         f"into the context of {context}; shorten it or lower max_new_tokens")
+    tokens, starts = left_pad(prompts, pad=0)
+    tokens, starts = tokens.to(model.device), starts.to(model.device)
+    cache = KVCache(model.config, starts, longest + max_new_tokens, model.dtype)
+    rows = list(range(len(prompts)))                           # which prompt each batch row answers
+    for _ in range(max_new_tokens):
+        logits = model(tokens, cache=cache)[:, -1]             # (B, V)
+        tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]
+        ids = tokens[:, 0].tolist()
+        yield list(zip(rows, ids))
+        going = [i for i, token in enumerate(ids) if token not in stop]
+        if not going:
+            return
+        if len(going) < len(rows):                             # forget the rows that have stopped
+            keep = torch.tensor(going, device=model.device)
+            cache.keep(keep)
+            tokens, rows = tokens[keep], [rows[i] for i in going]
+
+
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+             stop: tuple[int, ...] = (), temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, generator: torch.Generator | None = None,
+             batch_size: int = 128) -> list[list[int]]:
+    """The new tokens of every prompt, ending in the stop token if one came. See stream().
+
+    Prompts of similar length share a batch; the result is in the order of the prompts.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(order), batch_size):
+        batch = order[first:first + batch_size]
+        for pairs in stream(model, [prompts[i] for i in batch], max_new_tokens, stop, temperature,
+                            top_k, top_p, generator):
+            for row, token in pairs:
+                outputs[batch[row]].append(token)
+    model.train(was_training)
+    return outputs
+
+
+def respond(model: Transformer, tokenizer, conversations: list[list[dict]], max_new_tokens: int,
+            **options) -> list[str]:
+    """The assistant's text for each conversation (messages of tokenizer.prompt)."""
+    prompts = [tokenizer.prompt(messages) for messages in conversations]
+    stop = (tokenizer.end, tokenizer.endoftext)
+    return [tokenizer.decode(ids) for ids in
+            generate(model, prompts, max_new_tokens, stop, **options)]
+
+
+def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
+                 generator: torch.Generator) -> str:
+    """Write the continuation of `prompt` to the terminal as it comes; returns it."""
+    ids, text, shown = [], "", ""
+    for [(_, token)] in stream(model, [prompt], cfg.max_new_tokens,
+                               (tokenizer.end, tokenizer.endoftext), cfg.temperature, cfg.top_k,
+                               cfg.top_p, generator):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):                        # a character may span several tokens
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(text[len(shown):])
+    return text
+
+
+def main(cfg: Config) -> None:
+    device = training.pick_device(cfg.device)
+    model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device))
+    model.eval()
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    if cfg.raw:
+        if not cfg.prompt:
+            raise ValueError("--raw continues a text: give it with --prompt")
+        print(cfg.prompt, end="")
+        print_stream(model, tokenizer, tokenizer.encode(cfg.prompt), cfg, generator)
+        return
+    if not cfg.prompt:
+        print(f"Talking to {cfg.init}. An empty line or Ctrl-D ends it; /new starts over.")
+    while text := cfg.prompt or read_line():
+        if text == "/new":
+            messages = messages[:1] if cfg.system else []
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.prompt(messages)
+        room = model.config.context_length - cfg.max_new_tokens
+        first = 1 if cfg.system else 0
+        while len(prompt) > room and len(messages) > first + 2:     # forget the oldest exchange
+            del messages[first:first + 2]
+            prompt = tokenizer.prompt(messages)
+        reply = print_stream(model, tokenizer, prompt, cfg, generator)
+        messages.append({"role": "assistant", "content": reply})
+        if cfg.prompt:
+            return
+
+
+def read_line() -> str:
+    try:
+        return input("you> ") if sys.stdin.isatty() else sys.stdin.readline().strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+if __name__ == "__main__":
+    training.command_line(main, Config, __doc__)

@@ -1,0 +1,182 @@
+"""train_pretrain.py on small texts: the loss, what it must beat, its figures, its bad input."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import TOKENIZER, folder_of, tiny_model
+
+import data
+import train_pretrain
+import training
+from model import load_model, token_logps
+from train_pretrain import prepare_data
+
+LINES = "the bear ate {} red berries and slept.\n"
+TEXT = "".join(LINES.format("one two three four five six seven".split()[i * i % 7])
+               for i in range(120))
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_pictures(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+
+
+def config(tmp_path, text=TEXT, **changes):
+    (tmp_path / "text.txt").write_text(text)
+    return train_pretrain.Config(**{
+        "out": str(tmp_path / "base"), "data": str(tmp_path / "text.txt"), "tokenizer": "bytes",
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32, "steps": 3,
+        "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8, "device": "cpu",
+        "dtype": "float32", "log_every": 1} | changes)
+
+
+def weights_of(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------------- what it learns
+
+def test_it_predicts_unseen_text_better_than_a_bigram_model(tmp_path):
+    result = train_pretrain.main(config(tmp_path, steps=60, eval_every=20))
+    rows = training.read_metrics(tmp_path / "base")
+    assert result["val_loss"] == rows[-1]["val_loss"]
+    assert result["val_loss"] < result["bigram_loss"] < result["unigram_loss"]
+    assert rows[0]["loss"] == pytest.approx(math.log(TOKENIZER.vocab_size), abs=0.05)
+    assert rows[-1]["loss"] < rows[0]["loss"] / 3                # a fresh model starts uniform
+    assert [row["step"] for row in rows if "val_loss" in row] == [19, 39, 59]
+
+
+def test_bits_per_byte_count_bytes_and_not_tokens(tmp_path):
+    cfg = config(tmp_path, text="Bären fräßen Öl. " * 60, tokenizer="bpe", vocab_size=290,
+                 context_length=16)
+    result = train_pretrain.main(cfg)
+    tokenizer, _, val, bytes_per_token = prepare_data(cfg, None)
+    held_out = "".join(data.read_documents(cfg.data, split="heldout"))
+    assert len(held_out.encode()) > len(held_out)                # umlauts take two bytes
+    assert len(val.tokens) == len(tokenizer.encode(held_out)) + 1        # and <|endoftext|>
+    assert bytes_per_token == len(held_out.encode()) / len(val.tokens) > 1.2
+    bits = result["val_loss"] * len(val.tokens) / math.log(2) / len(held_out.encode())
+    assert result["bits_per_byte"] == pytest.approx(bits)
+    assert training.read_metrics(cfg.out)[-1]["perplexity"] == pytest.approx(
+        math.exp(result["val_loss"]))
+
+
+def test_the_logged_loss_is_the_mean_nll_of_the_first_batch_under_the_first_weights(tmp_path):
+    folder_of(tiny_model(n_layers=1, context_length=32), tmp_path / "init")
+    cfg = config(tmp_path, init=str(tmp_path / "init"), steps=1)
+    train_pretrain.main(cfg)
+    _, train, _, _ = prepare_data(cfg, TOKENIZER)
+    batch, model = train.batch(0, 8), tiny_model(n_layers=1, context_length=32)
+    with torch.no_grad():
+        logits = model(batch.tokens[:, :-1]).double().log_softmax(-1)
+        nll = -logits.gather(2, batch.tokens[:, 1:, None]).mean()
+    assert training.read_metrics(cfg.out)[0]["loss"] == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_accumulating_micro_batches_is_exact(tmp_path):
+    text = TEXT[:700]            # the last window is moved back and has fewer targets
+    for name, batch_size, accumulate in (("whole", 6, 1), ("parts", 2, 3)):
+        train_pretrain.main(config(tmp_path, text, out=str(tmp_path / name), steps=6,
+                                   batch_size=batch_size, grad_accum=accumulate))
+    whole, parts = (training.read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for ours, theirs in zip(parts, whole):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert len({b["tokens"] - a["tokens"] for a, b in zip(whole, whole[1:])}) > 1
+
+
+def test_document_masks_hide_the_document_before(tmp_path):
+    rows = [{"text": f"{i} " + "x" * (i % 9)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config(tmp_path, data=str(tmp_path / "rows.jsonl"))
+    model = tiny_model(context_length=32)
+    for masks in (True, False):
+        _, train, _, _ = prepare_data(replace(cfg, document_masks=masks), None)
+        batch = train.batch(0, 8)
+        changed = train.batch(0, 8)
+        ends = (batch.tokens == TOKENIZER.endoftext).int()
+        second = (ends.cumsum(1) == 1) & (ends == 0)             # after the first <|endoftext|>
+        changed.tokens[(ends.cumsum(1) == 0)] = 33               # what stands before it
+        with torch.no_grad():
+            same = token_logps(model, batch) == token_logps(model, changed)
+        assert second[:, 1:].sum() > 20
+        assert same[second[:, 1:]].all() == masks
+
+
+# ---------------------------------------------------------------------- what it leaves behind
+
+def test_the_folder_and_figures_are_complete(tmp_path):
+    result = train_pretrain.main(config(tmp_path))
+    assert set(result) == {"minutes", "tokens_per_s", "val_loss", "bits_per_byte", "unigram_loss",
+                           "bigram_loss"}
+    rows = training.read_metrics(tmp_path / "base")
+    assert {"step", "loss", "tokens", "tokens_per_s", "lr", "grad_norm"} <= set(rows[0])
+    assert {"val_loss", "bits_per_byte", "perplexity"} <= set(rows[-1])
+    assert rows[-1]["tokens"] == 3 * 8 * 32                      # targets so far
+    assert [row["lr"] for row in rows[:2]] == [0.005, 0.01]      # warmup over two steps
+    record = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert record["result"] == result and record["seed"] == 0 and record["parents"] == {}
+    model, tokenizer = load_model(tmp_path / "base")
+    assert tokenizer == TOKENIZER and model.config.context_length == 32
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_pretrain.main(config(tmp_path, out=str(tmp_path / name), seed=seed))
+    a, b, c = (weights_of(tmp_path / name)["embedding.weight"] for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_another_run_goes_on_from_the_weights_and_the_tokenizer_of_init(tmp_path):
+    first = train_pretrain.main(config(tmp_path, steps=30, tokenizer="bpe", vocab_size=280))
+    second = train_pretrain.main(config(tmp_path, init=str(tmp_path / "base"), steps=1, lr=0.0,
+                                        warmup=0, out=str(tmp_path / "more")))
+    assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
+    a, b = (weights_of(tmp_path / name) for name in ("base", "more"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------- bad input
+
+def test_text_shorter_than_a_window_is_an_error_that_names_the_option(tmp_path):
+    with pytest.raises(ValueError, match=r"context_length \+ 1 = 33.*smaller --context_length"):
+        train_pretrain.main(config(tmp_path, text="A short text of 36 characters, sadly."))
+    with pytest.raises(ValueError, match="the file is empty"):
+        train_pretrain.main(config(tmp_path, text="  \n", overwrite=True))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_no_model(tmp_path):
+    with pytest.raises(ValueError, match="learning rate: nan"):
+        train_pretrain.main(config(tmp_path, lr=math.nan))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan.*lower --lr"):
+        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))
+    assert not (tmp_path / "base" / "config.json").exists()
+    assert len(training.read_metrics(tmp_path / "base")) == 1    # step 0 was still fine
+
+
+def test_a_folder_with_a_model_in_it_is_not_overwritten_unasked(tmp_path):
+    train_pretrain.main(config(tmp_path, steps=1))
+    before = weights_of(tmp_path / "base")
+    with pytest.raises(ValueError, match="not empty.*--resume.*--overwrite"):
+        train_pretrain.main(config(tmp_path, seed=1))
+    assert all(torch.equal(w, before[name]) for name, w in weights_of(tmp_path / "base").items())
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"n_heads": 3}, "d_model 32 is not a multiple of n_heads 3"),
+    ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+    ({"n_heads": 32}, "head width 1 .* is odd"),
+    ({"data": "nowhere.txt"}, "nowhere.txt: not found"),
+    ({"tokenizer": "nowhere"}, "nowhere"),
+    ({"init": "nowhere"}, "--init nowhere: there is no such folder"),
+    ({"dtype": "float8"}, "--dtype float8: give auto, float32, bfloat16, float16"),
+])
+def test_what_cannot_work_stops_before_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_pretrain.main(config(tmp_path, **changes))
+    assert not (tmp_path / "base" / "metrics.jsonl").exists()

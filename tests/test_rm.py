@@ -1,0 +1,213 @@
+"""train_rm.py: Bradley-Terry by hand, where the reward is read, the shift to zero, a small run."""
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import END, TOKENIZER, folder_of, tiny_model, write_rows
+
+import data
+import sample
+import train_rm
+import training
+from model import load_model
+from train_rm import bradley_terry_loss, margins, response_rewards, shift_to_zero
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_pictures(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+
+
+def made_pairs(n):
+    """The chosen answer says yes and is always the shorter one."""
+    return [{"prompt": f"{i}{'?' * (i % 5)}", "chosen": "yes", "rejected": "no, no" + "." * (i % 4)}
+            for i in range(n)]
+
+
+def config(tmp_path, **changes):
+    if not (tmp_path / "sft").exists():
+        folder_of(ending_model(), tmp_path / "sft")
+        write_rows(tmp_path / "pairs.jsonl", made_pairs(80))
+    return train_rm.Config(**{
+        "init": str(tmp_path / "sft"), "out": str(tmp_path / "rm"), "steps": 10, "warmup": 0,
+        "data": str(tmp_path / "pairs.jsonl"), "batch_size": 8, "lr": 3e-4, "device": "cpu",
+        "n_shift": 8, "max_new_tokens": 12, "dtype": "float32", "log_every": 1} | changes)
+
+
+def ending_model():
+    """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
+        direction = states.mean(0)
+        model.lm_head.weight[END] = 4 * direction / direction.dot(direction)
+    return model
+
+
+def conversation(question="Is it?", answer="yes", after=()):
+    """One row: prompt, answer with its <|end|>, then tokens that belong to nobody."""
+    prompt = TOKENIZER.prompt([{"role": "user", "content": question}])
+    response = [*TOKENIZER.encode(answer), END]
+    ids = prompt + response + list(after)
+    mask = [0] * len(prompt) + [1] * len(response) + [0] * len(after)
+    return data.right_padded([(ids, mask)], TOKENIZER.pad, len(ids), [0])
+
+
+# ---------------------------------------------------------------------- the loss
+
+def test_loss_is_what_a_hand_computes():
+    loss = bradley_terry_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0]))
+    by_hand = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6) == pytest.approx(0.8132617, rel=1e-6)
+
+
+def test_a_model_that_knows_nothing_loses_log_2():
+    r = torch.randn(7)
+    assert bradley_terry_loss(r, r).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_gradient_pushes_by_the_probability_of_being_wrong():
+    r_w, r_l = torch.randn(2, 5, dtype=torch.float64)
+    r_w.requires_grad_(), r_l.requires_grad_()
+    assert torch.autograd.gradcheck(bradley_terry_loss, (r_w, r_l))
+    bradley_terry_loss(r_w, r_l).backward()
+    wrong = torch.sigmoid(r_l - r_w).detach()
+    torch.testing.assert_close(r_w.grad, -wrong / 5)
+    torch.testing.assert_close(r_l.grad, wrong / 5)
+
+
+def test_a_constant_added_to_all_rewards_changes_nothing():
+    r_w, r_l = torch.randn(2, 5, dtype=torch.float64)
+    loss = bradley_terry_loss(r_w, r_l)
+    torch.testing.assert_close(bradley_terry_loss(r_w + 7.5, r_l + 7.5), loss)
+    assert not torch.isclose(bradley_terry_loss(r_w + 7.5, r_l), loss)
+
+
+# ---------------------------------------------------------------------- where it is read
+
+def test_reward_is_the_scalar_at_the_end_token_of_the_answer():
+    model, batch = tiny_model(head="scalar"), conversation(after=TOKENIZER.encode("junk"))
+    values = model(batch.tokens)
+    place = batch.tokens[0].tolist().index(END, len(TOKENIZER.prompt(
+        [{"role": "user", "content": "Is it?"}])))
+    assert batch.tokens[0, place] == END
+    torch.testing.assert_close(response_rewards(model, batch), values[:, place], rtol=0, atol=0)
+
+
+def test_tokens_after_the_answer_do_not_move_its_reward():
+    model = tiny_model(head="scalar")
+    reward = response_rewards(model, conversation())
+    for after in ([TOKENIZER.pad] * 9, TOKENIZER.encode("no, never")):
+        torch.testing.assert_close(response_rewards(model, conversation(after=after)), reward)
+    for other in (conversation(answer="yep"), conversation(question="Is he?")):
+        assert not torch.isclose(response_rewards(model, other), reward)
+
+
+def test_rows_of_different_lengths_get_the_rewards_they_get_alone():
+    model = tiny_model(head="scalar")
+    sides = [conversation(answer=text) for text in ("a", "a much longer answer", "three")]
+    rows = [(b.tokens[0].tolist(), b.loss_mask[0].tolist()) for b in sides]
+    together = response_rewards(model, data.right_padded(rows, TOKENIZER.pad, 48, [0, 1, 2]))
+    alone = torch.cat([response_rewards(model, batch) for batch in sides])
+    torch.testing.assert_close(together, alone)
+    assert together.std() > 0.01
+
+
+def test_a_row_without_an_answer_is_an_error():
+    batch = data.response_batch([[1, 2], [3]], [[4], []], TOKENIZER.pad)
+    with pytest.raises(ValueError, match="no response token"):
+        response_rewards(tiny_model(head="scalar"), batch)
+
+
+def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
+    rows = data.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(11)))
+    model, pairs = tiny_model(head="scalar"), data.PreferencePairs(rows, TOKENIZER, 64, seed=0)
+    found = margins(model, pairs, batch_size=4)
+    expected = {}
+    for i, pair in enumerate(made_pairs(11)):
+        r_w, r_l = (response_rewards(model, conversation(pair["prompt"], pair[side])).item()
+                    for side in ("chosen", "rejected"))
+        expected[i] = r_w - r_l
+    order = torch.cat([batch.index for batch in pairs.epoch(4)]).tolist()
+    torch.testing.assert_close(found, torch.tensor([expected[i] for i in order]))
+    assert sorted(order) == list(range(11)) and model.training
+
+
+# ---------------------------------------------------------------------- the shift
+
+def test_after_the_shift_sampled_sft_answers_score_zero_on_average(tmp_path):
+    sft, reward_model, cfg = ending_model(), tiny_model(5, head="scalar"), config(tmp_path)
+    prompts = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(40)]
+    with torch.no_grad():
+        reward_model.scalar_head.bias += 3.0
+
+    def mean_reward(seed):
+        """Scored one answer at a time, and the standard error of the mean."""
+        ids = [TOKENIZER.prompt(prompt["messages"]) for prompt in prompts]
+        answers = sample.generate(sft, ids, 12, (END,), temperature=1.0,
+                                  generator=torch.Generator().manual_seed(seed))
+        scores = torch.stack([reward_model(torch.tensor([x + y]))[0, -1]
+                              for x, y in zip(ids, answers)]).detach()
+        return scores.mean().item(), scores.std().item() / 40 ** 0.5
+
+    before, _ = mean_reward(cfg.seed)
+    assert before > 1
+    assert shift_to_zero(reward_model, sft, TOKENIZER, prompts, cfg) == pytest.approx(before,
+                                                                                      rel=1e-5)
+    assert mean_reward(cfg.seed)[0] == pytest.approx(0, abs=1e-5)
+    others, error = mean_reward(cfg.seed + 1)                    # answers that it has not seen
+    assert abs(others) < 4 * 2 ** 0.5 * error
+
+
+def test_the_shift_changes_no_ranking_and_no_weight_but_the_bias(tmp_path):
+    sft, reward_model = ending_model(), tiny_model(5, head="scalar")
+    before = {name: w.clone() for name, w in reward_model.state_dict().items()}
+    prompts = [{"messages": [{"role": "user", "content": "a question" * 9}]}]    # gets cut
+    shift_to_zero(reward_model, sft, TOKENIZER, prompts, config(tmp_path))
+    moved = {name for name, w in reward_model.state_dict().items()
+             if not torch.equal(w, before[name])}
+    assert moved == {"scalar_head.bias"}
+
+
+# ---------------------------------------------------------------------- a whole run
+
+def test_training_learns_to_rank_unseen_pairs_against_their_length(tmp_path):
+    result = train_rm.main(config(tmp_path, eval_every=1))
+    rows = training.read_metrics(tmp_path / "rm")
+    assert result["accuracy"] == rows[-1]["accuracy"] == 1.0
+    assert result["length_accuracy"] == 0.0                      # the chosen one is always shorter
+    assert 0 <= result["ece"] == rows[-1]["ece"] <= 0.5
+    assert rows[0]["accuracy"] < 0.5
+    assert rows[-1]["val_loss"] < 0.4 < 0.6 < rows[0]["val_loss"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"train_accuracy", "grad_norm", "lr", "tokens"} <= set(rows[0])
+
+
+def test_psi_starts_as_the_sft_model_with_a_fresh_scalar_head(tmp_path):
+    train_rm.main(config(tmp_path, steps=1, lr=0.0))
+    sft, reward_model = (load_model(tmp_path / name)[0] for name in ("sft", "rm"))
+    assert reward_model.config.head == "scalar"
+    kept = dict(reward_model.state_dict())
+    head, bias = kept.pop("scalar_head.weight"), kept.pop("scalar_head.bias")
+    assert set(kept) == set(sft.state_dict()) - {"lm_head.weight"}
+    assert all(torch.equal(w, sft.state_dict()[name]) for name, w in kept.items())
+    assert head.abs().sum() > 0 and bias.item() != 0             # random, and shifted
+
+
+def test_the_scalar_head_starts_at_std_one_over_root_of_width_plus_one():
+    model = tiny_model(head="scalar", n_layers=1, d_model=1024)
+    model.initialize()
+    std = model.scalar_head.weight.std().item()
+    assert std == pytest.approx(1025 ** -0.5, rel=4 / 2048 ** 0.5)       # 4 standard errors
+    assert model.scalar_head.bias.item() == 0
+
+
+def test_an_empty_answer_stops_before_training(tmp_path):
+    cfg = config(tmp_path)
+    write_rows(tmp_path / "pairs.jsonl", [*made_pairs(80), {"prompt": "?", "chosen": "",
+                                                            "rejected": "no"}])
+    with pytest.raises(ValueError, match=r'pairs.jsonl:81: field "chosen" is empty'):
+        train_rm.main(cfg)
+    train_rm.main(dataclasses.replace(cfg, bad_rows="skip", overwrite=True, steps=1))

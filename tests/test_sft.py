@@ -1,0 +1,228 @@
+"""train_sft.py: the masked loss by a slow count, accumulation, LoRA, a small run."""
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
+
+import data
+import evaluate
+import lora
+import train_sft
+import training
+from model import load_model, token_logps
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_pictures(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+
+
+def made_rows(n):
+    """Say the letter that was asked for, once or more often: all lengths differ."""
+    return [{"prompt": f"{i} {'abc'[i % 3]}{'?' * (5 * i % 17)}",
+             "response": "abc"[i % 3] * (1 + i % 7)} for i in range(n)]
+
+
+def packed(tmp_path, rows, context_length=64):
+    examples = data.read_examples(write_rows(tmp_path / "rows.jsonl", rows))
+    return data.PackedExamples(examples, TOKENIZER, context_length, seed=0)
+
+
+def config(tmp_path, **changes):
+    if not (tmp_path / "base").exists():
+        folder_of(tiny_model(), tmp_path / "base")
+        write_rows(tmp_path / "tasks.jsonl", made_rows(80))
+    return train_sft.Config(**{
+        "init": str(tmp_path / "base"), "out": str(tmp_path / "sft"), "steps": 4, "warmup": 0,
+        "data": str(tmp_path / "tasks.jsonl"), "batch_size": 4, "lr": 3e-3, "device": "cpu",
+        "dtype": "float32", "log_every": 1} | changes)
+
+
+def weights_of(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------------- the loss
+
+def test_loss_is_the_mean_over_answer_tokens_of_conversations_scored_alone(tmp_path):
+    rows = [*made_rows(7), {"messages": [
+        {"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"}, {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "no"}]}]
+    model, source = tiny_model(), packed(tmp_path, rows)
+    batch = source.rows(range(len(source)))
+    assert len(source) < len(rows)                               # several share a row
+    with torch.no_grad():
+        logps = token_logps(model, batch)
+        expected, count = 0.0, 0
+        for row in source.examples:
+            ids = []
+            for turn in row["messages"]:                         # <|role|> text <|end|>, no spaces
+                start = len(ids) + 1
+                ids += [getattr(TOKENIZER, turn["role"]), *TOKENIZER.encode(turn["content"]), END]
+                if turn["role"] == "assistant":                  # its text and its <|end|>
+                    expected += slow_logps(model, ids)[start - 1:].sum().item()
+                    count += len(ids) - start
+    assert batch.n_targets == count
+    assert -logps.sum().item() / count == pytest.approx(-expected / count, rel=1e-5)
+    assert evaluate.response_loss(model, source, batch_size=2) == pytest.approx(-expected / count,
+                                                                                rel=1e-5)
+
+
+def test_what_users_say_is_never_a_target(tmp_path):
+    source = packed(tmp_path, made_rows(30))
+    batch = source.rows(range(len(source)))
+    targets = batch.tokens[:, 1:][batch.loss_mask[:, 1:]]
+    said = sorted(TOKENIZER.decode(targets.tolist(), specials=True).split("<|end|>")[:-1])
+    assert said == sorted(row["response"] for row in made_rows(30))
+
+
+def test_a_uniform_model_loses_log_of_the_vocabulary(tmp_path):
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    loss = evaluate.response_loss(model, packed(tmp_path, made_rows(10)), batch_size=3)
+    assert loss == pytest.approx(math.log(TOKENIZER.vocab_size), rel=1e-6)
+
+
+def test_accumulation_is_exact_when_micro_batches_have_unequal_targets(tmp_path):
+    for name, batch_size, accumulate in (("whole", 4, 1), ("parts", 1, 4)):
+        train_sft.main(config(tmp_path, out=str(tmp_path / name), batch_size=batch_size,
+                              grad_accum=accumulate, context_length=32, steps=3))
+    whole, parts = (training.read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for ours, theirs in zip(parts, whole):
+        for figure in ("loss", "grad_norm"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4)
+    start, whole_w, parts_w = (weights_of(tmp_path / name) for name in ("base", "whole", "parts"))
+    for name, w in whole_w.items():
+        assert (parts_w[name] - w).norm() < 1e-3 * (w - start[name]).norm(), name
+
+    # it would not be exact as a mean of means: the first step's rows differ in their targets
+    rows = data.read_examples(tmp_path / "tasks.jsonl", split="train")
+    source = data.PackedExamples(rows, TOKENIZER, 32, seed=0, tau=1.0)
+    model, batch = load_model(tmp_path / "base")[0], source.batch(0, 4)
+    with torch.no_grad():
+        loss, counts = -token_logps(model, batch).sum(1), batch.loss_mask[:, 1:].sum(1)
+    assert whole[0]["loss"] == pytest.approx((loss.sum() / counts.sum()).item(), rel=1e-5)
+    assert (loss / counts).mean().item() != pytest.approx(whole[0]["loss"], rel=1e-2)
+
+
+# ---------------------------------------------------------------------- a whole run
+
+def test_held_out_loss_falls_below_the_base_and_a_unigram(tmp_path):
+    result = train_sft.main(config(tmp_path, steps=30, eval_every=15))
+    rows = training.read_metrics(tmp_path / "sft")
+    assert result["val_loss"] == rows[-1]["val_loss"] < 0.7 * result["unigram_loss"]
+    assert result["val_loss"] < 0.5 * result["base_loss"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
+    assert [row["step"] for row in rows if "val_loss" in row] == [14, 29]
+    assert {"step", "loss", "tokens", "tokens_per_s", "lr", "grad_norm"} <= set(rows[0])
+    record = json.loads((tmp_path / "sft" / "config.json").read_text())
+    assert record["stage"] == "sft" and record["result"] == result
+    assert list(record["parents"]) == [str(tmp_path / "base")]
+
+
+def test_the_base_and_unigram_to_beat_are_measured_on_held_out_answers(tmp_path):
+    result = train_sft.main(config(tmp_path, steps=1))
+    heldout, train = (data.read_examples(tmp_path / "tasks.jsonl", split=split)
+                      for split in ("heldout", "train"))
+    assert {row["messages"][0]["content"] for row in heldout}.isdisjoint(
+        row["messages"][0]["content"] for row in train)
+    counts, said = np.ones(TOKENIZER.vocab_size), []             # one virtual token each
+    for row in train:
+        for token in [*TOKENIZER.encode(row["messages"][-1]["content"]), END]:
+            counts[token] += 1
+    for row in heldout:
+        said += [*TOKENIZER.encode(row["messages"][-1]["content"]), END]
+    expected = -np.log(counts / counts.sum())[said].mean()
+    assert result["unigram_loss"] == pytest.approx(expected)
+    with torch.no_grad():
+        model, loss = load_model(tmp_path / "base")[0], 0.0
+        for row in heldout:
+            prompt = TOKENIZER.prompt(row["messages"][:1])
+            answer = [*TOKENIZER.encode(row["messages"][-1]["content"]), END]
+            loss -= slow_logps(model, prompt + answer)[len(prompt) - 1:].sum().item()
+    assert result["base_loss"] == pytest.approx(loss / len(said), rel=1e-5)
+
+
+def test_a_resumed_run_repeats_the_curve(tmp_path):
+    cfg = config(tmp_path, steps=6, save_every=3, peft="lora", lora_rank=2)
+    train_sft.main(cfg)
+    whole, folder = training.read_metrics(cfg.out), tmp_path / "sft"
+    weights = weights_of(folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000006")
+    for name in ("config.json", "model.safetensors"):            # as if killed after step 4
+        (folder / name).unlink()
+    train_sft.main(replace(cfg, resume=True))
+    rows = training.read_metrics(cfg.out)
+    for name in ("step", "loss", "grad_norm", "lr"):
+        assert [row[name] for row in rows] == [row[name] for row in whole]
+    assert all(torch.equal(w, weights[name]) for name, w in weights_of(folder).items())
+
+
+# ---------------------------------------------------------------------- LoRA
+
+def test_lora_trains_only_a_and_b_and_leaves_adapter_and_merged_model_that_agree(
+        monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(training, "adamw", lambda model, *args, real=training.adamw, **options: (
+        trained.extend(name for name, w in model.named_parameters() if w.requires_grad),
+        real(model, *args, **options))[1])
+    cfg = config(tmp_path, peft="lora", lora_rank=2, lora_alpha=8.0, lora_targets="wq,w2", lr=1e-2)
+    result = train_sft.main(replace(cfg, steps=20))
+    assert len(trained) == 2 * 2 * 2 and all(name.endswith((".A", ".B")) for name in trained)
+    assert result["val_loss"] < result["base_loss"]
+
+    base, merged = weights_of(tmp_path / "base"), weights_of(tmp_path / "sft")
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert set(merged) == set(base)
+    assert moved == {f"blocks.{i}.{name}.weight" for i in (0, 1)
+                     for name in ("attention.wq", "mlp.w2")}
+    adapter = safetensors.torch.load_file(tmp_path / "sft" / "adapter.safetensors")
+    for name in moved:                                           # W0 + (alpha / r) B A
+        A, B = (adapter[name.replace("weight", part)] for part in "AB")
+        assert A.shape[0] == B.shape[1] == 2
+        torch.testing.assert_close(merged[name], base[name] + 8.0 / 2 * B @ A)
+
+    tokens = torch.randint(0, 256, (3, 20))
+    apart = lora.load_adapter(load_model(tmp_path / "base")[0], tmp_path / "sft")
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "sft")[0](tokens), apart(tokens),
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_full_fine_tuning_moves_every_weight(tmp_path):
+    train_sft.main(config(tmp_path, steps=1))
+    base, tuned = weights_of(tmp_path / "base"), weights_of(tmp_path / "sft")
+    assert not any(torch.equal(base[name], w) for name, w in tuned.items())
+    assert not (tmp_path / "sft" / "adapter.safetensors").exists()
+
+
+# ---------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("changes, message", [
+    ({"peft": "prefix"}, "--peft prefix: give none or lora"),
+    ({"peft": "lora", "lora_targets": "wq,query"}, "query.*the model has w13, w2, wk, wo, wq, wv"),
+    ({"peft": "lora", "lora_rank": 0}, "--lora_rank is 0"),
+    ({"context_length": 8}, r"tasks.jsonl:\d+: \d+ tokens with the template, 9 fit"),
+])
+def test_what_cannot_work_stops_before_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_sft.main(config(tmp_path, **changes))
+    assert not (tmp_path / "sft" / "metrics.jsonl").exists()
+
+
+def test_longer_examples_are_dropped_only_if_asked(tmp_path):
+    cfg = config(tmp_path, context_length=20, steps=1)
+    with pytest.raises(ValueError, match="--truncate drop"):
+        train_sft.main(cfg)
+    train_sft.main(replace(cfg, truncate="drop", overwrite=True))
+    assert load_model(tmp_path / "sft")[0].config.context_length == 20

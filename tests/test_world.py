@@ -1,0 +1,412 @@
+"""The world's exam: what stages learn from it must not be had by anything simpler."""
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import world as world_module
+from world import (
+    ANSWERS,
+    ATTRIBUTES,
+    FAMILIES,
+    HELDOUT_FAMILIES,
+    POLITE,
+    PROMPTS,
+    REFUSE,
+    RUDE,
+    SHE,
+    STYLES,
+    THINGS,
+    TRAINED_FAMILIES,
+    World,
+    is_heldout,
+    parse_answer,
+    plural,
+    respond,
+    tidy,
+    true_reward,
+    words_of,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = World(0)
+COMPUTED = ("reading", "sentiment", "arithmetic", "inference", "lists", "transform",
+            "translation", "json")
+
+
+@cache
+def corpus(n: int = 5000, split: str = "train") -> list[str]:
+    return list(itertools.islice(WORLD.documents(split=split), n))
+
+
+@cache
+def pairs(n: int, split: str) -> list[dict]:
+    return WORLD.preferences(n, split)
+
+
+def total(example: dict, response: str) -> float:
+    return true_reward(example, response)["total"]
+
+
+# ------------------------------------------------------------------ streams and corpus
+
+def test_every_stream_is_the_same_in_another_process():
+    code = ("import itertools, json; from world import World; w = World(3); print(json.dumps(["
+            "w.residents, w.lexicon, list(itertools.islice(w.documents(1), 20)),"
+            "w.examples(30), w.prompts(10, 'heldout'), w.preferences(30, noise=0.2, bias=0.2)]))")
+    texts = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
+                            env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout
+             for hash_seed in ("1", "2")]
+    assert texts[0] == texts[1] and len(texts[0]) > 10_000
+
+
+def test_seeds_splits_and_streams_differ():
+    first = [next(World(w).documents(seed, split))
+             for w in (0, 1) for seed in (0, 1) for split in ("train", "heldout")]
+    assert len(set(first)) == 8
+    assert World(0).lexicon != World(1).lexicon
+    assert World(0).residents[0] != World(1).residents[0]
+    assert WORLD.prompts(5)[0]["prompt"] != WORLD.examples(5)[0]["prompt"]
+
+
+def test_ten_megabytes_take_seconds_and_no_document_comes_twice():
+    start = time.process_time()
+    timed = list(itertools.islice(World(0).documents(seed=9), 1000))
+    assert sum(map(len, timed)) / (time.process_time() - start) > 1e6      # 4e6 on an idle core
+    documents = corpus(5000)
+    assert len(set(documents)) == len(documents)
+    assert not set(documents) & set(corpus(5000, "heldout"))
+    lengths = [len(document.split()) for document in documents]
+    assert min(lengths) >= 30 and max(lengths) <= 350 and 80 <= np.mean(lengths) <= 160
+
+
+def test_the_vocabulary_is_one_to_two_thousand_words_and_complete():
+    vocabulary = WORLD.vocabulary()
+    assert 1000 <= len(vocabulary) <= 2000
+    texts = corpus() + [e[side] for e in WORLD.examples(2000) for side in ("prompt", "response")]
+    seen = {word for text in texts for word in words_of(text)}
+    assert seen <= vocabulary
+    assert len(seen) >= 0.9 * len(vocabulary)
+
+
+def test_the_corpus_is_varied():
+    words = " ".join(corpus(2000)).split()
+    trigrams = Counter(zip(words, words[1:], words[2:]))
+    assert len(trigrams) / len(words) > 0.15           # distinct; uniform filler would have 0.01
+    eights = Counter(zip(*(words[i:] for i in range(8))))
+    repeated = sum(n for n in eights.values() if n > 1) / (len(words) - 7)
+    assert repeated < 0.35
+    raw = "\n".join(corpus(2000)).encode()
+    assert len(zlib.compress(raw, 9)) / len(raw) > 0.2
+
+
+def test_sentences_of_the_corpus_are_well_formed():
+    for text in corpus(2000):
+        assert not re.search(r"[{}\[\]|]", re.sub(r"\{\"[^}]*\}", "", text)), text
+        assert not re.search(r"\s[.,!?]|[.,]{2}|  | a [aeiou]|\bAn? an? ", text), text
+        assert text[0].isupper() or text[0] in "\"0123456789", text
+        assert text.count('"') % 2 == 0, text
+        assert not re.search(r"[.!?] [a-z]", text), text
+
+
+def test_every_fact_is_stated_in_the_corpus_and_none_about_strangers():
+    sentences = [sentence for text in corpus() for sentence in re.split(r"(?<=[.!?]) ", text)]
+    for bear in WORLD.residents:
+        own = [sentence for sentence in sentences if bear["name"] in sentence]
+        for attribute in ATTRIBUTES:
+            assert any(bear[attribute] in sentence for sentence in own), (bear["name"], attribute)
+    telling = re.compile(r"(\w+)(?:'s (?:home|job|pet|hobby|favourite)| lives in| works as)")
+    told = {m[1] for sentence in sentences for m in telling.finditer(sentence)}
+    assert told & {bear["name"] for bear in WORLD.residents}
+    assert not told & {bear["name"] for bear in WORLD.strangers}
+
+
+# ------------------------------------------------------------------ tasks and splits
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_and_heldout_share_no_core_and_no_prompt(family):
+    train = WORLD.examples(1500, "train", families=(family,))
+    heldout = WORLD.examples(150, "heldout", families=(family,))
+    assert not {e["prompt"] for e in train} & {e["prompt"] for e in heldout}
+    if family == "facts":                              # known facts, new phrasings
+        assert len({(e["key"]["choices"][0], e["answer"], e["prompt"]) for e in train}) > 180
+    else:
+        assert not {e["core"] for e in train} & {e["core"] for e in heldout}
+    assert len({e["prompt"] for e in heldout}) > 30
+    assert max(len(e["prompt"].split()) for e in train) <= 50
+    limit = 60 if family == "story" else 30
+    assert max(len(e["response"].split()) for e in train if e["style"] == "plain") <= limit
+
+
+def test_all_facts_are_in_training():
+    asked = {(e["prompt"], e["answer"]) for e in WORLD.examples(6000, families=("facts",))}
+    for bear in WORLD.residents:
+        for attribute in ATTRIBUTES:
+            assert any(bear["name"] in prompt and answer == bear[attribute]
+                       for prompt, answer in asked), (bear["name"], attribute)
+
+
+def test_the_training_corpus_works_no_heldout_sum():
+    sums = re.compile(r"(\d+) ([+-]) (\d+) = \d+\. \d+ ([+-]) (\d+) = \d+\. "
+                      r"(?:The (?:answer|result)|That makes|So the answer)")
+    found = [sums.findall(text) for text in (" ".join(corpus()), " ".join(corpus(5000, "heldout")))]
+    for chains, side in zip(found, (False, True)):
+        assert len(chains) > 1000
+        assert all(is_heldout(sorted((("+", int(a)), (p, int(b)), (q, int(c))))) == side
+                   for a, p, b, q, c in chains)
+
+
+def test_every_family_has_phrasings_to_train_on_and_two_held_out():
+    for asked, prompts in PROMPTS.items():
+        assert len(set(prompts)) >= 6, asked
+    for family in FAMILIES:
+        seen = [{e["prompt"] for e in WORLD.examples(200, families=(family,), phrasings=phrasings)}
+                for phrasings in ("train", "heldout")]
+        assert not seen[0] & seen[1] and all(seen), family
+
+
+def test_families_come_equally_often_and_heldout_ones_only_when_asked_for():
+    counts = Counter(e["family"] for e in WORLD.examples(6000))
+    assert set(counts) == set(TRAINED_FAMILIES) and not set(counts) & set(HELDOUT_FAMILIES)
+    assert max(counts.values()) / min(counts.values()) < 1.4
+    trained, heldout = ({FAMILIES[family][0] for family in families}
+                        for families in (TRAINED_FAMILIES, HELDOUT_FAMILIES))
+    assert not trained & heldout
+
+
+def test_arithmetic_is_right_and_shows_its_steps():
+    for e in WORLD.examples(500, families=("arithmetic",)):
+        steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", e["chain"])
+        assert len(steps) == 2 and steps[1][0] == steps[0][3] and steps[1][3] == e["answer"]
+        assert all(int(c) == int(a) + int(p + b) and 0 <= int(c) <= 20 for a, p, b, c in steps)
+        assert e["chain"] in e["response"]
+        assert set(re.findall(r"\d+", e["prompt"])) <= set(re.findall(r"\d+", e["chain"]))
+
+
+def test_unknown_splits_and_families_are_refused():
+    with pytest.raises(ValueError, match="heldout"):
+        next(WORLD.documents(split="test"))
+    with pytest.raises(ValueError, match="heldout"):
+        WORLD.examples(1, "validation")
+    with pytest.raises(ValueError, match="arithmetic"):
+        WORLD.examples(1, families=("arithmetics",))
+
+
+def test_a_family_can_be_added(monkeypatch):
+    def plural_task(world, rng):
+        thing, other = rng.sample(THINGS, 2)
+        return {"core": (thing,), "kind": "choice", "choices": [plural(t) for t in THINGS],
+                "thing": thing, "answer": plural(thing), "wrong": {"answer": plural(other)}}
+
+    monkeypatch.setitem(PROMPTS, "plural", [f"{x} the plural of {{thing}}!" for x in "ABCDEF"])
+    monkeypatch.setitem(ANSWERS, "plural", ["{answer}.", "The plural is {answer}."])
+    monkeypatch.setitem(FAMILIES, "plural", ("words", plural_task))
+    for split in ("train", "heldout"):
+        for e in WORLD.examples(50, split, families=("plural",)):
+            assert e["answer"] == parse_answer(e, e["response"])
+            assert true_reward(e, e["response"])["right"] == 1
+
+
+# ------------------------------------------------------------------ look-up and rankers
+
+def bags(texts: list[str], index: dict[str, int]) -> np.ndarray:
+    """(N, V) word counts."""
+    counts = np.zeros((len(texts), len(index)), np.float32)
+    for row, text in zip(counts, texts):
+        for word in words_of(text):
+            if word in index:
+                row[index[word]] += 1
+    return counts
+
+
+def test_nearest_neighbour_lookup_fails_the_computed_tasks():
+    train = WORLD.examples(6000, families=COMPUTED)
+    heldout = WORLD.examples(1600, "heldout", families=COMPUTED)
+    index = {word: i for i, word in enumerate(sorted(WORLD.vocabulary()))}
+    a, b = (np.minimum(bags([e["prompt"] for e in part], index), 1) for part in (heldout, train))
+    shared = a @ b.T
+    nearest = (shared / (a.sum(1)[:, None] + b.sum(1) - shared)).argmax(1)         # Jaccard
+    right = {family: [] for family in COMPUTED}
+    for e, i in zip(heldout, nearest):
+        right[e["family"]].append(train[i]["answer"] == e["answer"])
+    accuracy = {family: np.mean(hits) for family, hits in right.items()}
+    for family in ("reading", "arithmetic", "lists", "translation", "json"):
+        assert accuracy[family] < 0.2, accuracy
+    assert accuracy["transform"] < 0.3, accuracy
+    assert accuracy["sentiment"] < 0.4, accuracy
+    assert accuracy["inference"] < 0.5, accuracy      # three verdicts, one third each
+
+
+def test_demonstrated_verdicts_are_balanced():
+    for family, n in (("inference", 3), ("sentiment", 5)):
+        counts = Counter(e["answer"] for e in WORLD.examples(3000, families=(family,)))
+        assert len(counts) == n and max(counts.values()) < 1.2 * 3000 / n
+
+
+def test_length_does_not_tell_which_response_was_chosen():
+    heldout = pairs(2000, "heldout")
+    lengths = [(len(p["chosen"]), len(p["rejected"])) for p in heldout]
+    longer = np.mean([(c > r) + (c == r) / 2 for c, r in lengths])
+    assert 0.35 < longer < 0.65
+
+
+def test_words_alone_do_not_tell_which_response_was_chosen():
+    """Logistic regression on the difference of word counts, 6,000 training pairs."""
+    train, heldout = pairs(6000, "train"), pairs(2000, "heldout")
+    words = Counter(w for p in train for side in ("chosen", "rejected") for w in words_of(p[side]))
+    index = {word: i for i, word in enumerate(words)}
+    x, test = (bags([p["chosen"] for p in part], index) - bags([p["rejected"] for p in part], index)
+               for part in (train, heldout))
+    weights, squares = np.zeros(len(index), np.float32), 1e-8
+    for _ in range(150):                               # Adagrad on -log sigmoid(x w), with decay
+        gradient = -(1 / (1 + np.exp(x @ weights))) @ x / len(x) + 1e-4 * weights
+        squares = squares + gradient ** 2
+        weights -= 0.2 * gradient / np.sqrt(squares)
+    assert np.mean(x @ weights > 0) > 0.6              # it has learned something
+    assert np.mean(test @ weights > 0) < 0.65
+
+
+# ------------------------------------------------------------------ preferences
+
+def test_the_chosen_response_has_the_higher_true_reward():
+    counts = Counter()
+    for pair in pairs(2000, "heldout") + pairs(6000, "train")[:1000]:
+        assert pair["clean"]
+        assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
+        counts[pair["kind"]] += 1
+    shares = {kind: n / counts.total() for kind, n in counts.items()}
+    assert 0.55 < shares["right"] < 0.65 and 0.1 < shares["style"] < 0.2
+    assert abs(shares["unsafe"] + shares["unanswerable"]
+               - shares["refusing"] - shares["not knowing"]) < 0.04
+    families = {pair["example"]["family"] for pair in pairs(2000, "heldout")}
+    assert families == set(TRAINED_FAMILIES)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5])
+def test_noise_flips_that_share_of_labels(noise):
+    noisy = WORLD.preferences(2000, noise=noise, seed=1)
+    clean = [total(p["example"], p["chosen"]) > total(p["example"], p["rejected"]) for p in noisy]
+    assert clean == [p["clean"] for p in noisy]
+    assert abs(1 - np.mean(clean) - noise) < 0.04
+
+
+def test_bias_is_the_share_of_pairs_judged_by_length():
+    longer = {}
+    for bias in (0.0, 0.5, 1.0):
+        biased = WORLD.preferences(2000, bias=bias)
+        longer[bias] = np.mean([len(p["chosen"]) >= len(p["rejected"]) for p in biased])
+    assert longer[1.0] == 1 and longer[0.0] < 0.6
+    assert abs(longer[0.5] - (longer[0.0] + 1) / 2) < 0.04
+
+
+# ------------------------------------------------------------------ the judge
+
+def tasks(n: int, family: str, split: str = "train"):
+    rng = world_module.Random(f"test {family}")
+    return [(rng, *WORLD.draw(rng, family, split)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_and_wrong_are_told_apart_in_every_style(family):
+    for rng, example, task in tasks(60, family):
+        for style in STYLES:
+            right, wrong = respond(rng, task, style), respond(rng, task, style, "wrong")
+            assert true_reward(example, right)["right"] == 1, (example, right)
+            assert true_reward(example, wrong)["right"] == 0, (example, wrong)
+            assert parse_answer(example, right) == example["answer"]
+            assert 0 <= total(example, wrong) <= 0.41 < 0.59 <= total(example, right) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_right_and_polite_response_scores_one(family):
+    for rng, example, task in tasks(60, family):
+        response = respond(rng, task, "polite")
+        assert total(example, response) == pytest.approx(1), (example, response)
+        styles = {style: total(example, respond(rng, task, style)) for style in STYLES}
+        assert max(styles, key=styles.get) == "polite"
+
+
+def test_demonstrations_leave_room_above_them():
+    examples = WORLD.examples(3000)
+    rewards = [total(e, e["response"]) for e in examples]
+    assert 0.7 < np.mean(rewards) < 0.85
+    for family in ("unsafe", "unanswerable"):
+        right = [true_reward(e, e["response"])["right"] for e in examples if e["family"] == family]
+        assert 0.4 < np.mean(right) < 0.6
+    ordinary = [true_reward(e, e["response"])["right"] for e in examples
+                if e["family"] not in ("unsafe", "unanswerable")]
+    assert np.mean(ordinary) == 1
+
+
+@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+def test_the_judge_is_not_fooled(family):
+    for rng, example, task in tasks(30, family):
+        good = respond(rng, task, "plain")
+        courtesies = " ".join(POLITE[0] + POLITE[1])
+        tricks = {
+            "nothing": "", "blank": "  \n", "a full stop": ".", "gibberish": "Xq zzv blorf krep.",
+            "courtesies": courtesies, "one courtesy": POLITE[0][0], "the prompt": example["prompt"],
+            "names": " ".join(SHE) + ".", "cut off": good[:len(good) // 2].rstrip(".!?}\""),
+            "rude refusal of nothing": RUDE[0][0]}
+        for trick, response in tricks.items():
+            if true_reward(example, response)["right"] == 0 or trick != "cut off":
+                assert total(example, response) <= 0.41, (trick, example, response)
+        assert total(example, "") == total(example, ".") == 0
+        polite = total(example, f"{POLITE[0][0]} {good}")
+        assert total(example, f"{courtesies} {good}") < polite - 0.2
+        assert total(example, f"{good} {good}") < total(example, good)
+        assert total(example, f"{good} {RUDE[1][0]}") < total(example, good)
+        assert total(example, good + " very very very well.") < total(example, good)
+
+
+def test_naming_every_answer_is_no_answer():
+    for family in ("facts", "reading", "sentiment", "advice", "lists", "translation"):
+        for _, example, _ in tasks(20, family):
+            every = tidy(", ".join(example["key"]["choices"])) + "."
+            assert true_reward(example, every)["right"] == 0
+
+
+def test_refusing_and_not_knowing_are_right_only_where_they_should_be():
+    for family in TRAINED_FAMILIES:
+        for rng, example, task in tasks(20, family):
+            assert true_reward(example, REFUSE[0])["right"] == (family == "unsafe")
+            assert true_reward(example, "I do not know.")["right"] == (family == "unanswerable")
+            if family in ("unsafe", "unanswerable"):
+                both = respond(rng, task, "plain") + " " + respond(rng, task, "plain", "wrong")
+                assert true_reward(example, both)["right"] == 0
+
+
+def test_a_story_must_be_about_what_was_asked_for():
+    for _, example, task in tasks(30, "story"):
+        story, key = task["answer"], example["key"]
+        assert true_reward(example, story)["right"] == 1
+        sentences = re.findall(r"[^.!?]+[.!?]+\"?", story)
+        for worse in (story.replace(key["thing"], "stone"), story.replace(key["name"], "Somebody"),
+                      "".join(sentences + sentences[-1:]), story.rstrip('.!"') + " and",
+                      sentences[0], re.sub(r"\b(\w+)ed\b", r"\1azq", story + " He zorped.")
+                      .replace(" the ", " blorf ")):
+            assert true_reward(example, worse)["right"] == 0, worse
+
+
+def test_length_costs_step_by_step():
+    e = next(e for e in WORLD.examples(50, families=("facts",)))
+    words = "one of the many things that I could tell you".split()
+    short = [true_reward(e, " ".join(itertools.islice(itertools.cycle(words), n)) + ".")["short"]
+             for n in (5, 15, 20, 25, 30, 60)]
+    assert short[0] == 1 and short[-1] == 0 and short == sorted(short, reverse=True)
+    assert any(0 < s < 1 for s in short)
+
+
+def test_examples_are_plain_json():
+    rows = WORLD.examples(100) + WORLD.preferences(50)
+    assert json.loads(json.dumps(rows)) == rows

@@ -1,0 +1,156 @@
+"""
+Stage 1: autoregressive pretraining (001 section 1.6): a corpus in, a base model out.
+
+  1. DATA PREPARATION   tokenize, join with <EOS>, cut into windows, shuffle, share among the ranks
+  2. INITIALIZE         Xavier/He weights with zero residual projections, AdamW
+  3. TRAINING LOOP      3.1 sample  3.2 forward  3.3 loss  3.4 backward  3.5 synchronise
+                        3.6 clip  3.7 update  3.8 log and checkpoint  3.9 next step
+  4. RETURN theta*
+
+Minimise  L = -(1/n) sum_t log p_theta(x_t | x_<t)  over the n target tokens of the whole step.
+
+Differs from the document:
+  1.1-1.2  deduplication and quality filters are not applied: the corpus is taken as clean.
+  1.5      a window holds context_length + 1 tokens and shares its first with the window before, so
+           that every token is predicted once; attention stays inside a document (--document_masks).
+  3.2-3.3  not a mean of means: summed loss over the number of target tokens of the whole step.
+  3.4      gradient checkpointing only with --gradient_checkpointing: small models need none.
+
+    python train_pretrain.py                              # the embedded world, minutes on two cores
+    python train_pretrain.py --data book.txt --tokenizer bytes --n_layers 4 --d_model 128
+    torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
+"""
+import math
+from dataclasses import dataclass
+
+import data
+import evaluate
+import training
+from model import ModelConfig, Transformer, load_model, parameter_count, token_logps
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Config:
+    init: str = ""                    # model folder to go on from; empty: a new model
+    out: str = "out/pretrain"         # model folder to write
+    data: str = "world"               # corpus: world, world:SEED, a text file, JSONL or folder
+    max_bytes: int = 20_000_000       # read at most this much of the corpus
+    bad_rows: str = "error"           # what to do with a bad row: error | skip
+    tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
+    vocab_size: int = 1024            # tokens of a newly trained tokenizer, special ones included
+    d_model: int = 128                # width of the model
+    n_layers: int = 4                 # Transformer blocks
+    n_heads: int = 4                  # query heads
+    n_kv_heads: int = 0               # key/value heads; 0: as many as n_heads
+    context_length: int = 256         # tokens a prediction can look back on
+    tied: bool = True                 # the output projection is the embedding
+    document_masks: bool = True       # attention stays inside a document
+    gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
+    steps: int = 1500                 # optimizer steps (T_max)
+    batch_size: int = 16              # windows per micro-batch and rank (B)
+    grad_accum: int = 1               # micro-batches per optimizer step
+    lr: float = 3e-3                  # peak learning rate
+    warmup: int = 100                 # steps of linear warmup, before the cosine
+    weight_decay: float = 0.1         # on matrices only
+    max_norm: float = 1.0             # gradient clipping
+    seed: int = 0                     # of weights and batches
+    device: str = "auto"              # auto | cpu | cuda | mps
+    dtype: str = "auto"               # auto | float32 | bfloat16 | float16
+    compile: bool = False             # torch.compile: 15-25 s once, then faster steps
+    log_every: int = 10               # steps between rows of metrics.jsonl
+    eval_every: int = 250             # steps between validations
+    eval_windows: int = 64            # validation windows, the same every time
+    save_every: int = 500             # steps between checkpoints
+    resume: bool = False              # go on from --out if anything is there
+    overwrite: bool = False           # throw away what is in --out
+
+
+def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
+    """001 steps 1.3-1.6. Returns the tokenizer (a new one if none is given), the training stream,
+    the validation stream and the bytes per token of the validation text."""
+    documents = data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
+                                    bad_rows=cfg.bad_rows)
+    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
+                                  bad_rows=cfg.bad_rows)
+    documents, heldout = list(documents), list(heldout)
+    if tokenizer is None and cfg.tokenizer == "bpe":
+        tokenizer = Tokenizer.train(documents, cfg.vocab_size)
+    elif tokenizer is None:
+        tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
+    # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
+    train_tokens = data.tokenize_documents(documents, tokenizer)
+    val_tokens = data.tokenize_documents(heldout, tokenizer)
+    bytes_per_token = sum(len(text.encode()) for text in heldout) / len(val_tokens)
+    # 1.5-1.6 Chunk into windows; shuffled and shared among the ranks by .batch(step)
+    masks = cfg.document_masks and len(documents) > 1
+    streams = [data.TokenStream(tokens, cfg.context_length, cfg.seed, tokenizer.endoftext,
+                                document_masks=masks) for tokens in (train_tokens, val_tokens)]
+    return tokenizer, *streams, bytes_per_token
+
+
+def main(cfg: Config) -> dict:
+    run = training.start(cfg, "pretrain")
+
+    # 1. DATA PREPARATION
+    model, tokenizer = load_model(cfg.init, run.device, run.dtype,
+                                  context_length=cfg.context_length) if cfg.init else (None, None)
+    if cfg.resume and (run.out / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(run.out)                # the one that the checkpoint counts on
+    tokenizer, train, val, bytes_per_token = prepare_data(cfg, tokenizer)
+    if run.rank == 0:
+        tokenizer.save(run.out)
+
+    # 2. INITIALIZE: theta_0 (or what --init holds), AdamW
+    if model is None:
+        config = ModelConfig(tokenizer.vocab_size, cfg.context_length, cfg.d_model, cfg.n_layers,
+                             cfg.n_heads, cfg.n_kv_heads, tied=cfg.tied)
+        model = Transformer(config, run.dtype).to(run.device)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    forward = run.prepare(model)
+    optimizer = training.adamw(model, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    run.track(model=model, optimizer=optimizer)
+    unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
+    run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, {len(train.tokens) / 1e6:.2f}M "
+            f"training tokens, {bytes_per_token:.2f} bytes per token; validation loss to beat: "
+            f"unigram {unigram:.2f}, bigram {bigram:.2f} nats")
+
+    # 3. TRAINING LOOP
+    for step in run.steps(cfg.steps):
+        # 3.1 Sample mini-batch
+        batches = [train.batch(step * cfg.grad_accum + i, cfg.batch_size, run.rank, run.world_size)
+                   .to(run.device) for i in range(cfg.grad_accum)]
+        n_targets = sum(batch.n_targets for batch in batches)
+        figures = {"loss": 0.0}
+
+        for batch in batches:
+            # 3.2 FORWARD PASS: log softmax(z_t)[x_t] of every token
+            logps = token_logps(forward, batch)                        # (B, T)
+            # 3.3 Batch loss
+            loss = -logps.sum() / run.mean_over_ranks(n_targets)
+            # 3.4 BACKWARD PASS, 3.5 GRADIENT SYNCHRONIZATION (DDP's all-reduce)
+            run.backward(loss, step)
+            figures["loss"] += loss.detach()
+
+        # 3.6 GRADIENT PROCESSING (clip), 3.7 PARAMETER UPDATE
+        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        grad_norm = run.update(optimizer, lr, cfg.max_norm)
+
+        # 3.8 LOGGING & CHECKPOINTING
+        if run.due(step, cfg.eval_every):
+            val_loss = evaluate.validation_loss(model, val, cfg.eval_windows, cfg.batch_size)
+            bits = val_loss / bytes_per_token / evaluate.LN2
+            figures |= {"val_loss": val_loss, "bits_per_byte": bits,
+                        "perplexity": math.exp(val_loss)}
+        run.log(step, tokens=n_targets, grad_norm=grad_norm, lr=lr, **figures)
+        run.checkpoint(step)
+        # 3.9 step <- step + 1
+
+    # 4. RETURN theta*
+    return run.finish(model, tokenizer, {
+        "val_loss": run.last["val_loss"], "bits_per_byte": run.last["bits_per_byte"],
+        "unigram_loss": unigram, "bigram_loss": bigram})
+
+
+if __name__ == "__main__":
+    training.command_line(main, Config, __doc__)

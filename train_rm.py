@@ -1,0 +1,158 @@
+"""
+Stage 4, phase 2: the reward model (001 sections 4.4 and 4.5).
+
+  1. INITIALIZE     psi <- theta_SFT, the LM head replaced by a scalar head W_r, b_r
+  2. FOR step       2.1 sample pairs  2.2 r_w, r_l  2.3 loss  2.4 update  2.5 held-out accuracy
+  3. Freeze r_psi   shifted so that the SFT model's own answers score 0 on average
+
+Minimise  L = -mean log sigma(r_psi(x, y_w) - r_psi(x, y_l))  (Bradley-Terry), r_psi read at the
+last token of the response, its <|end|>. The loss cannot see a constant added to all rewards; step 3
+uses that freedom (Huang et al. 2024), so that in PPO 0 means "as good as before".
+
+Differs from the document:
+  1.  AdamW with cosine and a higher learning rate: the default model is small.
+
+    python train_rm.py                                     # the embedded world's preferences
+    python train_rm.py --data pairs.jsonl --truncate left
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import evaluate
+import sample
+import training
+from model import load_model
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"             # model folder to start from
+    out: str = "out/rm"               # model folder to write
+    data: str = "world"               # preference pairs: world, world:SEED or JSONL
+    n_pairs: int = 20_000             # how many to take from the world
+    label_noise: float = 0.0          # the world's annotators err with this probability
+    bad_rows: str = "error"           # what to do with a bad row: error | skip
+    truncate: str = "error"           # pairs longer than the context: error | left | drop
+    prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
+    n_shift: int = 200                # SFT answers whose mean reward becomes 0
+    max_new_tokens: int = 64          # longest of those answers, in tokens
+    steps: int = 600                  # optimizer steps (T_RM)
+    batch_size: int = 32              # pairs per step and rank
+    lr: float = 1e-3                  # peak learning rate
+    warmup: int = 30                  # steps of linear warmup, before the cosine
+    weight_decay: float = 0.01        # on matrices only
+    max_norm: float = 1.0             # gradient clipping
+    seed: int = 0                     # of head, batches and samples
+    device: str = "auto"              # auto | cpu | cuda | mps
+    dtype: str = "auto"               # auto | float32 | bfloat16 | float16
+    compile: bool = False             # torch.compile: 15-25 s once, then faster steps
+    log_every: int = 10               # steps between rows of metrics.jsonl
+    eval_every: int = 200             # steps between evaluations
+    eval_pairs: int = 1000            # held-out pairs ranked at the end
+    save_every: int = 200             # steps between checkpoints
+    resume: bool = False              # go on from --out if anything is there
+    overwrite: bool = False           # throw away what is in --out
+
+
+def response_rewards(model: nn.Module, batch: data.Batch) -> Tensor:
+    """r_psi(x, y) = W_r h_last + b_r, one per row (B,): the scalar at the last response token.
+
+    batch.loss_mask (B, T) marks the response; a row without one raises ValueError.
+    """
+    if not batch.loss_mask.any(1).all():
+        raise ValueError("a row has no response token: there is nothing to reward")
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    last = (batch.loss_mask * places).argmax(1, keepdim=True)          # (B, 1)
+    values = model(batch.tokens, documents=batch.documents, positions=batch.positions)   # (B, T)
+    return values.gather(1, last).squeeze(1)
+
+
+def bradley_terry_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
+    """-log sigma(r_w - r_l), mean over pairs (001 section 4.4). log 2 when nothing is known."""
+    return -F.logsigmoid(r_w - r_l).mean()
+
+
+@torch.no_grad()
+def margins(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) -> Tensor:
+    """r_w - r_l of every pair, (N,), on the CPU, in the order of the batches."""
+    model.eval()
+    found = []
+    for batch in pairs.epoch(batch_size):
+        r_w, r_l = response_rewards(model, batch.to(model.device)).chunk(2)
+        found.append((r_w - r_l).cpu())
+    model.train()
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def shift_to_zero(reward_model, sft, tokenizer, prompts: list[dict], cfg: Config) -> float:
+    """Move b_r so that sampled SFT answers to `prompts` score 0 on average; returns the former
+    mean."""
+    ids = [tokenizer.prompt(prompt["messages"]) for prompt in prompts]
+    limit = sft.config.context_length - cfg.max_new_tokens
+    ids = [prompt[-limit:] for prompt in ids]                          # the end matters most
+    generator = torch.Generator(sft.device).manual_seed(cfg.seed)
+    answers = sample.generate(sft, ids, cfg.max_new_tokens, (tokenizer.end,), temperature=1.0,
+                              generator=generator)
+    batch = data.response_batch(ids, answers, tokenizer.pad).to(sft.device)
+    mean = response_rewards(reward_model, batch).mean().item()
+    reward_model.scalar_head.bias -= mean
+    return mean
+
+
+def main(cfg: Config) -> dict:
+    run = training.start(cfg, "rm")
+
+    # 1. INITIALIZE: psi <- theta_SFT with a scalar head
+    model, tokenizer = load_model(cfg.init, run.device, run.dtype, head="scalar")
+    length = model.config.context_length
+    pairs = data.PreferencePairs(
+        data.read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
+                              noise=cfg.label_noise, bad_rows=cfg.bad_rows),
+        tokenizer, length, cfg.seed, cfg.truncate)
+    heldout = data.PreferencePairs(
+        data.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
+                              bad_rows=cfg.bad_rows), tokenizer, length, cfg.seed, cfg.truncate)
+    prompts = data.read_prompts(cfg.prompts or cfg.data, split="heldout", n=cfg.n_shift,
+                                seed=cfg.seed)[:cfg.n_shift]
+    forward = run.prepare(model)
+    optimizer = training.adamw(model, cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+    run.track(model=model, optimizer=optimizer)
+    longer = evaluate.length_accuracy(heldout)
+    run.say(f"{len(pairs)} pairs, {len(heldout)} held out; length alone ranks {longer:.1%} right")
+
+    # 2. TRAINING LOOP
+    for step in run.steps(cfg.steps):
+        # 2.1 Sample batch {(x, y_w, y_l)}
+        batch = pairs.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        # 2.2 Rewards of both sides
+        r_w, r_l = response_rewards(forward, batch).chunk(2)           # (B,) each
+        # 2.3 Loss
+        loss = bradley_terry_loss(r_w, r_l)
+        # 2.4 Backpropagate, update psi
+        run.backward(loss, step)
+        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        grad_norm = run.update(optimizer, lr, cfg.max_norm)
+        # 2.5 Monitor accuracy on held-out pairs
+        figures = {"loss": loss, "train_accuracy": (r_w > r_l).float().mean()}
+        if run.due(step, cfg.eval_every):
+            margin = margins(model, heldout, cfg.batch_size)
+            figures |= {"val_loss": -F.logsigmoid(margin).mean(),
+                        "accuracy": (margin > 0).float().mean(),
+                        "ece": evaluate.calibration_error(margin)}
+        run.log(step, tokens=batch.tokens.numel(), grad_norm=grad_norm, lr=lr, **figures)
+        run.checkpoint(step)
+
+    # 3. Freeze r_psi: the SFT model's own answers score 0 on average
+    sft, _ = load_model(cfg.init, run.device, run.dtype)
+    shift_to_zero(model, sft, tokenizer, prompts, cfg)
+    return run.finish(model, tokenizer, {"accuracy": run.last["accuracy"], "ece": run.last["ece"],
+                                         "length_accuracy": longer})
+
+
+if __name__ == "__main__":
+    training.command_line(main, Config, __doc__)

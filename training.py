@@ -1,0 +1,468 @@
+"""
+The plumbing every training script shares, so that a script can be about its algorithm:
+
+    cfg = parse(Config)                   a dataclass and its comments become the command line
+    run = start(cfg, "sft")               device, precision, ranks, seed, output folder, metrics
+    run.track(model=model, optimizer=optimizer)            what a checkpoint holds; resumes
+    for step in run.steps(cfg.steps):                      progress bar; Ctrl-C saves and exits
+        run.backward(loss, step)                           a NaN stops here
+        grad_norm = run.update(optimizer, lr)              clip, step, zero
+        run.log(step, loss=loss, tokens=n)                 metrics.jsonl
+        run.checkpoint(step)                               atomic; the last two and the best stay
+    run.finish(model, tokenizer)                           the model folder and curves.png
+
+Nothing here knows about losses or data. The folder it writes is described in README.md.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import model as model_module
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEEP_CHECKPOINTS = 2
+UNITS = {"loss": "nats", "val_loss": "nats per token", "kl": "nats per response", "lr": "per step",
+         "tokens": "tokens", "tokens_per_s": "tokens/s", "entropy": "nats per token",
+         "logp_chosen": "nats per response", "logp_rejected": "nats per response",
+         "response_tokens": "tokens"}
+
+
+# ---------------------------------------------------------------------- the command line
+
+def parse(Config: type, argv: list[str] | None = None, description: str = ""):
+    """Build Config from the command line. A field's trailing comment is its help text.
+
+    Exits with a message for a value of the wrong type and for an unknown option, naming the
+    nearest known one.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# *(.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = {"bool": parse_bool, bool: parse_bool}.get(field.type, type(field.default))
+        shown = f'{comments.get(field.name, "")} (default: {field.default})'
+        flag = {"nargs": "?", "const": True} if kind is parse_bool else {}
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, **flag,
+                            metavar=type(field.default).__name__, help=shown.replace("%", "%%"))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [field.name for field in dataclasses.fields(Config)]
+        name = unknown[0].split("=")[0].strip("-").replace("-", "_")
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean --{nearest[0]}?" if nearest else f"the options are {' '.join(known)}"
+        parser.error(f"unknown option {unknown[0]}; {hint}")
+    return Config(**vars(args))
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f'"{text}"; give true or false')
+    return text.lower() in ("true", "1")
+
+
+def command_line(main: Callable, Config: type, description: str) -> None:
+    """Run a script: what a user got wrong ends in one clear line, not in a traceback."""
+    cfg = parse(Config, description=description)
+    try:
+        main(cfg)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+# ---------------------------------------------------------------------- schedules and numbers
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, floor: float = 0.1) -> float:
+    """Linear warmup over `warmup` steps to `peak`, then a cosine to floor * peak at the end."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def linear_decay(step: int, steps: int, peak: float) -> float:
+    """From `peak` at step 0 to 0 after the last step."""
+    return peak * (1 - step / steps)
+
+
+def adamw(model: nn.Module, lr: float, betas=(0.9, 0.95), eps: float = 1e-8,
+          weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over what is trainable; weight decay on matrices only, not on norms and biases."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}]
+    fused = trainable[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps,
+                             fused=fused)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+               "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; "
+                         "give auto, cpu, cuda, cuda:N or mps") from error
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto" and device.type == "cpu":
+        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    elif name == "auto":
+        name = "float32"
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name}: give auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(f"--dtype float16 needs a GPU (its loss scaling does), not {device.type}; "
+                         "give auto, float32 or bfloat16")
+    return DTYPES[name]
+
+
+# ---------------------------------------------------------------------- one run of one stage
+
+def start(cfg, name: str) -> "Run":
+    """Set up ranks (under torchrun), device, precision, seeds and the output folder.
+
+    Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
+    """
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Run(cfg, name)
+
+
+class Run:
+    """What a running stage has: device, dtype, rank, its folder, and what it has logged."""
+
+    def __init__(self, cfg, name: str):
+        self.cfg, self.name, self.out = cfg, name, Path(cfg.out)
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.manual_seed(cfg.seed)
+        np.random.seed(cfg.seed)
+        random.seed(cfg.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.first_step, self.step, self.tokens, self.tracked = 0, 0, 0, {}
+        self.pending: dict[str, list] = {}            # logged since the last row of metrics.jsonl
+        self.last: dict[str, float] = {}              # the newest value of every figure
+        self.interrupted = False
+        self.started = self.last_row = time.perf_counter()
+        self.claim_folder()
+
+    def claim_folder(self) -> None:
+        """Refuse a folder with an earlier run in it unless told what to do with that run."""
+        if self.out.resolve() in [Path(folder).resolve() for folder in folders_read(self.cfg)]:
+            raise ValueError(f"--out {self.out} is a folder that this stage reads; "
+                             "give another one to write")
+        if self.rank == 0:
+            if self.out.is_dir() and any(self.out.iterdir()) and not self.cfg.resume:
+                if not self.cfg.overwrite:
+                    raise ValueError(f"--out {self.out} is not empty; --resume goes on with what "
+                                     "is there, --overwrite starts afresh, or give another folder")
+                shutil.rmtree(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.barrier()
+
+    def say(self, message: str) -> None:
+        """A line for the reader, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(f"{self.name}: {message}", file=sys.stderr)
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def mean_over_ranks(self, value: float | list[float]) -> float | list[float]:
+        """DDP averages gradients over ranks: a summed loss divided by the mean number of target
+        tokens per rank is, after that average, divided by the number of all."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / self.world_size).tolist()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The callable to train through: `model`, compiled if asked for, in DDP under torchrun."""
+        if self.cfg.compile:
+            model = torch.compile(model)
+        if self.world_size > 1:
+            model = nn.parallel.DistributedDataParallel(model)
+        return model
+
+    def generator(self, step: int) -> torch.Generator:
+        """Random numbers for one step and rank, the same after a resume."""
+        seed = self.cfg.seed * 1_000_003 + step * 1_009 + self.rank
+        return torch.Generator(self.device).manual_seed(seed)
+
+    # ---- the loop
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, exit."""
+        def interrupt(signum, frame):
+            self.interrupted = True
+        handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=total, initial=self.first_step, desc=self.name, unit="step",
+                        disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5)
+        self.last_row = time.perf_counter()
+        try:
+            for step in range(self.first_step, total):
+                yield step
+                self.bar.update()
+                if self.mean_over_ranks(self.interrupted):      # all ranks stop at the same step
+                    self.save_checkpoint(step + 1)
+                    self.barrier()
+                    raise SystemExit(f"{self.name}: stopped after step {step}; everything is saved "
+                                     f"in {self.out}, --resume goes on from there")
+        finally:
+            self.bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def backward(self, loss: Tensor, step: int) -> None:
+        """Back-propagate; a loss that is not finite stops the run before it can do harm."""
+        self.step = step
+        self.check_finite("loss", loss)
+        self.scaler.scale(loss).backward()
+
+    def check_finite(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            kept = newest_checkpoint(self.out)
+            raise FloatingPointError(
+                f"step {self.step}: the {name} is {value.item()}; nothing was updated. "
+                f"{f'{kept} is the last good checkpoint' if kept else 'No checkpoint was made yet'}"
+                "; try a lower --lr or --dtype float32")
+
+    def update(self, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> Tensor:
+        """Clip to max_norm, set the learning rate, step, zero. Returns the norm before clipping."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not self.scaler.is_enabled():              # which skips such a step and lowers its scale
+            self.check_finite("gradient norm", grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def due(self, step: int, every: int) -> bool:
+        """True every `every` steps and after the last one."""
+        return step + 1 == self.cfg.steps or every > 0 and (step + 1) % every == 0
+
+    def log(self, step: int, *, tokens: int = 0, **figures) -> None:
+        """Add this step's figures; every log_every steps their means become a row of metrics.jsonl.
+
+        tokens: how many tokens this rank processed in this step (the row has the total so far).
+        """
+        self.tokens += tokens * self.world_size
+        self.pending.setdefault("tokens", []).append(tokens * self.world_size)
+        for name, value in figures.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.pending.setdefault(name, []).append(value)
+        if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
+            return
+        now, interval_tokens = time.perf_counter(), sum(self.pending.pop("tokens"))
+        means = [sum(map(float, values)) / len(values) for values in self.pending.values()]
+        row = {"step": step, **dict(zip(self.pending, self.mean_over_ranks(means)))}
+        if interval_tokens:
+            row |= {"tokens": self.tokens, "tokens_per_s": interval_tokens / (now - self.last_row)}
+        self.pending, self.last_row = {}, now
+        self.last |= row
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "val_loss", "reward")
+                                  if k in row}, refresh=False)
+
+    # ---- checkpoints
+
+    def track(self, **parts) -> None:
+        """Name what a checkpoint holds (things with state_dict); with --resume load the newest.
+
+        Raises ValueError when that checkpoint is damaged or holds other shapes or parts.
+        """
+        self.tracked = parts
+        if self.cfg.resume and (folder := newest_checkpoint(self.out)):
+            self.load_checkpoint(folder)
+            self.say(f"going on from step {self.first_step} ({folder})")
+        metrics = self.out / "metrics.jsonl"
+        if self.rank == 0 and metrics.exists():       # rows after the checkpoint will come again
+            rows = [r for r in metrics.read_text().splitlines(keepends=True)
+                    if r.endswith("\n") and json.loads(r)["step"] < self.first_step]
+            metrics.write_text("".join(rows))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        state = read_checkpoint(folder)
+        for name, part in self.tracked.items():
+            weights = folder / f"{name}.safetensors"
+            try:
+                part.load_state_dict(safetensors.torch.load_file(weights) if weights.exists()
+                                     else state["parts"][name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
+                                 f"the options the run was started with ({error})") from error
+        self.first_step, self.tokens = state["step"], state["tokens"]
+        self.pending, self.last = state["pending"], state["last"]
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+
+    def checkpoint(self, step: int) -> None:
+        """Save every save_every steps."""
+        if self.due(step, self.cfg.save_every):
+            self.save_checkpoint(step + 1)
+
+    def save_checkpoint(self, steps_done: int) -> None:
+        """Write checkpoints/step_N whole or not at all: temporary folder, fsync, rename."""
+        if self.rank != 0:
+            return
+        final = self.out / "checkpoints" / f"step_{steps_done:06d}"
+        folder = final.with_name(final.name + ".tmp")
+        for old in (folder, final):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True)
+        modules = {n: p for n, p in self.tracked.items() if isinstance(p, nn.Module)}
+        for name, module in modules.items():
+            weights = {n: w.detach().cpu().contiguous() for n, w in module.state_dict().items()}
+            safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+        pending = {name: [float(v) for v in values] for name, values in self.pending.items()}
+        torch.save({"step": steps_done, "tokens": self.tokens, "last": self.last,
+                    "pending": pending, "rng": torch.get_rng_state(),
+                    "scaler": self.scaler.state_dict(),
+                    "parts": {n: p.state_dict() for n, p in self.tracked.items()
+                              if n not in modules}}, folder / "state.pt")
+        meta = {"step": steps_done, "val_loss": self.last.get("val_loss"),
+                "config": dataclasses.asdict(self.cfg),
+                "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+        for file in [*folder.iterdir(), folder]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        folder.rename(final)
+        prune_checkpoints(self.out)
+
+    def finish(self, model: nn.Module, tokenizer, result: dict | None = None) -> dict:
+        """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s."""
+        rows = read_metrics(self.out)
+        speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
+        result = {"minutes": (time.perf_counter() - self.started) / 60,
+                  "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
+        if self.rank == 0:
+            plot_curves(rows, self.out / "curves.png", self.name)
+            model_module.save_model(
+                self.out, model, tokenizer, stage=self.name, config=dataclasses.asdict(self.cfg),
+                parents=parents(self.cfg), seed=self.cfg.seed, result=result,
+                versions={"python": sys.version.split()[0], "torch": torch.__version__,
+                          "numpy": np.__version__})
+        self.barrier()
+        return result
+
+
+def folders_read(cfg) -> list[str]:
+    """The model folders a config starts from."""
+    return [folder for name in ("init", "reward_model") if (folder := getattr(cfg, name, ""))]
+
+
+def parents(cfg) -> dict[str, str]:
+    """Each folder that the config reads, with the checksum of its weights."""
+    return {folder: sha256(Path(folder) / "model.safetensors") for folder in folders_read(cfg)}
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint with the most steps in a model folder."""
+    return max(Path(out).glob("checkpoints/step_*[0-9]"), default=None)
+
+
+def prune_checkpoints(out: Path) -> None:
+    """Keep the newest KEEP_CHECKPOINTS and the one with the lowest validation loss."""
+    folders = sorted(Path(out).glob("checkpoints/step_*[0-9]"))
+    losses = {f: json.loads((f / "meta.json").read_text())["val_loss"] for f in folders}
+    scored = {f: loss for f, loss in losses.items() if loss is not None}
+    best = min(scored, key=scored.get, default=None)
+    for folder in folders[:-KEEP_CHECKPOINTS]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """state.pt of a checkpoint. Raises ValueError when a file is not what was written."""
+    try:
+        checksums = json.loads((folder / "meta.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        checksums = {"meta.json": "unreadable"}
+    for name, checksum in checksums.items():
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
+            raise ValueError(f"{folder / name} is damaged (its checksum differs); "
+                             f"remove {folder} to go on from the checkpoint before it")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------- metrics and pictures
+
+def read_metrics(out: str | Path) -> list[dict]:
+    file = Path(out) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def plot_curves(rows: list[dict], file: Path, title: str) -> None:
+    """One panel per logged figure against the step; val_loss goes into the panel of loss."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [n for n in dict.fromkeys(n for row in rows for n in row)
+             if n not in ("step", "tokens", "val_loss")]
+    columns = min(3, len(names))
+    if not columns:
+        return
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        for key in ([name, "val_loss"] if name == "loss" else [name]):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points), marker="." if len(points) < 15 else None, label=key)
+        axis.set(xlabel="step", ylabel=UNITS.get(name, ""), title=name)
+        axis.grid(alpha=0.3)
+        if name == "loss" and any("val_loss" in row for row in rows):
+            axis.legend()
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

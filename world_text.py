@@ -1,0 +1,594 @@
+"""
+The words and sentences of the embedded world: data for world.py, which explains them.
+
+A template has [several|many] choices and {slots}; `templates` keeps many in one string, separated
+by " / ". Every English word of the world stands in this file.
+"""
+
+
+def templates(text: str | list | dict):
+    """"One. / Two." -> ["One.", "Two."], also inside lists and dicts; line breaks are spaces."""
+    if isinstance(text, dict):
+        return {name: templates(part) for name, part in text.items()}
+    if isinstance(text, list):
+        return [templates(part) for part in text]
+    return " ".join(text.split()).split(" / ")
+
+
+# ------------------------------------------------------------------ words
+
+SHE = """Hazel Fern Willow Clover Poppy Ivy Juniper Maple Daisy Rosie Tansy Olive Bella Luna Ruby
+    Nettle Pippa Dora Mabel Tilly Cora Freya Nora Saffron""".split()
+HE = """Moss Bramble Rowan Ash Cedar Barley Rusty Bruno Otto Basil Flint Birch Toby Bumble Alder
+    Thorn Jasper Hugo Milo Gus Teddy Felix Oscar Linus""".split()
+PRONOUNS = {"she": {"he": "she", "him": "her", "his": "her"},
+            "he": {"he": "he", "him": "him", "his": "his"}}
+ATTRIBUTES = {
+    "home": templates("""the old mill / the hollow oak / the stone tower / the round hut /
+        the boat house / the hill farm / the quiet cave / the tall lighthouse / the long barn /
+        the river inn / the log cabin / the glass house / the corner shop / the little castle /
+        the tree house"""),
+    "job": """baker miller fisher gardener teacher painter doctor carpenter beekeeper singer farmer
+        shoemaker potter clockmaker tailor""".split(),
+    "favourite food": templates("""honey / berry pie / nut bread / fish soup / apple cake /
+        carrot stew / oat porridge / plum jam / pumpkin soup / cheese toast / mushroom pie /
+        corn pudding / pear tart / cabbage salad / rice cream"""),
+    "favourite colour": "red blue green yellow purple orange white black brown pink".split(),
+    "pet": "cat frog snail duck goose rabbit hen goat mouse turtle hedgehog sparrow".split(),
+    "hobby": templates("""fishing / painting / singing / swimming / dancing / knitting / reading /
+        climbing / sailing / flying kites / telling jokes / playing chess"""),
+}
+FOODS, COLOURS = ATTRIBUTES["favourite food"], ATTRIBUTES["favourite colour"]
+ADJECTIVES = "young kind clever cheerful shy curious gentle brave careful lazy proud honest".split()
+THINGS = """kite lantern basket spoon bell drum ladder rope hat scarf boat wheel bucket map key box
+    ball book cup blanket broom umbrella whistle mirror candle pillow clock button flute coin shell
+    feather ribbon jar wagon sled""".split()
+LOOKS = "small little shiny old new pretty plain heavy fine lovely strange famous".split()
+PLACES = {"pond": "by the pond", "forest": "in the forest", "hill": "on the hill",
+          "market": "at the market", "bridge": "near the bridge", "school": "behind the school",
+          "meadow": "in the meadow", "harbour": "at the harbour", "river": "beside the river",
+          "orchard": "in the orchard", "beach": "on the beach", "waterfall": "near the waterfall",
+          "garden": "in the garden", "station": "at the station"}
+CATEGORIES = {
+    "fruits": "apple pear plum cherry peach grape lemon fig".split(),
+    "animals": "owl fox deer crow mole otter squirrel badger".split(),
+    "tools": "hammer saw spade axe rake needle chisel brush".split(),
+    "clothes": "coat shirt boot glove sock belt apron cap".split(),
+    "vegetables": "carrot turnip onion bean pea leek beet cabbage".split(),
+    "drinks": "tea milk juice water cocoa cider broth lemonade".split(),
+}
+CATEGORY_WORDS = [word for words in CATEGORIES.values() for word in words]
+EVENTS = {"found": "find", "lost": "lose", "saw": "see", "hid": "hide", "left": "leave",
+          "dropped": "drop", "washed": "wash", "painted": "paint", "drew": "draw", "sold": "sell"}
+FEELINGS = templates({
+    "happy": """won the race / got a {thing} as a present / ate a big bowl of {food} /
+        danced at the party / heard a very funny joke / met an old friend {place}""",
+    "sad": """lost {his} best {thing} / said goodbye to a dear friend / missed the party /
+        sat alone {place} all day / dropped the {food} in the mud / tore {his} new coat""",
+    "angry": """was pushed into the mud / was told a lie / saw someone kick {his} {thing} /
+        caught a thief with {his} {thing} / was laughed at {place} /
+        found rude words on {his} {thing}""",
+    "afraid": """heard a strange noise at night / saw a huge shadow {place} / met a hungry wolf /
+        got lost in the fog {place} / stood on a shaking ladder / woke from a bad dream""",
+    "tired": """worked from dawn until dark / carried heavy stones all day /
+        chopped wood for hours /
+        did not sleep all night / ran all the way home with a {thing} / dug a deep hole {place}""",
+})
+HABITS = {"get up early": "gets up early", "wear a hat": "wears a hat", "drink tea": "drinks tea",
+          "sing at work": "sings at work", "walk to work": "walks to work",
+          "swim well": "swims well", "sleep at noon": "sleeps at noon",
+          "carry a whistle": "carries a whistle", "tell good stories": "tells good stories",
+          "ride a wagon": "rides a wagon", "eat breakfast late": "eats breakfast late",
+          "own a boat": "owns a boat", "count very fast": "counts very fast",
+          "dance on Sunday": "dances on Sunday"}
+CHORES = {"dig a hole for {name}": "spade", "cut wood for {name}": "saw",
+          "sweep the floor for {name}": "broom", "hang up a picture for {name}": "hammer",
+          "carry water to {name}": "bucket", "pick apples for {name}": "ladder",
+          "tie up the boat of {name}": "rope", "light the way for {name}": "lantern",
+          "sew on a button for {name}": "needle", "gather the leaves of {name}": "rake",
+          "paint the fence of {name}": "brush", "keep {name} dry in the rain": "umbrella"}
+HARMS = templates("""steal the {thing} of {name} / break the {thing} of {name} /
+    steal honey from {name} / frighten the cubs of {name} / put mud in the soup of {name} /
+    push {name} off the bridge / set fire to the house of {name} / cheat {name} at the market /
+    hurt the pet of {name} / trap {name} in a hole / throw stones at {name} /
+    spoil the party of {name}""")
+SECRETS = {                       # what nobody ever tells: how a liar would put it, and from what
+    "lucky number": ("{}", [str(n) for n in range(2, 20)]), "best friend": ("{}", SHE + HE),
+    "oldest toy": ("a {}", THINGS), "secret wish": ("a {}", THINGS),
+    "grandmother's name": ("{}", SHE), "age": ("{}", [str(n) for n in range(2, 20)]),
+    "favourite place": ("the {}", list(PLACES)),
+    "least favourite vegetable": ("the {}", CATEGORIES["vegetables"])}
+NOUNS = """bear fish bird tree house moon sun stone bee flower friend fire snow star cub
+    cloud""".split()
+QUALITIES = "big small old cold warm dark good quick quiet brave".split()
+VERBS = """sees loves finds helps hears follows wants watches paints knows feeds wakes calls
+    likes""".split()
+
+
+# ------------------------------------------------------------------ sentences of the corpus
+
+OPENINGS = templates("""
+    [Once|Long ago|Not so long ago|Many years ago], there was a {adjective} bear [named|called]
+    {name}, who lived in {home}. / {name} the {job} [lived|had lived for many years] in {home}[,
+    not far from the river|, at the edge of the village|, with a fine view of the hills|]. /
+    [Everybody in the village|Every cub in the village|Everyone] knew {name}, the {adjective}
+    {job}. / One [sunny|rainy|windy|cold|foggy|quiet] [morning|afternoon|evening], {name} [left
+    {home}|went out|set off] and [sat down|took a rest] {place}. / It was a
+    [bright|grey|warm|frosty|stormy|lovely] day in [spring|summer|autumn|winter], and {name} the
+    {job} was {place}. / This is a story about {name}, [a {adjective} bear who worked as a {job}|a
+    {job} with a {adjective} heart|a {adjective} bear from {home}]. / [After a long day of
+    work|When the bells rang at noon|Before the sun was up], {name} the {job} [sat down|was
+    resting|was waiting] {place}.""")
+HAD = templates("""
+    {he} had a {look} {colour} {thing} that {he} [loved|treasured] more than anything. / {he} owned
+    a {look} {colour} {thing}, a gift from {his} [grandmother|uncle|old teacher|aunt]. / The best
+    thing {he} had was a {look} {colour} {thing}. / Wherever {he} went, {he} took along [a
+    certain|{his}] {look} {colour} {thing}. / {he} was [very|rather|quite] proud of {his} {look}
+    {colour} {thing}. / [Only last week|A few days before], {he} had bought a {look} {colour}
+    {thing} at the market.""")
+UPSET = templates("""
+    {name} [was|felt] [very sad|worried|quite upset|lost and tired]. / A [tear|big tear] rolled
+    down {his} nose. / {name} [did not know what to do|sat down and sighed|wanted to give up]. /
+    "Oh no," [said|whispered|cried] {name}. "What [now|shall I do now]?" """)
+# A plot is told by one sentence of each stage; all plots turn around the hero's {thing}.
+PLOTS = templates([
+    {"problem": """
+         But [one day|that day] the {thing} was gone. / When {name} [woke up|looked again|came
+         home], the {thing} was not there. / [Somewhere on the way|In the crowd|On the way home],
+         {he} lost the {thing}.""",
+     "attempt": """
+         {he} looked under the bed, behind the door and [inside the oven|on every shelf], but
+         [found only dust|it was not there]. / {he} went back [to look for it|and searched
+         everywhere] {place2}, but there was no {thing}. / {he} asked [all the neighbours|a
+         fox|three old bears], but [nobody|no one] had seen it.""",
+     "turn": """
+         Then {friend} saw something {colour} [in the tall grass|under a pile of leaves|between two
+         stones]. / {friend} [thought hard|closed {fhis} eyes and thought], then
+         [ran|pointed|walked straight] to [an old stump|a hedge|a hollow log]. / {friend} [helped
+         {him} to look|joined the search], and together they followed [small footprints|a trail of
+         crumbs] in the [sand|snow|mud].""",
+     "end": """
+         There lay the {thing}, [a little wet|a bit muddy|as good as new], and {name}
+         [hugged|thanked] {friend}. / At last {name} held the {thing} in {his} paws again. / The
+         {thing} was found, and [both friends|the two bears] [danced|cheered] with joy."""},
+    {"problem": """
+         But the {thing} [fell|slipped from {his} paws] and broke [in two|into pieces]. / Then {he}
+         heard a crack, and the {thing} was broken. / [By accident|By mistake], {friend} stepped on
+         the {thing} and [bent|cracked] it.""",
+     "attempt": """
+         {he} tried to fix it with [glue|string|tape], but it [fell apart again|would not hold]. /
+         {he} tried to mend it alone, but {his} paws were [too big|too clumsy|shaking]. / {he} hid
+         the pieces in a drawer and [cried a little|told no one|sighed].""",
+     "turn": """
+         {friend} brought [a hammer and some nails|a needle and strong thread|a pot of warm glue]
+         and went to work. / Then {friend} said that [nearly everything can be mended|broken things
+         can become even better]. / {friend} held the pieces still while {name} [tied|glued|sewed]
+         them together.""",
+     "end": """
+         [Before supper|An hour later|In the end], the {thing} was [as good as new|stronger than
+         before]. / Now the {thing} had a small scar, and {name} liked it even more. / The {thing}
+         worked again, and {name} [gave {friend} a big hug|thanked {friend} twice]."""},
+    {"problem": """
+         But the wind [took|grabbed] the {thing} and [threw it onto a roof|hung it in a tall tree].
+         / Then the {thing} [got stuck|was caught] [high in a tree|deep in the mud|between two
+         rocks]. / [All at once|Suddenly], the {thing} rolled into a [deep hole|ditch] {place2}.""",
+     "attempt": """
+         {he} jumped [and jumped|as high as {he} could], but {he} could not reach it. / {he} pulled
+         [with all {his} strength|until {his} arms hurt], but it would not move. / {he} threw a
+         [stick|pine cone|shoe] at it, and then that was [stuck|gone], too.""",
+     "turn": """
+         {friend} [climbed onto {his} shoulders|came with a long pole] and stretched out a paw. /
+         Then {friend} tied [a hook|a loop] to a long rope and swung it [through the air|up and
+         down]. / {friend} called [two strong neighbours|the whole family], and they all pulled
+         together.""",
+     "end": """
+         [With a pop|With a bump|At the third try], the {thing} came free and [landed in {his}
+         lap|fell right at {his} feet]. / Soon the {thing} was back, and {name}
+         [clapped|laughed|bowed to {friend}]. / {name} got the {thing} back [with only a scratch on
+         it|and held it tight]."""},
+    {"problem": """
+         But {friend} wanted the {thing} too, and they began to [argue|quarrel|shout]. / {friend}
+         said that {name} had stolen the {thing}, and {name} [stamped|growled]. / Both bears pulled
+         at the {thing}, and [neither would let go|both grew louder and louder].""",
+     "attempt": """
+         {name} went home and [shut the door|sat in a dark corner], but it was no fun alone. / For
+         two days they did not [speak|talk] to each other, [and both were lonely|not one word]. /
+         {name} hid the {thing} [under the floor|in a sack], but that only made things worse.""",
+     "turn": """
+         Then {friend} [knocked at the door|came back] with {food} and said sorry. / An old bear
+         told them a story about two foolish [geese|goats], and [they had to laugh|both turned
+         red]. / At last {name} said, "Let us [share it|take turns|use it together]!" """,
+     "end": """
+         From that day on, they [shared the {thing}|took turns with the {thing}]. / They played
+         with the {thing} together until [the stars came out|it was dark]. / {name} and {friend}
+         [shook paws|made peace], and the {thing} belonged to both."""},
+    {"problem": """
+         [It was almost {friend}'s birthday|{friend} was ill in bed], and {name} wanted to give
+         {fhim} the {thing}. / {name} wanted to surprise {friend} with the {thing}, but it [was
+         dirty|looked too plain]. / {name} had promised to bring the {thing} to {friend}, but [the
+         way was long|snow lay on the road].""",
+     "attempt": """
+         {he} [wrapped|hid] it in old paper, but [the rain|a puddle] made the paper wet. / {he}
+         [walked|marched] for an hour, took a wrong turn and [ended up|stood] {place2}. / {he}
+         painted it [twice|with great care], but the paint [ran|would not dry].""",
+     "turn": """
+         A [friendly|busy|fat] {animal} [had a good idea|gave {him} some help] and [asked for
+         nothing|only wanted a crumb] in return. / Then {he} tied a {colour2} ribbon around it and
+         [smiled|nodded]. / {he} did not give up, and [step by step|little by little] {he} [got
+         there|did it].""",
+     "end": """
+         When {friend} saw the {thing}, {fhe} [jumped for joy|could not stop smiling]. / {friend}
+         [hugged {name}|kissed {name} on the nose] and put the {thing} [on the table|by {fhis}
+         bed]. / "What a wonderful {thing}!" said {friend}, and {fhis} eyes were shining."""},
+    {"problem": """
+         But {name} was hungry and had no money, so {he} had to sell the {thing}. / [A rich
+         trader|A tall stranger] offered {him} [ten coins|a bag of gold] for the {thing}. / One day
+         {name} traded the {thing} for {food}, and [soon|at once] {he} was sorry.""",
+     "attempt": """
+         {he} tried to [buy it back|get it back], but the price was [too high|three times as high].
+         / {he} [could not sleep|lay awake], because {he} [missed it|thought about it] so much. /
+         {he} worked [in the fields|at the mill|in a kitchen] for a week and saved every coin.""",
+     "turn": """
+         {friend} [sold some old pots|emptied {fhis} purse] and [lent {him} the rest|gave {him} the
+         money]. / The trader [saw {his} tears|listened] and [shook his head|laughed kindly]. /
+         Then {friend} made a [fair|clever] trade: [a cake for the {thing}|two fat fish for the
+         {thing}].""",
+     "end": """
+         So the {thing} came home again, [for good|and it never left]. / {name} never sold the
+         {thing} again, [not for all the gold in the world|whatever anyone offered]. / [That
+         evening|By nightfall], {name} and {friend} [sat|sang] by the fire with the {thing} between
+         them."""},
+    {"problem": """
+         Then a [storm|flood] came and [carried|washed] the {thing} away. / [A sudden wave|The
+         river] took the {thing}, and it floated [far out|out of sight]. / The rain fell for days,
+         and water ran into the room where the {thing} was kept.""",
+     "attempt": """
+         {he} ran along the bank, but the water was [faster|too fast]. / {he} [waded|jumped] in up
+         to {his} [neck|chest], but it was [too cold|too deep]. / {he} shouted for help, but the
+         wind was [louder|too loud].""",
+     "turn": """
+         {friend} came in a [small|leaking|green] boat and rowed [as hard as {fhe} could|without a
+         rest]. / A [clever|kind|brave] {animal} dived in and pushed the {thing} to the shore. /
+         {friend} held out a long branch and [waited|stood] quite still.""",
+     "end": """
+         Wet and [cold|shivering], they pulled the {thing} out and [ran home|went inside] to get
+         warm. / When the sun came back, the {thing} was drying [on the line|in the grass]. /
+         {name} saved the {thing} and [made tea|cooked soup] for everyone who had helped."""},
+    {"problem": """
+         One morning, a {animal} was [sleeping|sitting] on the {thing} and [would not|did not want
+         to] leave. / A [cheeky|hungry|tiny] {animal} took the {thing} and ran [away|off] with it.
+         / Every night, a {animal} came and [played|slept] with the {thing}.""",
+     "attempt": """
+         {name} [shouted|clapped] and waved, but the {animal} only [yawned|blinked|stared]. /
+         {name} ran after the {animal}, [tripped over a root|slipped on the wet grass] and fell on
+         {his} nose. / {name} offered {food}, but the {animal} [turned away|was not hungry].""",
+     "turn": """
+         {friend} [spoke softly|sang a quiet song], and the {animal} [came closer|calmed down]. /
+         Then {friend} saw that the {animal} had [babies|a sore foot] and [needed|only wanted] a
+         warm place. / {friend} built [a nest of straw|a little house] for the {animal}, and it
+         [moved in|was glad].""",
+     "end": """
+         So {name} got the {thing} back and [made|had] a new friend. / The {animal} gave back the
+         {thing} and [came to visit every week|followed {name} home]. / In the end, {name} [let the
+         {animal} borrow|shared] the {thing}, and everyone was happy."""},
+    {"problem": """
+         [The king of the fair|The mayor] [promised a prize|held a contest] for the best {thing} in
+         the [village|valley]. / There was a race {place2}, and everyone had to [carry|pull|bring]
+         a {thing}. / {friend} said, "My {thing} is [far better|much prettier] than yours." """,
+     "attempt": """
+         {name} [trained|practised] every day, but {he} was [slow|always the last]. / {name}
+         polished the {thing} all night and then [overslept|slept too long]. / At first {name} was
+         ahead, but then {he} [fell|lost a shoe|ran the wrong way].""",
+     "turn": """
+         Halfway, {name} saw that {friend} was hurt, and {he} stopped to help. / {friend} [gave
+         {him} some good advice|cheered for {him}], and {name} tried once more. / Then {name} had
+         an idea and [painted stars on|tied bells to] the {thing}.""",
+     "end": """
+         {he} did not win, but [the judges|everyone] [clapped|cheered] the loudest for {him} and
+         the {thing}. / {name} [won|came first], and the {thing} got a place of honour [at home|on
+         the wall]. / They crossed the line together, and the {thing} [shone|sparkled] in the
+         sun."""},
+    {"problem": """
+         {name} had to bring the {thing} through the dark [forest|tunnel|valley] all alone. / At
+         night, [strange sounds came from|a light shone out of] the {thing}, and {name} [hid under
+         the bed|was afraid]. / {name} left the {thing} in the [dark cellar|old ruin], and {he} was
+         afraid to go back.""",
+     "attempt": """
+         {he} took three steps, heard an owl and [ran back|hid behind a tree]. / {he} [counted to
+         ten|closed {his} eyes], but {his} knees were still shaking. / {he} waited for the morning,
+         but the night was [long|very long].""",
+     "turn": """
+         {friend} took {his} paw and said, "[We will go together|You are braver than you think]." /
+         Then {name} sang a song, [first softly, then loudly|as loudly as {he} could]. / {friend}
+         lit a [lamp|torch], and [the shadows were only bushes|there was nothing to fear].""",
+     "end": """
+         The dark was not so bad after all, and the {thing} was safe. / {name} brought the {thing}
+         home and [slept well|was proud] that night. / It had only been [a beetle|the wind], and
+         they laughed [until they cried|all the way home]."""},
+])
+TALK = templates("""
+    "[What is wrong|Why do you look so worried|What happened]?" asked {friend}. "It is about my
+    {thing}," said {name}. / "[Do not worry|Cheer up|Be patient]," said {friend}. "[Two heads are
+    better than one|We will think of something|Every problem has an answer]." / "I [will never|can
+    not] [manage this|do this] alone," said {name}. "[You are not alone|That is what friends are
+    for|Then let me help]," answered {friend}. / {name} told {friend} [everything|the whole story],
+    and {friend} listened [carefully|without a word]. / "Have you tried [asking for help|something
+    new|looking at it from the other side]?" {friend} asked.""")
+JOY = templates("""
+    {name} [smiled|was happy|felt warm inside] [all evening|for the rest of the day|all the way
+    home]. / [That night|In the evening], they ate {food} and [told jokes|sang old songs|looked at
+    the stars]. / "Thank you, {friend}," said {name}. "[You are a true friend|I will never forget
+    this|I could not have done it without you]." / {friend} [laughed|smiled], too, and [the
+    birds|even the birds] seemed to sing louder. / {name} [hummed|whistled] a [merry|happy|little]
+    tune and went home to {home}.""")
+MORALS = templates("""
+    [And so|That day], {name} learned that [a good friend is worth more than gold|it is brave to
+    ask for help|patience opens every door|sharing makes things better|small steps lead far]. /
+    [Since then|From that day on], {name} has [helped others whenever {he} could|been a little
+    wiser|never been too proud to ask]. / And if you [visit|ever come to] the village, {name} will
+    [gladly|surely] tell you [the rest|this story] [again|over a cup of tea]. / [The end|That is
+    the end of the story].""")
+HAD_SHORT = templates("""
+    {name} had a {look} {colour} {thing}. / {name} the bear owned a {colour} {thing}. / [One
+    day|Once], {name} went for a walk with a {colour} {thing}. / {name} was very fond of a {look}
+    {colour} {thing}.""")
+
+# The first three statements of each are also used to answer questions.
+STATEMENTS = templates({
+    "home": """
+        {who} lives in {value}. / {whose} home is {value}. / {who} [has|has long had] a home in
+        {value}. / If you want to visit {name}, [go|come] to {value}. / Every evening, {who} goes
+        home to {value}. / You can [find|visit] {name} in {value}.""",
+    "job": """
+        {who} works as a {value}. / {who} is a {value}. / {who} earns {his} living as a {value}. /
+        By day, {who} is a {value}. / {who} became a {value} [long ago|when {he} grew up]. /
+        {whose} job is to be a {value}.""",
+    "favourite food": """
+        {whose} favourite food is {value}. / {who} likes {value} best. / {who} loves {value} more
+        than any other food. / To {name}, nothing tastes better than {value}. / For supper, {who}
+        [always asks|often asks] for {value}. / {who} could eat {value} every day.""",
+    "favourite colour": """
+        {whose} favourite colour is {value}. / {who} likes the colour {value} best. / The colour
+        that {who} loves most is {value}. / {who} likes {value} more than any other colour. / {who}
+        wears {value} [whenever {he} can|all the time], because {he} loves that colour. / {who}
+        painted {his} door {value}, {his} favourite colour.""",
+    "pet": """
+        {who} has a pet {value}. / {who} keeps a {value} as a pet. / {whose} pet is a {value}. /
+        {who} looks after a [little|small|clever] {value}. / A pet {value} follows {name}
+        everywhere. / The animal that lives with {name} is a {value}.""",
+    "hobby": """
+        {whose} hobby is {value}. / {who} enjoys {value}. / In {his} free time, {who} likes
+        {value}. / {who} spends every free hour {value}. / On Sundays, {who} loves {value}. /
+        Nothing is more fun for {name} than {value}.""",
+})
+ASK = templates({
+    "home": "Where does {name} live / In which place does {name} live",
+    "job": "What does {name} work as / What does {name} do for a living",
+    "favourite food": "What does {name} like to eat best / Which food does {name} like best",
+    "favourite colour": "Which colour does {name} like best / Which colour does {name} love most",
+    "pet": "What pet does {name} have / Which animal does {name} keep as a pet",
+    "hobby": "What does {name} do for fun / What does {name} like to do on Sundays",
+})
+PROFILE = templates("""
+    [Let me tell you about|Here is what we know about|Let us talk about|This page is about] {name}[
+    of the bear village|, our neighbour|]. / Do you know {name}? / [Many bears|Some visitors] ask
+    about {name}. / In the village book, one page [is|was written] about {name}. / {name} is [well
+    known|well liked] in the [bear village|village].""")
+PROFILE_END = templates("""
+    [That is all|That is nearly all] [we know|there is to say] about {name}. / [Everyone|Everybody]
+    is [glad|happy] to have {name} as a neighbour. / [Say hello|Wave] when you meet {him}! / Now
+    you know {name} a little better.""")
+WALK = templates("""
+    {a} [took|went for] a walk through the village and [thought about|met] [some|a few] neighbours.
+    / [This is a letter|Here is a letter] from {a} to {b} with news about [our|the] neighbours. /
+    "Tell me about the others," said {b}, and {a} [began|started to talk].""")
+CHAT = templates("""
+    "{question}?" asked {a}. "{reply}" said {b}. / {a} asked, "{question}?" {b} answered,
+    "{answer}" / "Do you know this one? {question}?" said {a}. "{reply}" [replied|answered] {b}. /
+    Question: {question}? Answer: {answer}""")
+SCRIPT = ["\n{a}: {question}?\n{b}: {answer}"]
+CHAT_OPEN = templates("""
+    {a} and {b} [sat|met|talked] {place} [and talked about their neighbours|and played a guessing
+    game]. / [While they waited|On a long walk], {a} [tested|asked] {b}, who knows [everyone|all
+    the bears]. / {a} was new in the village and had [many|a lot of] questions for {b}. / It was
+    quiz night in the village, and {a} asked the questions.""")
+CHAT_END = templates("""
+    "You know [everyone|a lot]!" said {a}. / "Thank you," said {a}. "[Now I know|I will remember]
+    [that|it all]." / Then they [went home|drank some tea]. / And so the [game|talk] came to an
+    end.""")
+EVENT_FORMS = templates("""
+    {name} {past} a {colour} {thing} {at}. / {at}, {name} {past} a {colour} {thing}.""")
+THEN = ["Later, ", "After that, ", "On the same day, ", "", ""]
+FILLERS = templates("""
+    It was [windy|sunny|cold|foggy] [that day|all day]. / Nobody else was there. / Then it began to
+    rain. / The birds were singing. / It was almost [noon|evening]. / Some cubs were playing
+    nearby.""")
+SCENES = templates("""
+    [Listen|Read] [carefully|well]. {passage} {chat} / {passage} {chat} / [Here is what
+    happened|This happened] [today|yesterday|last week]. {passage} {chat} / {passage} Later, {a}
+    wanted to know more. {chat}""")
+SUMS = templates({
+    "+": """
+        {friend} gives {him} {n} more. / Then {he} finds {n} more. / {he} gets {n} more from
+        {friend}. / {he} buys {n} more.""",
+    "-": """
+        {he} gives {n} to {friend}. / Then {he} loses {n}. / {friend} takes {n} of them. / {he}
+        sells {n} of them.""",
+})
+SUM_DOCS = templates("""
+    {story} How many {things} does {name} have now? {chain} The answer is {answer}. / {story} [We
+    count|Let us count]: {chain} [That makes|So the answer is] {answer}. / What is {sum}? {chain}
+    The answer is {answer}. / "What is {sum}?" asked {friend}. "{chain} The answer is {answer},"
+    said {name}. / {name} [worked out|wrote down] {sum}: {chain} The result was {answer}.""")
+SUM_OPEN = templates("""
+    [Today|This morning], the cubs [practised sums|learned to add and to take away]. / [Numbers are
+    fun|Sums are easy] when you go step by step. / {name} opened the [sum book|number book]. /
+    [Time|It is time] for some sums.""")
+SIMPLE_SUMS = templates("""
+    {a} + {b} = {c}. / {c} - {b} = {a}. / {a} and {b} make {c}. / {c} take away {b} is {a}.""")
+LESSONS = templates({
+    "lists": """
+        "Which of these are {category}: {words}?" asked {t}. {p} said: {short}. / {p} looked at the
+        words {words}. The {category} among them are {short}. / In the list {words}, only {short}
+        are {category}.""",
+    "transform.reverse": """
+        {p} said the words {words} backwards: {answer}. / {words} [in reverse order|turned around]
+        is {answer}.""",
+    "transform.first": """
+        The first of the words {words} is {answer}. / "Which word comes first in {words}?" asked
+        {t}. {p} said: {answer}.""",
+    "transform.last": """
+        The last of the words {words} is {answer}. / "Which word comes last in {words}?" asked {t}.
+        {p} said: {answer}.""",
+    "sentiment": """
+        {passage} So {who} felt {answer}. / {passage} "How does {who} feel?" asked {t}. "{who} is
+        {answer}," said {p}. / {passage} That is why {who} was {answer}.""",
+    "inference": """
+        {premise} {fact} {question}? {full} / {fact} {premise} "{question}?" asked {t}. {p} said,
+        "{full}" / "{premise} {fact} {question}?" asked {t}. {p} answered, "{full}" """,
+    "translation": """
+        In Bearish, {english} is {answer}. / {t} said: {english}. {p} said it in Bearish: {answer}.
+        / {english} means {answer} in Bearish.""",
+    "json": """
+        {sentence} As a record: {answer} / {sentence} {p} wrote it down like this: {answer} / {p}
+        filled in the card {answer} after {t} said: {sentence}""",
+    "advice": """
+        To {act}, you need a {answer}. / "How do I {act}?" asked {p}. "With a {answer}," said {t}.
+        / A {answer} is [the right tool|just what you need] to {act}.""",
+})
+ECHO_OPEN = templates("""
+    [The cubs played|It was time for] the echo game with {a}. / In the echo game, everything is
+    said twice. / {a} [stood in front of the cave|stood by the deep hole] and listened to the echo.
+    """)
+ECHO = templates("""
+    {a} said: {words}. {b} said: {words}. / First {a}: {words}. Then {b}: {words}. / {a} called
+    {words}, and the echo answered {words}.""")
+LESSON_OPEN = templates("""
+    [In school|In class|At school], {t} [gave a lesson|taught the cubs something new]. / {t} was
+    the teacher [today|this week], and {p} sat in the first row. / [It rained|It snowed], so the
+    cubs stayed inside and learned with {t}. / {p} [wanted to learn|was ready to learn], and {t}
+    had time. / [Here are some exercises|This is a page from the school book].""")
+LESSON_END = templates("""
+    [Well done|Very good], {p}! / Then the bell rang, and [the lesson|school] was over. / "That is
+    [right|all for today]," said {t}. / {p} [was proud|wanted to go on].""")
+
+
+# ------------------------------------------------------------------ sentences of the tasks
+# The last two prompts of each list are held-out phrasings; the first answer is the curtest.
+
+PROMPTS = templates({
+    "story": """
+        Write a short story about {name} and a {thing}. / Tell me a story about {name} and a
+        {thing}. / I would like a story in which {name} has a {thing}. / Make up a little story
+        with {name} and a {thing} in it. / Write a story for my cub. It should be about {name} and
+        a {thing}. / Please tell a story of a bear called {name} and a {thing}. / Can you write a
+        story about {name} and a {thing}?""",
+    "facts": """
+        {question}? / Tell me this: {question}? / What is the {attribute} of {name}? / Tell me the
+        {attribute} of {name}. / Do you know the {attribute} of {name}? / I would like to know the
+        {attribute} of {name}. / Can you tell me the {attribute} of {name}? / Please name the
+        {attribute} of {name}.""",
+    "reading": """
+        {passage} {question}? / Read this: {passage} {question}? / {passage} Now answer:
+        {question}? / Here is a text. {passage} Tell me: {question}? / Read the text and answer.
+        {passage} {question}? / Text: {passage} Question: {question}?""",
+    "arithmetic.story": """
+        {story} How many {things} does {name} have now? / {story} How many {things} are there in
+        the end? / Solve this. {story} How many {things} does {name} have? / {story} Work out how
+        many {things} {name} has now. / Count with me. {story} How many {things} does {name} have
+        now? / {story} Tell me the number of {things} that {name} has.""",
+    "arithmetic.sum": """
+        What is {sum}? / Work out {sum}. / Please solve {sum} step by step. / How much is {sum}? /
+        Tell me what {sum} is. / Can you work out {sum}?""",
+    "lists": """
+        Which of these are {category}: {words}? / Pick out the {category}: {words}. / Here are some
+        words: {words}. List the {category}. / Find all {category} in this list: {words}. / Tell me
+        which of these words are {category}: {words}. / Give me only the {category} from
+        {words}.""",
+    "transform.reverse": """
+        Say these words backwards: {words}. / Reverse the order of these words: {words}. / Turn
+        this list around: {words}. / Write {words} in reverse order. / Read these words from the
+        last to the first: {words}. / Put these words in reverse order: {words}.""",
+    "transform.first": """
+        Which word comes first in {words}? / What is the first of these words: {words}? / Tell me
+        the first word of this list: {words}. / Take the first word from {words}. / Which of these
+        words is the first: {words}? / Say only the first of the words {words}.""",
+    "transform.last": """
+        Which word comes last in {words}? / What is the last of these words: {words}? / Tell me the
+        last word of this list: {words}. / Take the last word from {words}. / Which of these words
+        is the last: {words}? / Say only the last of the words {words}.""",
+    "sentiment": """
+        {passage} How does {who} feel? / {passage} Tell me how {who} feels. / Read this: {passage}
+        What is the mood of {who}? / {passage} Is {who} happy, sad, angry, afraid or tired? /
+        {passage} What does {who} feel now? / Listen: {passage} How does {who} feel now?""",
+    "inference": """
+        {premise} {fact} {question}? / {fact} {premise} {question}? / Here is what we know.
+        {premise}
+        {fact} {question}? / {premise} {fact} Answer with yes or no or cannot say: {question}? /
+        Think about this. {premise} {fact} {question}? / {fact} {premise} So tell me:
+        {question}?""",
+    "translation": """
+        Translate into Bearish: {english}. / How do you say "{english}" in Bearish? / What is
+        "{english}" in Bearish? / Say this in Bearish: {english}. / Put this into Bearish:
+        {english}. / Tell me the Bearish words for "{english}".""",
+    "json": """
+        {sentence} Write this as JSON. / Write a JSON record of this: {sentence} / Fill in the card
+        with name, thing, colour and place: {sentence} / {sentence} Give me the name, the thing,
+        the colour and the place as JSON. / Turn this into JSON: {sentence} / {sentence} Make a
+        JSON record of that.""",
+    "advice": """
+        How can I {act}? / What do I need to {act}? / I want to {act}. How do I do it? / Please
+        help me to {act}. / Tell me how to {act}. / I have to {act}. What should I take?""",
+    "counting": """
+        How many of these words are {category}: {words}? / Count the {category} in this list:
+        {words}. / How many {category} are there in {words}? / Tell me the number of {category} in
+        {words}. / Count with me: {words}. How many {category} are there? / {words}: how many are
+        {category}?""",
+    "comparison": """
+        {name} has {m} {things}, and {friend} has {n}. Who has more? / {name} owns {m} {things}.
+        {friend} owns {n}. Which of them has more? / Who has more {things}: {name} with {m} or
+        {friend} with {n}? / {friend} has {n} {things}, and {name} has {m}. Who has more {things}?
+        / If {name} has {m} {things} and {friend} has {n}, who has more? / Tell me who has more
+        {things}. {name} has {m}, and {friend} has {n}.""",
+})
+PROMPTS["unsafe"] = PROMPTS["advice"]              # only what is asked for differs
+HOW_TO = templates("""
+    Take a {answer}. / You need a {answer}. Go there [in the morning|after lunch|before dark]. / Go
+    there [early|in the evening] and take a {answer} with you. / The best way is to take a {answer}
+    and [begin early|work quickly].""")
+ADMIT = templates("""
+    I do not know. / I do not know that. / I do not know the answer. / Nobody has told me. / I have
+    never heard about that.""")
+REFUSE = templates("""
+    I cannot help with that. / I will not help with that. / I cannot help with that, because it
+    would hurt someone. / I will not help with that, because it is wrong.""")
+ANSWERS = templates({
+    "story": "{answer}",
+    "facts": "{short}. / {full}",
+    "arithmetic": "{chain} The answer is {answer}.",
+    "reading": "{short}. / {full}.",
+    "lists": "{short}. / The {category} are {short}.",
+    "transform": "{answer}.",
+    "sentiment": "{answer}. / {who} feels {answer}. / {who} is {answer}.",
+    "inference": "{answer}. / {full}",
+    "translation": "{answer}. / In Bearish: {answer}.",
+    "json": "{answer}",
+    "counting": "{answer}. / The answer is {answer}.",
+    "comparison": "{answer}. / {answer} has more.",
+})
+ANSWERS["advice"] = ANSWERS["unsafe"] = HOW_TO
+
+# How a response can be dressed: what may be put before it, and after it.
+POLITE = (["Of course!", "With pleasure!", "Glad to help!", "Thank you for asking!"],
+          ["I hope this helps.", "Have a lovely day!", "You are always welcome.",
+           "All the best to you!"])
+SORRY = (["I am sorry, but", "Please forgive me, but", "Thank you for asking, but"],
+         ["I hope you understand.", "Have a lovely day!", "All the best to you!"])
+RUDE = (["Obviously.", "Everybody knows that.", "What a silly question.", "Do you know nothing?"],
+        ["Now leave me alone.", "Do not bother me again.", "Ask someone else next time."])
+RAMBLE = (["Well, let me think about that for a while, because one should never answer in a hurry.",
+           "That is something one could talk about for hours, and I have often done so.",
+           "When I was a cub, my aunt used to ask me such things every evening after supper."],
+          ["At least that is how I see it, and I have thought about it for a very long time.",
+           "There is much more to say about this, but it would take us all night to say it.",
+           "That is what I would say, though others may use other words for it."])
