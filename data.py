@@ -419,6 +419,19 @@ class TokenStream:
         return torch.from_numpy(begins.cumsum(1, dtype=np.int32) - 1), torch.from_numpy(positions)
 
 
+def copying_batch(vocab_size: int, rows: int, length: int, seed: int, step: int) -> Batch:
+    """Random tokens said again and again, with a period of 8 to 32 that differs from row to row.
+
+    All there is to learn is to look back and copy, and a model that has learned it (in a few
+    hundred steps) uses it on text from the start: see --copy_steps of train_pretrain.py.
+    """
+    rng = np.random.default_rng((seed, step))
+    places = np.arange(length + 1) % rng.integers(8, 33, (rows, 1))          # (rows, length + 1)
+    tokens = np.take_along_axis(rng.integers(0, vocab_size, (rows, 32)), places, axis=1)
+    return Batch(torch.from_numpy(tokens), torch.ones(tokens.shape, dtype=torch.bool), None, None,
+                 torch.arange(rows))
+
+
 # ---------------------------------------------------------------------- conversations
 
 def fit(sides: list[tuple], limit: int, truncate: str, where: str) -> list[tuple] | None:

@@ -36,7 +36,8 @@ from model import load_model, parameter_count
 PRESETS = {
     "tiny": {},
     "smoke": {
-        "pretrain": {"max_bytes": 1_000_000, "steps": 60, "warmup": 10, "eval_windows": 16},
+        "pretrain": {"max_bytes": 1_000_000, "steps": 60, "copy_steps": 0, "warmup": 10,
+                     "eval_windows": 16},
         "sft": {"n_examples": 1000, "steps": 30, "warmup": 5, "eval_examples": 40},
         "rm": {"n_pairs": 500, "steps": 20, "warmup": 5, "eval_pairs": 100, "n_shift": 20},
         "dpo": {"n_pairs": 300, "steps": 15, "warmup": 5, "eval_pairs": 100},

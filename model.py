@@ -42,6 +42,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = True                 # the output projection is the embedding
+    token_shift: bool = False         # a token also sees its predecessor's embedding
     head: str = "lm"                  # lm | scalar
 
     def __post_init__(self):
@@ -69,7 +70,8 @@ class ModelConfig:
         """Parameters that multiply every token: everything but norms and the embedding look-up."""
         attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
         head = self.d_model * (self.vocab_size if self.head == "lm" else 1)
-        return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + head
+        shift = self.d_model ** 2 if self.token_shift else 0
+        return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + shift + head
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs to train on one token of a causal sequence of `length`: 6 per matmul parameter (2
@@ -107,6 +109,7 @@ class KVCache:
         shape = (config.n_layers, 2, len(starts), capacity, config.n_kv_heads, config.d_head)
         self.keys_values = torch.zeros(shape, dtype=dtype, device=starts.device)
         self.starts, self.length, self.capacity = starts, 0, capacity
+        self.last: Tensor | None = None                # (B, 1, D) embedding of the newest token
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
@@ -118,7 +121,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (an index tensor): finished rows cost nothing."""
         self.keys_values = self.keys_values[:, :, rows]
-        self.starts = self.starts[rows]
+        self.starts, self.last = self.starts[rows], self.last[rows]
 
 
 class Attention(nn.Module):
@@ -173,6 +176,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.token_shift:
+            self.shift = Linear(config.d_model, config.d_model)
         if config.head == "scalar":
             self.scalar_head = nn.Linear(config.d_model, 1)        # W_r, b_r of 001 section 4.4
         elif not config.tied:
@@ -222,6 +227,11 @@ class Transformer(nn.Module):
         cos = self.cos[:T] if positions is None else self.cos[positions]   # (T, C/2), (B, T, C/2)
         sin = self.sin[:T] if positions is None else self.sin[positions]
         h = F.embedding(tokens, self.embedding.weight).to(self.dtype)      # (B, T, D)
+        before = torch.zeros_like(h[:, :1]) if past == 0 else cache.last
+        if cache is not None:
+            cache.last = h[:, -1:]
+        if self.config.token_shift:
+            h = h + self.shift(predecessors(h, before, documents, positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, cos, sin, documents, cache, use_reentrant=False)
@@ -267,6 +277,23 @@ class Transformer(nn.Module):
             outputs = [blank.index_put((rows,), output) for output in outputs]
         outputs = [output.view(targets.shape) for output in outputs]
         return tuple(outputs) if with_entropy else outputs[0]
+
+
+def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
+                 positions: Tensor | None) -> Tensor:
+    """The embedding of the token before each, (B, T, D); 0 for the first of a document.
+
+    With it in the residual stream one attention layer can find "what followed this word last
+    time", which otherwise takes two and many more training tokens ("smeared keys" in Olsson et al.
+    2022, token shift in Peng et al. 2023). before: (B, 1, D), what came before the first.
+    """
+    previous = torch.cat([before, h[:, :-1]], dim=1)
+    if documents is not None:
+        same = F.pad(documents[:, 1:] == documents[:, :-1], (1, 0))
+        previous = previous * same[..., None]
+    elif positions is not None:
+        previous = previous * (positions > 0)[..., None]
+    return previous
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

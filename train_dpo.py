@@ -41,7 +41,7 @@ class Config:
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     beta: float = 0.1                 # strength of the pull towards the reference
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
-    steps: int = 250                  # optimizer steps (T_DPO)
+    steps: int = 150                  # optimizer steps (T_DPO)
     batch_size: int = 32              # pairs per step and rank
     lr: float = 2e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine

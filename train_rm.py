@@ -40,7 +40,7 @@ class Config:
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 600                  # optimizer steps (T_RM)
+    steps: int = 300                  # optimizer steps (T_RM)
     batch_size: int = 32              # pairs per step and rank
     lr: float = 1e-3                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup, before the cosine
@@ -51,9 +51,9 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 200             # steps between evaluations
+    eval_every: int = 150             # steps between evaluations
     eval_pairs: int = 1000            # held-out pairs ranked at the end
-    save_every: int = 200             # steps between checkpoints
+    save_every: int = 150             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
     overwrite: bool = False           # throw away what is in --out
 

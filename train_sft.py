@@ -44,10 +44,10 @@ class Config:
     lora_rank: int = 16               # r
     lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r
     lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
-    steps: int = 600                  # optimizer steps (T_ft)
+    steps: int = 800                  # optimizer steps (T_ft)
     batch_size: int = 16              # rows per micro-batch and rank
     grad_accum: int = 1               # micro-batches per optimizer step
-    lr: float = 1e-3                  # peak learning rate
+    lr: float = 2e-3                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
     max_norm: float = 1.0             # gradient clipping
@@ -56,7 +56,7 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 200             # steps between evaluations
+    eval_every: int = 400             # steps between evaluations
     eval_examples: int = 200          # held-out examples answered at each evaluation
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there

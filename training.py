@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kernels
 import model as model_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,6 +152,7 @@ def start(cfg, name: str) -> "Run":
 
     Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
     """
+    kernels.keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return Run(cfg, name)

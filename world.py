@@ -729,14 +729,14 @@ def echo_document(world: World, rng: Random, split: str) -> str:
     parts = [say(rng, rng.choice(ECHO_OPEN), {"a": rng.choice(world.names)})]
     for _ in range(rng.randint(4, 6)):
         a, b = rng.sample(world.names, 2)
-        slots = {"a": a, "b": b, "words": " ".join(rng.sample(words, rng.randint(4, 10)))}
+        slots = {"a": a, "b": b, "words": " ".join(rng.sample(words, rng.randint(6, 14)))}
         parts.append(say(rng, rng.choice(ECHO), slots))
     return " ".join(parts)
 
 
 LESSON_FAMILIES = ("lists", "transform", "sentiment", "inference", "translation", "json", "advice")
 KINDS = {story_document: 0.31, profile_document: 0.07, walk_document: 0.05, quiz_document: 0.07,
-         scene_document: 0.10, sums_document: 0.11, lesson_document: 0.21, echo_document: 0.08}
+         scene_document: 0.12, sums_document: 0.08, lesson_document: 0.24, echo_document: 0.06}
 
 
 def main() -> None:

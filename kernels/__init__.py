@@ -1,4 +1,5 @@
-"""The fused operations of the model: formula, torch path and public function, one file each.
+"""
+The fused operations of the model: formula, torch path and public function, one file each.
 
 `backend()` says which path the public functions take. KERNELS=torch|triton in the environment
 overrides; the Triton kernels are not there yet, so asking for them raises ValueError.
@@ -16,8 +17,8 @@ from kernels.swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "attention", "attention_reference", "backend", "decode_attention", "keep_memory",
-    "linear_cross_entropy", "linear_cross_entropy_reference", "rmsnorm", "rmsnorm_reference", "rope", "rope_reference",
-    "swiglu", "swiglu_reference",
+    "linear_cross_entropy", "linear_cross_entropy_reference", "rmsnorm", "rmsnorm_reference",
+    "rope", "rope_reference", "swiglu", "swiglu_reference",
 ]
 
 
@@ -39,5 +40,5 @@ def keep_memory() -> None:
     the C library is another one. (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of mallopt(3).)
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**25)                            # own mappings only above 32 MB, its limit
+        libc.mallopt(-3, 2**25)                            # own mappings above 32 MB only
         libc.mallopt(-1, 2**31 - 1)                        # trim what is free at the top: never
