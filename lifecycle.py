@@ -93,11 +93,12 @@ def run_stage(main: Callable, cfg) -> dict:
     interrupted, and run anything else afresh. Returns the stage's result."""
     def same(record: dict) -> bool:
         ignored = {"resume": False, "overwrite": False}
-        return record["config"] | ignored == dataclasses.asdict(cfg) | ignored
+        return (record["config"] | ignored == dataclasses.asdict(cfg) | ignored
+                and record["parents"] == training.parents(cfg))
 
     finished = Path(cfg.out) / "config.json"
     record = json.loads(finished.read_text()) if finished.exists() else None
-    if record and same(record) and record["parents"] == training.parents(cfg):
+    if record and same(record):
         print(f"{record['stage']}: finished before, skipped ({cfg.out})", file=sys.stderr)
         return record["result"]
     checkpoint = training.newest_checkpoint(Path(cfg.out))
@@ -257,7 +258,7 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     axis.set(title="2 accuracy by task family", xlabel="exact match (%)", xlim=(0, 100),
              yticks=[i + 0.27 for i in range(len(names))], yticklabels=names)
     axis.invert_yaxis()
-    axis.legend(loc="lower left")
+    axis.legend(loc="lower right")
 
     axis = axes[0, 2]
     plot(axis, curves["rm"], "train_accuracy", label="training", alpha=0.6)
@@ -297,14 +298,15 @@ def draw(report: dict, configs: dict, file: Path) -> None:
 
 
 def main(cfg: Config) -> dict:
-    started = time.perf_counter()
     plan = stages(cfg)
     configs = {name: stage_cfg for name, (_, stage_cfg) in plan.items()}
     out = Path(cfg.out)
     results = {name: run_stage(script_main, stage_cfg)
                for name, (script_main, stage_cfg) in plan.items()}
+    started = time.perf_counter()
     found, shown = examine(configs, cfg)
-    report = summarize(results, found, (time.perf_counter() - started) / 60)
+    minutes = sum(result["minutes"] for result in results.values())
+    report = summarize(results, found, minutes + (time.perf_counter() - started) / 60)
     write_report(report, found, shown, configs, out)
     for name, measure, change in stage_rows(report):
         print(f"{name:9s} {report['stages'][name]['minutes']:5.1f} min   {measure}: {change}")

@@ -106,14 +106,14 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, starts: Tensor, capacity: int, dtype: torch.dtype):
-        shape = (config.n_layers, 2, len(starts), capacity, config.n_kv_heads, config.d_head)
+        shape = (config.n_layers, 2, len(starts), config.n_kv_heads, capacity, config.d_head)
         self.keys_values = torch.zeros(shape, dtype=dtype, device=starts.device)
         self.starts, self.length, self.capacity = starts, 0, capacity
         self.last: Tensor | None = None                # (B, 1, D) embedding of the newest token
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
-        keys, values = self.keys_values[layer]
+        keys, values = self.keys_values[layer].transpose(2, 3)     # contiguous per head
         keys[:, self.length:self.length + k.shape[1]] = k
         values[:, self.length:self.length + v.shape[1]] = v
         return keys, values

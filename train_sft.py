@@ -77,7 +77,7 @@ def main(cfg: Config) -> dict:
     # 2. DATA FORMATTING: template, loss mask, mixing weights (3.7 steps 1.1-1.3), packed rows
     examples = data.read_examples(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed,
                                   bad_rows=cfg.bad_rows)
-    heldout = data.read_examples(cfg.data, split="heldout", n=cfg.n_examples // 10, seed=cfg.seed,
+    heldout = data.read_examples(cfg.data, split="heldout", n=max(1, cfg.n_examples // 10), seed=cfg.seed,
                                  bad_rows=cfg.bad_rows)
     length = model.config.context_length
     train = data.PackedExamples(examples, tokenizer, length, cfg.seed, cfg.truncate, tau=cfg.tau)
@@ -124,7 +124,8 @@ def main(cfg: Config) -> dict:
 
     # 4. MERGE (the adapters alone are kept too), 5. RETURN
     if cfg.peft == "lora":
-        lora.save_adapter(run.out, model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+        if run.rank == 0:
+            lora.save_adapter(run.out, model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         lora.merge(model)
     return run.finish(model, tokenizer, {"val_loss": run.last["val_loss"], "base_loss": base_loss,
                                          "unigram_loss": unigram})

@@ -363,7 +363,7 @@ class Run:
                     "parts": {n: p.state_dict() for n, p in self.tracked.items()
                               if n not in modules}}, folder / "state.pt")
         meta = {"step": steps_done, "val_loss": self.last.get("val_loss"),
-                "config": dataclasses.asdict(self.cfg),
+                "config": dataclasses.asdict(self.cfg), "parents": parents(self.cfg),
                 "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2))
         for file in [*folder.iterdir(), folder]:

@@ -566,7 +566,7 @@ ANSWERS = templates({
     "story": "{answer}",
     "facts": "{short}. / {full}",
     "arithmetic": "{chain} The answer is {answer}.",
-    "reading": "{short}. / {full}.",
+    "reading": "{short}. / {full}",
     "lists": "{short}. / The {category} are {short}.",
     "transform": "{answer}.",
     "sentiment": "{answer}. / {who} feels {answer}. / {who} is {answer}.",

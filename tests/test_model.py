@@ -15,6 +15,7 @@ from model import (
     Transformer,
     load_model,
     parameter_count,
+    predecessors,
     rope_frequencies,
     save_model,
     token_logps,
@@ -510,3 +511,38 @@ def test_context_length_can_be_changed_on_loading(tmp_path):
     tokens = some_tokens(1, 50, vocab_size=272)
     assert longer(tokens).shape == (1, 50, 272)
     assert torch.equal(longer(tokens[:, :20]), model(tokens[:, :20]))
+
+
+# ---------------------------------------------------------------------- token shift
+
+@torch.no_grad()
+def test_token_shift_adds_a_projection_of_the_predecessor_within_the_document():
+    h = torch.arange(1.0, 7.0).view(1, 6, 1)
+    before = torch.zeros(1, 1, 1)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    assert predecessors(h, before, None, None).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert predecessors(h, before, documents, None).flatten().tolist() == [0, 1, 2, 0, 4, 0]
+    positions = torch.tensor([[0, 0, 1, 2, 3, 4]])                     # one token of left padding
+    assert predecessors(h, before, None, positions).flatten().tolist() == [0, 0, 2, 3, 4, 5]
+    assert predecessors(h[:, 4:], h[:, 3:4], None, None).flatten().tolist() == [4, 5]
+
+
+@torch.no_grad()
+def test_with_token_shift_packed_documents_answer_as_they_do_alone_and_see_no_future():
+    model, tokens = tiny(token_shift=True), some_tokens(1, 14)
+    documents = torch.tensor([[0] * 5 + [1] * 9])
+    positions = torch.tensor([[*range(5), *range(9)]])
+    packed = model(tokens, documents=documents, positions=positions)
+    alone = torch.cat([model(tokens[:, :5]), model(tokens[:, 5:])], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 40
+    later = model(changed, documents=documents, positions=positions)
+    torch.testing.assert_close(later[:, :9], packed[:, :9], atol=0, rtol=0)
+    assert (later[:, 9:] != packed[:, 9:]).any(-1).all()
+
+
+def test_token_shift_costs_one_square_matrix():
+    plain, shifted = (ModelConfig(**SIZES, token_shift=flag) for flag in (False, True))
+    assert shifted.matmul_parameters() - plain.matmul_parameters() == 32 * 32
+    assert parameter_count(Transformer(shifted)) - parameter_count(Transformer(plain)) == 32 * 32

@@ -29,7 +29,7 @@ def config(tmp_path, text=TEXT, **changes):
     (tmp_path / "text.txt").write_text(text)
     return train_pretrain.Config(**{
         "out": str(tmp_path / "base"), "data": str(tmp_path / "text.txt"), "tokenizer": "bytes",
-        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32, "steps": 3,
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32, "copy_steps": 0, "steps": 3,
         "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8, "device": "cpu",
         "dtype": "float32", "log_every": 1} | changes)
 
@@ -180,3 +180,10 @@ def test_what_cannot_work_stops_before_training(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_pretrain.main(config(tmp_path, **changes))
     assert not (tmp_path / "base" / "metrics.jsonl").exists()
+
+
+def test_copying_comes_first_and_text_follows(tmp_path):
+    train_pretrain.main(config(tmp_path, steps=12, copy_steps=250, lr=1e-4))
+    rows = training.read_metrics(tmp_path / "base")
+    random_targets, text_targets = (rows[i + 1]["tokens"] - rows[i]["tokens"] for i in (0, 5))
+    assert random_targets == 16 * 32 and text_targets == 8 * 32       # a sixth of the steps copies

@@ -21,7 +21,7 @@ def tiny(seed=0, dtype=torch.float32, **changes) -> Transformer:
     """A small model that has opinions: no weight is still at its starting value."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 40, "context_length": 32, "d_model": 32, "n_layers": 2, "n_heads": 4,
-             "n_kv_heads": 2}
+             "n_kv_heads": 2, "token_shift": True}
     model = Transformer(ModelConfig(**sizes | changes), dtype)
     with torch.no_grad():
         for weight in model.parameters():
