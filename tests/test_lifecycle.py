@@ -30,9 +30,9 @@ STAGES = ("pretrain", "sft", "rm", "dpo", "ppo")
 SCRIPTS = dict(zip(STAGES, (train_pretrain, train_sft, train_rm, train_dpo, train_ppo)))
 TINY = {
     "pretrain": {"max_bytes": 100_000, "vocab_size": 512, "d_model": 32, "n_layers": 1,
-                 "n_heads": 2, "batch_size": 4, "copy_steps": 0, "steps": 30, "warmup": 2, "lr": 1e-2,
-                 "eval_windows": 4},
-    "sft": {"n_examples": 400, "batch_size": 4, "steps": 80, "warmup": 2, "lr": 1e-2,
+                 "n_heads": 2, "batch_size": 4, "copy_steps": 0, "steps": 30, "warmup": 2,
+                 "lr": 1e-2, "eval_windows": 4},
+    "sft": {"n_examples": 400, "batch_size": 4, "steps": 160, "warmup": 2, "lr": 1e-2,
             "eval_examples": 8},
     "rm": {"n_pairs": 60, "batch_size": 8, "steps": 60, "warmup": 1, "lr": 3e-3, "eval_pairs": 30,
            "n_shift": 8},

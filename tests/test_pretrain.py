@@ -29,8 +29,9 @@ def config(tmp_path, text=TEXT, **changes):
     (tmp_path / "text.txt").write_text(text)
     return train_pretrain.Config(**{
         "out": str(tmp_path / "base"), "data": str(tmp_path / "text.txt"), "tokenizer": "bytes",
-        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32, "copy_steps": 0, "steps": 3,
-        "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8, "device": "cpu",
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32,
+        "copy_steps": 0, "steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8,
+        "device": "cpu",
         "dtype": "float32", "log_every": 1} | changes)
 
 
