@@ -452,7 +452,8 @@ def plot_curves(rows: list[dict], file: Path, title: str) -> None:
     if not columns:
         return
     lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines),
+                                squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
         for key in ([name, "val_loss"] if name == "loss" else [name]):
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -465,6 +466,5 @@ def plot_curves(rows: list[dict], file: Path, title: str) -> None:
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
