@@ -227,10 +227,9 @@ class Transformer(nn.Module):
         cos = self.cos[:T] if positions is None else self.cos[positions]   # (T, C/2), (B, T, C/2)
         sin = self.sin[:T] if positions is None else self.sin[positions]
         h = F.embedding(tokens, self.embedding.weight).to(self.dtype)      # (B, T, D)
-        before = torch.zeros_like(h[:, :1]) if past == 0 else cache.last
-        if cache is not None:
-            cache.last = h[:, -1:]
+        newest = h[:, -1:]
         if self.config.token_shift:
+            before = torch.zeros_like(newest) if past == 0 else cache.last
             h = h + self.shift(predecessors(h, before, documents, positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -238,7 +237,7 @@ class Transformer(nn.Module):
             else:
                 h = block(h, cos, sin, documents, cache)
         if cache is not None:
-            cache.length += T
+            cache.length, cache.last = past + T, newest
         return self.norm(h)
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None,

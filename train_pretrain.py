@@ -13,10 +13,10 @@ Differs from the document:
   1.1-1.2  deduplication and quality filters are not applied: the corpus is taken as clean.
   1.5      a window holds context_length + 1 tokens and shares its first with the window before, so
            that every token is predicted once; attention stays inside a document (--document_masks).
+  3.1      the first --copy_steps steps of a new model sample random tokens said again and again,
+           not text, and --token_shift adds each predecessor's embedding: with both, a small model
+           soon looks back and copies (names, passages); with neither not within these few tokens.
   3.2-3.3  not a mean of means: summed loss over the number of target tokens of the whole step.
-  3.1      the first --copy_steps steps sample random tokens said again and again instead of text,
-           and --token_shift adds each predecessor's embedding: with both, a small model soon looks
-           back and copies (names, passages); with neither it does not within these few tokens.
   3.4      gradient checkpointing only with --gradient_checkpointing: small models need none.
 
     python train_pretrain.py                              # the embedded world, minutes on two cores
@@ -51,7 +51,7 @@ class Config:
     token_shift: bool = True          # a token also sees its predecessor's embedding (model.py)
     document_masks: bool = True       # attention stays inside a document
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
-    copy_steps: int = 250             # first steps on random repeats, at most steps / 6; 0: none
+    copy_steps: int = 250             # a new model's first steps copy, at most steps / 6; 0: none
     steps: int = 1500                 # optimizer steps (T_max), copying included
     batch_size: int = 8               # windows per micro-batch and rank (B)
     grad_accum: int = 1               # micro-batches per optimizer step
@@ -122,11 +122,12 @@ def main(cfg: Config) -> dict:
             f"training tokens, {bytes_per_token:.2f} bytes per token; validation loss to beat: "
             f"unigram {unigram:.2f}, bigram {bigram:.2f} nats")
 
-    # 3. TRAINING LOOP
+    # 3. TRAINING LOOP (a model that comes from --init can look back already)
+    copy_steps = 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
         numbers = [step * cfg.grad_accum + i for i in range(cfg.grad_accum)]
-        if step < min(cfg.copy_steps, cfg.steps // 6):
+        if step < copy_steps:
             batches = [data.copying_batch(len(tokenizer.ranks), 2 * cfg.batch_size, min(64, length),
                                           cfg.seed, n * run.world_size + run.rank) for n in numbers]
         else:

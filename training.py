@@ -16,6 +16,7 @@ Nothing here knows about losses or data. The folder it writes is described in RE
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -179,6 +180,11 @@ class Run:
         self.interrupted = False
         self.started = self.last_row = time.perf_counter()
         self.claim_folder()
+
+    @functools.cached_property
+    def parents(self) -> dict[str, str]:
+        """The models this run starts from: read once, not at every checkpoint."""
+        return parents(self.cfg)
 
     def claim_folder(self) -> None:
         """Refuse a folder with an earlier run in it unless told what to do with that run."""
@@ -363,7 +369,7 @@ class Run:
                     "parts": {n: p.state_dict() for n, p in self.tracked.items()
                               if n not in modules}}, folder / "state.pt")
         meta = {"step": steps_done, "val_loss": self.last.get("val_loss"),
-                "config": dataclasses.asdict(self.cfg), "parents": parents(self.cfg),
+                "config": dataclasses.asdict(self.cfg), "parents": self.parents,
                 "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2))
         for file in [*folder.iterdir(), folder]:
@@ -383,7 +389,7 @@ class Run:
             plot_curves(rows, self.out / "curves.png", self.name)
             model_module.save_model(
                 self.out, model, tokenizer, stage=self.name, config=dataclasses.asdict(self.cfg),
-                parents=parents(self.cfg), seed=self.cfg.seed, result=result,
+                parents=self.parents, seed=self.cfg.seed, result=result,
                 versions={"python": sys.version.split()[0], "torch": torch.__version__,
                           "numpy": np.__version__})
         self.barrier()

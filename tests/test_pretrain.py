@@ -188,3 +188,11 @@ def test_copying_comes_first_and_text_follows(tmp_path):
     rows = training.read_metrics(tmp_path / "base")
     random_targets, text_targets = (rows[i + 1]["tokens"] - rows[i]["tokens"] for i in (0, 5))
     assert random_targets == 16 * 32 and text_targets == 8 * 32       # a sixth of the steps copies
+
+
+def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_path):
+    train_pretrain.main(config(tmp_path))
+    more = {"init": str(tmp_path / "base"), "out": str(tmp_path / "more"), "steps": 12}
+    train_pretrain.main(config(tmp_path, copy_steps=250, **more))
+    first, second = training.read_metrics(tmp_path / "more")[:2]
+    assert second["tokens"] - first["tokens"] == 8 * 32               # windows of text, not repeats

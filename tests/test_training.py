@@ -267,8 +267,7 @@ def tiny_run(out, corpus, **options) -> train_pretrain.Config:
     return train_pretrain.Config(out=str(out), **{
         "data": str(corpus), "tokenizer": "bytes", "d_model": 16, "n_layers": 2, "n_heads": 2,
         "context_length": 32, "copy_steps": 0, "steps": 12, "batch_size": 4, "warmup": 3,
-        "log_every": 4,
-        "eval_every": 5, "eval_windows": 4, "save_every": 5, "device": "cpu",
+        "log_every": 4, "eval_every": 5, "eval_windows": 4, "save_every": 5, "device": "cpu",
         "dtype": "float32"} | options)
 
 
