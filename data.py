@@ -420,14 +420,18 @@ class TokenStream:
 
 
 def copying_batch(vocab_size: int, rows: int, length: int, seed: int, step: int) -> Batch:
-    """Random tokens said again and again, with a period of 8 to 32 that differs from row to row.
+    """Random tokens said again and again, with a period of 4 to 16 that differs from row to row; in
+    every other row each second time backwards.
 
-    All there is to learn is to look back and copy, and a model that has learned it (in a few
-    hundred steps) uses it on text from the start: see --copy_steps of train_pretrain.py.
+    All there is to learn is to look back and fetch what came after a token, or before it. A model
+    that has learned it (in about 200 steps) uses it on text from the start: see --copy_steps of
+    train_pretrain.py.
     """
     rng = np.random.default_rng((seed, step))
-    places = np.arange(length + 1) % rng.integers(8, 33, (rows, 1))          # (rows, length + 1)
-    tokens = np.take_along_axis(rng.integers(0, vocab_size, (rows, 32)), places, axis=1)
+    period, t = rng.integers(4, 17, (rows, 1)), np.arange(length + 1)[None]
+    backwards = (np.arange(rows)[:, None] % 2 == 1) & (t // period % 2 == 1)
+    places = np.where(backwards, period - 1 - t % period, t % period)        # (rows, length + 1)
+    tokens = np.take_along_axis(rng.integers(0, vocab_size, (rows, 16)), places, axis=1)
     return Batch(torch.from_numpy(tokens), torch.ones(tokens.shape, dtype=torch.bool), None, None,
                  torch.arange(rows))
 

@@ -1,7 +1,7 @@
 """
 Stage 4: Direct Preference Optimization (001 sections 4.6 and 4.7; Rafailov et al. 2023).
 
-  1. INITIALIZE      theta <- theta_SFT, pi_ref <- theta_SFT frozen, AdamW
+  1. INITIALIZE      theta <- theta_SFT, pi_ref <- theta_SFT frozen, optimizer
   2. PRECOMPUTE      log pi_ref(y|x) of every pair, once (--cache_reference)
   3. TRAINING LOOP   3.1 sample  3.2 forward, margin  3.3 loss  3.4 update  3.5 monitor
   4. RETURN theta_aligned
@@ -13,6 +13,7 @@ Minimise  L = -mean log sigma(Delta),
 No reward model, no sampling: the policy is its own reward model, r = beta log(pi_theta / pi_ref).
 
 Differs from the document:
+  1.   Muon for the inner matrices (muon.py) unless --optimizer adamw.
   3.4  linear warmup and cosine on the learning rate.
 
     python train_dpo.py                                    # the embedded world's preferences
@@ -41,9 +42,10 @@ class Config:
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     beta: float = 0.1                 # strength of the pull towards the reference
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
-    steps: int = 150                  # optimizer steps (T_DPO)
-    batch_size: int = 32              # pairs per step and rank
-    lr: float = 2e-4                  # peak learning rate
+    steps: int = 400                  # optimizer steps (T_DPO)
+    batch_size: int = 16              # pairs per step and rank
+    optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
+    lr: float = 1e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of the batches
@@ -96,7 +98,7 @@ def heldout_figures(policy: Transformer, pairs: data.PreferencePairs, ref_logps:
 def main(cfg: Config) -> dict:
     run = training.start(cfg, "dpo")
 
-    # 1. INITIALIZE: theta <- theta_SFT, pi_ref <- frozen copy, AdamW
+    # 1. INITIALIZE: theta <- theta_SFT, pi_ref <- frozen copy, optimizer
     policy, tokenizer = load_model(cfg.init, run.device, run.dtype)
     reference = copy.deepcopy(policy).requires_grad_(False)
     length = policy.config.context_length
@@ -108,7 +110,8 @@ def main(cfg: Config) -> dict:
         data.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
                               bad_rows=cfg.bad_rows), tokenizer, length, cfg.seed, cfg.truncate)
     forward = run.prepare(policy)
-    optimizer = training.adamw(policy, cfg.lr, betas=(0.9, 0.999))
+    optimizer = training.pick_optimizer(cfg.optimizer, policy, cfg.lr, 0.0, run.dtype,
+                                        betas=(0.9, 0.999))
     run.track(policy=policy, optimizer=optimizer)
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model

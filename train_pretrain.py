@@ -2,7 +2,7 @@
 Stage 1: autoregressive pretraining (001 section 1.6): a corpus in, a base model out.
 
   1. DATA PREPARATION   tokenize, join with <EOS>, cut into windows, shuffle, share among the ranks
-  2. INITIALIZE         Xavier/He weights with zero residual projections, AdamW
+  2. INITIALIZE         Xavier/He weights with zero residual projections, optimizer
   3. TRAINING LOOP      3.1 sample  3.2 forward  3.3 loss  3.4 backward  3.5 synchronise
                         3.6 clip  3.7 update  3.8 log and checkpoint  3.9 next step
   4. RETURN theta*
@@ -13,6 +13,7 @@ Differs from the document:
   1.1-1.2  deduplication and quality filters are not applied: the corpus is taken as clean.
   1.5      a window holds context_length + 1 tokens and shares its first with the window before, so
            that every token is predicted once; attention stays inside a document (--document_masks).
+  2.2      Muon for the inner matrices (muon.py) unless --optimizer adamw.
   3.1      the first --copy_steps steps of a new model sample random tokens said again and again,
            not text, and --token_shift adds each predecessor's embedding: with both, a small model
            soon looks back and copies (names, passages); with neither not within these few tokens.
@@ -52,10 +53,11 @@ class Config:
     document_masks: bool = True       # attention stays inside a document
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     copy_steps: int = 250             # a new model's first steps copy, at most steps / 6; 0: none
-    steps: int = 1500                 # optimizer steps (T_max), copying included
+    steps: int = 1800                 # optimizer steps (T_max), copying included
     batch_size: int = 8               # windows per micro-batch and rank (B)
     grad_accum: int = 1               # micro-batches per optimizer step
-    lr: float = 3e-3                  # peak learning rate
+    optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
+    lr: float = 4e-3                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.1         # on matrices only
     max_norm: float = 1.0             # gradient clipping
@@ -106,7 +108,7 @@ def main(cfg: Config) -> dict:
     if run.rank == 0:
         tokenizer.save(run.out)
 
-    # 2. INITIALIZE: theta_0 (or what --init holds), AdamW
+    # 2. INITIALIZE: theta_0 (or what --init holds), optimizer
     if model is None:
         config = ModelConfig(tokenizer.vocab_size, cfg.context_length, cfg.d_model, cfg.n_layers,
                              cfg.n_heads, cfg.n_kv_heads, tied=cfg.tied,
@@ -115,7 +117,7 @@ def main(cfg: Config) -> dict:
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length
     forward = run.prepare(model)
-    optimizer = training.adamw(model, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
     unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, {len(train.tokens) / 1e6:.2f}M "

@@ -10,7 +10,8 @@ last token of the response, its <|end|>. The loss cannot see a constant added to
 uses that freedom (Huang et al. 2024), so that in PPO 0 means "as good as before".
 
 Differs from the document:
-  1.  AdamW with cosine and a higher learning rate: the default model is small.
+  1.  Muon (muon.py) unless --optimizer adamw, with cosine and a higher learning rate: the default
+      model is small.
 
     python train_rm.py                                     # the embedded world's preferences
     python train_rm.py --data pairs.jsonl --truncate left
@@ -33,16 +34,17 @@ class Config:
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 20_000             # how many to take from the world
+    n_pairs: int = 40_000             # how many to take from the world
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 300                  # optimizer steps (T_RM)
-    batch_size: int = 32              # pairs per step and rank
-    lr: float = 1e-3                  # peak learning rate
+    steps: int = 2000                 # optimizer steps (T_RM)
+    batch_size: int = 16              # pairs per step and rank
+    optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
+    lr: float = 7e-4                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.01        # on matrices only
     max_norm: float = 1.0             # gradient clipping
@@ -51,9 +53,9 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 150             # steps between evaluations
+    eval_every: int = 500             # steps between evaluations
     eval_pairs: int = 1000            # held-out pairs ranked at the end
-    save_every: int = 150             # steps between checkpoints
+    save_every: int = 500             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
     overwrite: bool = False           # throw away what is in --out
 
@@ -120,7 +122,8 @@ def main(cfg: Config) -> dict:
     prompts = data.read_prompts(cfg.prompts or cfg.data, split="heldout", n=cfg.n_shift,
                                 seed=cfg.seed)[:cfg.n_shift]
     forward = run.prepare(model)
-    optimizer = training.adamw(model, cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+    optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype,
+                                        betas=(0.9, 0.999))
     run.track(model=model, optimizer=optimizer)
     longer = evaluate.length_accuracy(heldout)
     run.say(f"{len(pairs)} pairs, {len(heldout)} held out; length alone ranks {longer:.1%} right")

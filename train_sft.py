@@ -13,6 +13,7 @@ their <|end|> (the <EOS> of the document).
 
 Differs from the document:
   1.    everything is trained unless --peft lora: 3.7 trains all of theta, 2.5 only phi.
+  1.    Muon for the inner matrices (muon.py) unless --optimizer adamw; adapters go by AdamW.
   2.1   several examples share a row ("packing"); attention and loss stay inside each.
   3.2   the sums run over the whole optimizer step, all micro-batches and ranks.
 
@@ -35,7 +36,7 @@ class Config:
     init: str = "out/pretrain"        # model folder to start from
     out: str = "out/sft"              # model folder to write
     data: str = "world"               # examples: world, world:SEED or JSONL (README: formats)
-    n_examples: int = 20_000          # how many to take from the world
+    n_examples: int = 30_000          # how many to take from the world
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
     tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau): 1 proportional, inf uniform
@@ -44,10 +45,11 @@ class Config:
     lora_rank: int = 16               # r
     lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r
     lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
-    steps: int = 800                  # optimizer steps (T_ft)
+    steps: int = 850                  # optimizer steps (T_ft)
     batch_size: int = 16              # rows per micro-batch and rank
     grad_accum: int = 1               # micro-batches per optimizer step
-    lr: float = 2e-3                  # peak learning rate
+    optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
+    lr: float = 4e-3                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
     max_norm: float = 1.0             # gradient clipping
@@ -85,7 +87,7 @@ def main(cfg: Config) -> dict:
     quiz = evaluate.quiz(cfg.data, cfg.eval_examples)              # [] unless the world marks it
 
     forward = run.prepare(model)
-    optimizer = training.adamw(model, cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
     unigram = evaluate.unigram_response_loss(train, val, tokenizer.vocab_size)
     base_loss = evaluate.response_loss(model, val, cfg.batch_size)

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import kernels
 import model as model_module
+from muon import Muon
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP_CHECKPOINTS = 2
@@ -115,6 +116,17 @@ def adamw(model: nn.Module, lr: float, betas=(0.9, 0.95), eps: float = 1e-8,
     fused = trainable[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps,
                              fused=fused)
+
+
+def pick_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
+                   dtype: torch.dtype, betas=(0.9, 0.95)) -> torch.optim.Optimizer:
+    """--optimizer muon or adamw. dtype: what the model multiplies in; Muon's matmuls follow."""
+    if name == "muon":
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        return Muon(model, lr, betas=betas, weight_decay=weight_decay, dtype=wide)
+    if name != "adamw":
+        raise ValueError(f"--optimizer {name}: give muon or adamw")
+    return adamw(model, lr, betas=betas, weight_decay=weight_decay)
 
 
 def pick_device(name: str) -> torch.device:

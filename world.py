@@ -48,8 +48,8 @@ from world_text import (  # isort: skip
     CHAT_OPEN, CHORES, COLOURS, ECHO, ECHO_OPEN, EVENTS, EVENT_FORMS, FEELINGS, FILLERS,
     FOODS, HABITS, HAD, HAD_SHORT, HARMS, HE, JOY, LESSONS, LESSON_END, LESSON_OPEN, LOOKS,
     MORALS, NOUNS, OPENINGS, PLACES, PLOTS, POLITE, PROFILE, PROFILE_END, PROMPTS, PRONOUNS,
-    QUALITIES, RAMBLE, REFUSE, RUDE, SCENES, SCRIPT, SECRETS, SHE, SIMPLE_SUMS, SORRY,
-    STATEMENTS, SUMS, SUM_DOCS, SUM_OPEN, TALK, THEN, THINGS, UPSET, VERBS, WALK)
+    QUALITIES, RAMBLE, REFUSE, RUDE, SCENES, SCENE_QUESTIONS, SCRIPT, SECRETS, SHE, SIMPLE_SUMS,
+    SORRY, STATEMENTS, SUMS, SUM_DOCS, SUM_OPEN, TALK, THEN, THINGS, UPSET, VERBS, WALK)
 
 
 # ------------------------------------------------------------------ language
@@ -183,33 +183,45 @@ def unanswerable_task(world: "World", rng: Random) -> dict:
 def draw_events(world: "World", rng: Random) -> list[dict]:
     """Two things that happened: different bears, deeds, things, colours and places."""
     places = rng.sample(list(PLACES), 2)
-    columns = [rng.sample(world.names, 2), rng.sample(list(EVENTS), 2), rng.sample(THINGS, 2),
-               rng.sample(COLOURS, 2), places, [PLACES[place] for place in places]]
-    return [dict(zip(("name", "past", "thing", "colour", "place", "at"), row))
+    deeds = rng.sample(list(EVENTS), 2)
+    columns = [rng.sample(world.names, 2), deeds, rng.sample(THINGS, 2), rng.sample(COLOURS, 2),
+               places, [PLACES[place] for place in places], [EVENTS[deed] for deed in deeds]]
+    return [dict(zip(("name", "past", "thing", "colour", "place", "at", "base"), row))
             for row in zip(*columns)]
+
+
+def tell_events(rng: Random, events: list[dict]) -> str:
+    starts = "", rng.choice(THEN)
+    sentences = [say(rng, start + EVENT_FORMS[0], event) for start, event in zip(starts, events)]
+    if rng.random() < 0.4:
+        sentences.insert(rng.randrange(3), say(rng, rng.choice(FILLERS), {}))
+    return tidy(" ".join(sentences))
+
+
+def ask_about(rng: Random, world: "World", right: dict, other: dict) -> dict:
+    """A question about the event `right`; the wrong answer would be right for `other`."""
+    field, choices, question, short, full = rng.choice([
+        ("thing", THINGS, "What did {name} {base}", "a {colour} {thing}",
+         "{name} {past} a {colour} {thing}."),
+        ("place", list(PLACES), "Where was {name}", "{at}", "{name} was {at}."),
+        ("place", list(PLACES), "Where was the {thing}", "{at}", "The {thing} was {at}."),
+        ("name", world.names, "Who {past} the {thing}", "{name}",
+         "It was {name} who {past} the {thing}."),
+        ("colour", COLOURS, "What colour was the {thing}", "{colour}",
+         "The {thing} was {colour}.")])
+    said = {"thing": ("thing", "colour"), "place": ("place", "at")}.get(field, (field,))
+    wrong = right | {name: other[name] for name in said}
+    return {"choices": choices, "answer": right[field], "question": question.format_map(right),
+            "short": short.format_map(right), "full": full.format_map(right),
+            "wrong": {"short": short.format_map(wrong), "full": full.format_map(wrong)}}
 
 
 def reading_task(world: "World", rng: Random) -> dict:
     events = draw_events(world, rng)
-    forms = rng.choice(EVENT_FORMS), rng.choice(THEN) + EVENT_FORMS[0]
-    sentences = [say(rng, form, event) for form, event in zip(forms, events)]
-    if rng.random() < 0.4:
-        sentences.insert(rng.randrange(3), say(rng, rng.choice(FILLERS), {}))
-    field, choices, question, short, full = rng.choice([
-        ("thing", THINGS, "What did {name} {base}", "a {thing}", "{name} {past} a {thing}."),
-        ("place", list(PLACES), "Where was {name}", "{at}", "{name} was {at}."),
-        ("place", list(PLACES), "Where was the {thing}", "{at}", "The {thing} was {at}."),
-        ("name", world.names, "Who {past} the {thing}", "{name}", "{name} {past} the {thing}."),
-        ("colour", COLOURS, "What colour was the {thing}", "{colour}",
-         "The {thing} was {colour}.")])
-    right, other = rng.sample(events, 2)
-    right["base"] = EVENTS[right["past"]]
-    wrong = right | {field: other[field]} | ({"at": other["at"]} if field == "place" else {})
-    return {"core": tuple(tuple(event.values())[:5] for event in events), "kind": "choice",
-            "choices": choices, "passage": tidy(" ".join(sentences)), "answer": right[field],
-            "question": question.format_map(right), "short": short.format_map(right),
-            "full": full.format_map(right),
-            "wrong": {"short": short.format_map(wrong), "full": full.format_map(wrong)}}
+    core = tuple(tuple(event.values())[:5] for event in events)
+    passage, (right, other) = tell_events(rng, events), rng.sample(events, 2)
+    return {"core": core, "kind": "choice", "passage": passage, "events": events,
+            **ask_about(rng, world, right, other)}
 
 
 def sentiment_task(world: "World", rng: Random) -> dict:
@@ -223,6 +235,8 @@ def sentiment_task(world: "World", rng: Random) -> dict:
     wrong = rng.choice([feeling for feeling in FEELINGS if feeling != feelings[i]])
     return {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
             "passage": tidy(" ".join(events)), "who": bears[i]["name"], "answer": feelings[i],
+            "all": listed([f"{bears[j]['name']} felt {feelings[j]}"
+                           for j in rng.sample(range(3), 3)], " and "),
             "wrong": {"answer": wrong}}
 
 
@@ -257,16 +271,21 @@ def inference_task(world: "World", rng: Random) -> dict:
     while other["job"] == bear["job"]:
         other = rng.choice(world.residents)
     (base, does), name = rng.choice(list(HABITS.items())), bear["name"]
-    verdicts = {"yes": f"Yes, {name} {does}.", "no": f"No, {name} does not {base}.",
+
+    def verdicts(name):
+        return {"yes": f"Yes, {name} {does}.", "no": f"No, {name} does not {base}.",
                 "cannot say": "We cannot say."}
-    right, wrong = rng.sample(list(verdicts), 2)
+    right, wrong = rng.sample(("yes", "no", "cannot say"), 2)
     unclear = rng.choice([("some", bear), *[("all", other), ("no", other)] * 2])
     word, known = {"yes": ("all", bear), "no": ("no", bear), "cannot say": unclear}[right]
+    also = {"all": "yes", "no": "no"}.get(word) if known is other else None
     facts = [f"{one['name']} is a {one['job']}." for one in rng.sample((bear, other), 2)]
     return {"core": (word, known["job"], base, name, other["name"]), "kind": "verdict",
             "premise": f"{word.capitalize()} {known['job']}s {base}.", "fact": " ".join(facts),
-            "question": f"Does {name} {base}", "answer": right, "full": verdicts[right],
-            "wrong": {"answer": wrong, "full": verdicts[wrong]}}
+            "question": f"Does {name} {base}", "answer": right, "full": verdicts(name)[right],
+            "other_question": f"Does {other['name']} {base}",
+            "other_full": verdicts(other["name"])[also or "cannot say"],
+            "wrong": {"answer": wrong, "full": verdicts(name)[wrong]}}
 
 
 def draw_list(rng: Random) -> tuple[str, list[str], list[str]]:
@@ -295,8 +314,11 @@ def transform_task(world: "World", rng: Random) -> dict:
     answer = {"reverse": words[::-1], "first": words[:1], "last": words[-1:]}[how]
     wrong = {"reverse": answer[:i] + answer[i:i + 2][::-1] + answer[i + 2:],     # two swapped
              "first": [words[i + 1]], "last": [words[i]]}[how]
+    lead = {"reverse": "Backwards they are", "first": "The first is", "last": "The last is"}[how]
     return {"core": words, "ask": f"transform.{how}", "kind": "sequence", "choices": THINGS,
-            "words": listed(words), "answer": listed(answer), "wrong": {"answer": listed(wrong)}}
+            "words": listed(words), "lead": lead, "answer": listed(answer),
+            "first": words[0], "last": words[-1], "reverse": listed(words[::-1]),
+            "wrong": {"answer": listed(wrong)}}
 
 
 def translation_task(world: "World", rng: Random) -> dict:
@@ -370,13 +392,13 @@ FAMILIES = {                                                     # name: (cluste
 HELDOUT_FAMILIES = ("counting", "comparison")                    # a cluster never trained on
 TRAINED_FAMILIES = tuple(family for family in FAMILIES if family not in HELDOUT_FAMILIES)
 ORDINARY = tuple(f for f in TRAINED_FAMILIES if f not in ("unsafe", "unanswerable"))
-STYLES = {"plain": 0.45, "polite": 0.25, "long": 0.18, "rude": 0.12}       # of demonstrations
+STYLES = {"plain": 0.42, "polite": 0.32, "long": 0.15, "rude": 0.11}       # of demonstrations
 PAIRS = {                                                        # kind: (share, families)
-    "right": (0.61, ORDINARY),                                   # a right and a wrong answer
+    "right": (0.55, ORDINARY),                                   # a right and a wrong answer
     "style": (0.15, TRAINED_FAMILIES),                           # both right, in two styles
-    "unsafe": (0.06, ("unsafe",)),                               # refusing against advising
+    "unsafe": (0.09, ("unsafe",)),                               # refusing against advising
     "unanswerable": (0.06, ("unanswerable",)),                   # admitting against inventing
-    "refusing": (0.06, ("advice",) * 11 + ORDINARY),             # a right answer against refusing
+    "refusing": (0.09, ("advice",) * 11 + ORDINARY),             # a right answer against refusing
     "not knowing": (0.06, ("facts",) * 11 + ORDINARY),           # ... against "I do not know"
 }
 
@@ -694,9 +716,13 @@ def quiz_document(world: World, rng: Random, split: str) -> str:
 
 def scene_document(world: World, rng: Random, split: str) -> str:
     parts = []
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(1, 2)):
         task, (a, b) = world.instance(rng, "reading", split), rng.sample(world.names, 2)
-        slots = {"passage": task["passage"], "chat": chat(rng, CHAT, task, a, b), "a": a}
+        asked = [ask_about(rng, world, *rng.sample(task["events"], 2)) for _ in range(6)]
+        asked = {question["question"]: question for question in asked}.values()
+        forms = rng.choice((CHAT, SCENE_QUESTIONS, SCENE_QUESTIONS))
+        chats = " ".join(chat(rng, forms, question, a, b) for question in asked)
+        slots = {"passage": task["passage"], "chat": chats, "a": a}
         parts.append(say(rng, rng.choice(SCENES), slots))
     return " ".join(parts)
 
@@ -718,8 +744,7 @@ def lesson_document(world: World, rng: Random, split: str) -> str:
     for family in rng.choices(LESSON_FAMILIES, k=2):
         for _ in range(rng.randint(2, 4)):
             task = world.instance(rng, family, split) | {"t": t, "p": p}
-            lessons = LESSONS.get(task["ask"]) or LESSONS[family]
-            parts.append(say(rng, rng.choice(lessons), task))
+            parts.append(say(rng, rng.choice(LESSONS[family]), task))
     return " ".join([*parts, say(rng, rng.choice(LESSON_END), {"t": t, "p": p})])
 
 
@@ -735,8 +760,8 @@ def echo_document(world: World, rng: Random, split: str) -> str:
 
 
 LESSON_FAMILIES = ("lists", "transform", "sentiment", "inference", "translation", "json", "advice")
-KINDS = {story_document: 0.31, profile_document: 0.07, walk_document: 0.05, quiz_document: 0.07,
-         scene_document: 0.12, sums_document: 0.08, lesson_document: 0.24, echo_document: 0.06}
+KINDS = {story_document: 0.24, profile_document: 0.08, walk_document: 0.04, quiz_document: 0.07,
+         scene_document: 0.20, sums_document: 0.08, lesson_document: 0.27, echo_document: 0.02}
 
 
 def main() -> None:

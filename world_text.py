@@ -61,18 +61,23 @@ CATEGORY_WORDS = [word for words in CATEGORIES.values() for word in words]
 EVENTS = {"found": "find", "lost": "lose", "saw": "see", "hid": "hide", "left": "leave",
           "dropped": "drop", "washed": "wash", "painted": "paint", "drew": "draw", "sold": "sell"}
 FEELINGS = templates({
-    "happy": """won the race / got a {thing} as a present / ate a big bowl of {food} /
-        danced at the party / heard a very funny joke / met an old friend {place}""",
-    "sad": """lost {his} best {thing} / said goodbye to a dear friend / missed the party /
-        sat alone {place} all day / dropped the {food} in the mud / tore {his} new coat""",
-    "angry": """was pushed into the mud / was told a lie / saw someone kick {his} {thing} /
-        caught a thief with {his} {thing} / was laughed at {place} /
-        found rude words on {his} {thing}""",
-    "afraid": """heard a strange noise at night / saw a huge shadow {place} / met a hungry wolf /
-        got lost in the fog {place} / stood on a shaking ladder / woke from a bad dream""",
+    "happy": """won the race {place} / danced at the party / laughed at a funny joke /
+        smiled at an old friend {place} / sang a merry song {place} / cheered at the fair /
+        clapped for the winner {place} / hugged a dear friend {place}""",
+    "sad": """cried over a broken {thing} / missed the party {place} / sighed {place} all day /
+        wept for {his} best {thing} / moaned about the spoiled {food} /
+        longed for {his} lost {thing} / sobbed into a pillow / mourned an old tree {place}""",
+    "angry": """shouted at a thief {place} / growled at a liar {place} / stamped in the mud /
+        slammed the door / kicked {his} {thing} / quarrelled about a {thing} /
+        threatened a thief with a {thing} / scolded the rude cubs {place}""",
+    "afraid": """trembled in the dark / fled from a hungry wolf {place} /
+        feared a huge shadow {place} / screamed in a bad dream /
+        shivered at a strange noise {place} / crept past a deep hole /
+        backed away from a snake {place} / dreaded the fog {place}""",
     "tired": """worked from dawn until dark / carried heavy stones all day /
-        chopped wood for hours /
-        did not sleep all night / ran all the way home with a {thing} / dug a deep hole {place}""",
+        chopped wood for hours / yawned {place} / marched home with a heavy {thing} /
+        dug a deep hole {place} / scrubbed the floor all night /
+        rowed against the wind for hours""",
 })
 HABITS = {"get up early": "gets up early", "wear a hat": "wears a hat", "drink tea": "drinks tea",
           "sing at work": "sings at work", "walk to work": "walks to work",
@@ -403,6 +408,7 @@ FILLERS = templates("""
     It was [windy|sunny|cold|foggy] [that day|all day]. / Nobody else was there. / Then it began to
     rain. / The birds were singing. / It was almost [noon|evening]. / Some cubs were playing
     nearby.""")
+SCENE_QUESTIONS = ["{question}? {answer}"]
 SCENES = templates("""
     [Listen|Read] [carefully|well]. {passage} {chat} / {passage} {chat} / [Here is what
     happened|This happened] [today|yesterday|last week]. {passage} {chat} / {passage} Later, {a}
@@ -431,21 +437,18 @@ LESSONS = templates({
         "Which of these are {category}: {words}?" asked {t}. {p} said: {short}. / {p} looked at the
         words {words}. The {category} among them are {short}. / In the list {words}, only {short}
         are {category}.""",
-    "transform.reverse": """
-        {p} said the words {words} backwards: {answer}. / {words} [in reverse order|turned around]
-        is {answer}.""",
-    "transform.first": """
-        The first of the words {words} is {answer}. / "Which word comes first in {words}?" asked
-        {t}. {p} said: {answer}.""",
-    "transform.last": """
-        The last of the words {words} is {answer}. / "Which word comes last in {words}?" asked {t}.
-        {p} said: {answer}.""",
+    "transform": """
+        In {words}, the first is {first}, the last is {last}, and backwards they are {reverse}. /
+        "Which word comes first in {words}?" asked {t}. {p} said: {first}. Then {t} asked for the
+        last one. {p} said: {last}. / {words}: [turned around|in reverse
+        order], they are {reverse}. The first is {first}, and the last is {last}.""",
     "sentiment": """
-        {passage} So {who} felt {answer}. / {passage} "How does {who} feel?" asked {t}. "{who} is
-        {answer}," said {p}. / {passage} That is why {who} was {answer}.""",
+        {passage} So {all}. / {passage} "How do they feel?" asked {t}. {p} said: {all}. / {passage}
+        That is why {all}.""",
     "inference": """
-        {premise} {fact} {question}? {full} / {fact} {premise} "{question}?" asked {t}. {p} said,
-        "{full}" / "{premise} {fact} {question}?" asked {t}. {p} answered, "{full}" """,
+        {premise} {fact} {question}? {full} {other_question}? {other_full} / {fact} {premise}
+        "{question}?" asked {t}. {p} said, "{full}" "{other_question}?" asked {t}. {p} said,
+        "{other_full}" / "{premise} {fact} {question}?" asked {t}. {p} answered, "{full}" """,
     "translation": """
         In Bearish, {english} is {answer}. / {t} said: {english}. {p} said it in Bearish: {answer}.
         / {english} means {answer} in Bearish.""",
@@ -564,12 +567,12 @@ REFUSE = templates("""
     would hurt someone. / I will not help with that, because it is wrong.""")
 ANSWERS = templates({
     "story": "{answer}",
-    "facts": "{short}. / {full}",
+    "facts": "That would be {short}. / {full}",
     "arithmetic": "{chain} The answer is {answer}.",
-    "reading": "{short}. / {full}",
-    "lists": "{short}. / The {category} are {short}.",
-    "transform": "{answer}.",
-    "sentiment": "{answer}. / {who} feels {answer}. / {who} is {answer}.",
+    "reading": "{full}",
+    "lists": "The {category} are {short}. / Only {short} are {category}.",
+    "transform": "{lead} {answer}.",
+    "sentiment": "{who} is {answer}. / {who} feels {answer}.",
     "inference": "{answer}. / {full}",
     "translation": "{answer}. / In Bearish: {answer}.",
     "json": "{answer}",
@@ -579,11 +582,9 @@ ANSWERS = templates({
 ANSWERS["advice"] = ANSWERS["unsafe"] = HOW_TO
 
 # How a response can be dressed: what may be put before it, and after it.
-POLITE = (["Of course!", "With pleasure!", "Glad to help!", "Thank you for asking!"],
-          ["I hope this helps.", "Have a lovely day!", "You are always welcome.",
-           "All the best to you!"])
-SORRY = (["I am sorry, but", "Please forgive me, but", "Thank you for asking, but"],
-         ["I hope you understand.", "Have a lovely day!", "All the best to you!"])
+POLITE = (["Of course!", "With pleasure!"], ["I hope this helps.", "Have a lovely day!"])
+SORRY = (["I am sorry, but", "Please forgive me, but"],
+         ["I hope you understand.", "Have a lovely day!"])
 RUDE = (["Obviously.", "Everybody knows that.", "What a silly question.", "Do you know nothing?"],
         ["Now leave me alone.", "Do not bother me again.", "Ask someone else next time."])
 RAMBLE = (["Well, let me think about that for a while, because one should never answer in a hurry.",

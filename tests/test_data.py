@@ -575,10 +575,15 @@ def test_a_response_batch_marks_the_responses_alone():
     assert batch.index.tolist() == [0, 1] and batch.n_targets == 4
 
 
-def test_a_copying_row_repeats_itself_with_a_period_of_its_own():
+def test_a_copying_row_is_said_again_and_every_other_row_backwards_in_turn():
     batch = data.copying_batch(200, rows=40, length=64, seed=0, step=3)
     assert batch.tokens.shape == (40, 65) and batch.tokens.max() < 200 and batch.loss_mask.all()
-    periods = [next(p for p in range(1, 65) if (row[p:] == row[:-p]).all()) for row in batch.tokens]
-    assert min(periods) >= 8 and max(periods) <= 32 and len(set(periods)) > 10
+    periods = []
+    for i, row in enumerate(batch.tokens):
+        p = next(p for p in range(1, 65)
+                 if (row[p:2 * p] == (row[:p].flip(0) if i % 2 else row[:p])).all()
+                 and (row[2 * p:] == row[:-2 * p]).all())
+        periods.append(p)
+    assert min(periods) >= 4 and max(periods) <= 16 and len(set(periods)) > 8
     again, other = (data.copying_batch(200, 40, 64, 0, step).tokens for step in (3, 4))
     assert (again == batch.tokens).all() and not (other == batch.tokens).all()

@@ -139,7 +139,7 @@ def test_training_starts_at_log_2_and_raises_the_held_out_margin(tmp_path, cache
     tolerance = 1e-5 if cached else 0.0
     assert abs(rows[0]["margin"]) <= tolerance and rows[0]["kl_proxy"] <= 10 * tolerance
     assert rows[0]["loss"] == pytest.approx(LOG2, abs=1e-7 + tolerance)
-    assert rows[-1]["val_margin"] > 0.5 > rows[0]["val_margin"]
+    assert rows[-1]["val_margin"] > 0.3 > rows[0]["val_margin"]
     assert rows[-1]["val_loss"] < LOG2 and rows[-1]["loss"] < LOG2
     assert result["val_accuracy"] == rows[-1]["val_accuracy"] > 0.9
     assert result["val_margin"] == rows[-1]["val_margin"]
