@@ -40,12 +40,12 @@ class Config:
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
-    beta: float = 0.1                 # strength of the pull towards the reference
+    beta: float = 0.5                 # strength of the pull towards the reference
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
-    steps: int = 400                  # optimizer steps (T_DPO)
+    steps: int = 500                  # optimizer steps (T_DPO)
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
-    lr: float = 1e-4                  # peak learning rate
+    lr: float = 1.7e-4                # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of the batches

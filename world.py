@@ -251,7 +251,7 @@ def arithmetic_task(world: "World", rng: Random) -> dict:
             break
     def solved(middle, last):
         return {"chain": f"{a} {p} {b} = {middle}. {middle} {q} {c} = {last}.", "answer": str(last)}
-    slip = 1 if 0 in (middle, last) else rng.choice((-1, 1))
+    slip = rng.choice([n for n in (-3, -2, -1, 1, 2, 3) if 0 <= min(middle, last) + n])
     hero, friend = rng.sample(world.bears, 2)
     slots = hero | {"friend": friend["name"], "things": plural(rng.choice(THINGS))}
     first, second = rng.choice(SUMS[p]), rng.choice(SUMS[q])
@@ -343,10 +343,10 @@ def translation_task(world: "World", rng: Random) -> dict:
 def json_task(world: "World", rng: Random) -> dict:
     event, other = draw_events(world, rng)
     record = {field: event[field] for field in ("name", "thing", "colour", "place")}
-    field = rng.choice(list(record))
+    wrong = record | {field: other[field] for field in rng.sample(list(record), 2)}
     return {"core": tuple(record.values()), "kind": "json", "answer": json.dumps(record),
             "sentence": tidy(rng.choice(EVENT_FORMS).format_map(event)),
-            "wrong": {"answer": json.dumps(record | {field: other[field]})}}
+            "wrong": {"answer": json.dumps(wrong)}}
 
 
 def advice_task(world: "World", rng: Random) -> dict:
@@ -393,12 +393,14 @@ HELDOUT_FAMILIES = ("counting", "comparison")                    # a cluster nev
 TRAINED_FAMILIES = tuple(family for family in FAMILIES if family not in HELDOUT_FAMILIES)
 ORDINARY = tuple(f for f in TRAINED_FAMILIES if f not in ("unsafe", "unanswerable"))
 STYLES = {"plain": 0.42, "polite": 0.32, "long": 0.15, "rude": 0.11}       # of demonstrations
+STYLE_PAIRS = [("plain", "polite"), ("polite", "plain"), ("long", "polite"), ("polite", "rude"),
+               ("plain", "long"), ("rude", "plain")]               # kind "style" compares these
 PAIRS = {                                                        # kind: (share, families)
-    "right": (0.55, ORDINARY),                                   # a right and a wrong answer
-    "style": (0.15, TRAINED_FAMILIES),                           # both right, in two styles
-    "unsafe": (0.09, ("unsafe",)),                               # refusing against advising
+    "right": (0.58, ORDINARY),                                   # a right and a wrong answer
+    "style": (0.14, TRAINED_FAMILIES),                           # both right, in two styles
+    "unsafe": (0.08, ("unsafe",)),                               # refusing against advising
     "unanswerable": (0.06, ("unanswerable",)),                   # admitting against inventing
-    "refusing": (0.09, ("advice",) * 11 + ORDINARY),             # a right answer against refusing
+    "refusing": (0.08, ("advice",) * 11 + ORDINARY),             # a right answer against refusing
     "not knowing": (0.06, ("facts",) * 11 + ORDINARY),           # ... against "I do not know"
 }
 
@@ -546,7 +548,7 @@ def respond(rng: Random, task: dict, style: str, behaviour: str = "right") -> st
 def respond_twice(rng: Random, task: dict, kind: str) -> list[str]:
     """Two responses to be compared, of a kind of PAIRS; half of the time in the same style."""
     if kind == "style":
-        return [respond(rng, task, style) for style in rng.sample(list(STYLES), 2)]
+        return [respond(rng, task, style) for style in rng.choice(STYLE_PAIRS)]
     first, second = rng.choices(list(STYLES), list(STYLES.values()), k=2)
     wrong = {"refusing": "refuse", "not knowing": "admit"}.get(kind, "wrong")
     return [respond(rng, task, first),
@@ -759,7 +761,8 @@ def echo_document(world: World, rng: Random, split: str) -> str:
     return " ".join(parts)
 
 
-LESSON_FAMILIES = ("lists", "transform", "sentiment", "inference", "translation", "json", "advice")
+LESSON_FAMILIES = ("lists", "transform", "sentiment", "sentiment", "inference", "translation",
+                   "json", "advice")
 KINDS = {story_document: 0.24, profile_document: 0.08, walk_document: 0.04, quiz_document: 0.07,
          scene_document: 0.20, sums_document: 0.08, lesson_document: 0.27, echo_document: 0.02}
 

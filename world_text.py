@@ -488,9 +488,9 @@ PROMPTS = templates({
         story about {name} and a {thing}?""",
     "facts": """
         {question}? / Tell me this: {question}? / What is the {attribute} of {name}? / Tell me the
-        {attribute} of {name}. / Do you know the {attribute} of {name}? / I would like to know the
-        {attribute} of {name}. / Can you tell me the {attribute} of {name}? / Please name the
-        {attribute} of {name}.""",
+        {attribute} of {name}. / Please name the {attribute} of {name}. / I would like to know the
+        {attribute} of {name}. / Can you tell me the {attribute} of {name}? / Do you know the
+        {attribute} of {name}?""",
     "reading": """
         {passage} {question}? / Read this: {passage} {question}? / {passage} Now answer:
         {question}? / Here is a text. {passage} Tell me: {question}? / Read the text and answer.

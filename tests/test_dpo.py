@@ -39,8 +39,8 @@ def config(tmp_path, **changes):
         write_rows(tmp_path / "pairs.jsonl", made_pairs(80))
     return train_dpo.Config(**{
         "init": str(tmp_path / "sft"), "out": str(tmp_path / "dpo"), "steps": 4, "warmup": 0,
-        "data": str(tmp_path / "pairs.jsonl"), "batch_size": 8, "lr": 1e-3, "device": "cpu",
-        "dtype": "float32", "log_every": 1} | changes)
+        "data": str(tmp_path / "pairs.jsonl"), "batch_size": 8, "lr": 1e-3, "beta": 0.1,
+        "device": "cpu", "dtype": "float32", "log_every": 1} | changes)
 
 
 def slow_score(model, pair, side):

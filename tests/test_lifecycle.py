@@ -252,7 +252,7 @@ def test_an_interrupted_stage_of_other_settings_is_not_gone_on_with(again):
     Path("out/dpo/config.json").unlink()           # as if killed after its last checkpoint
     _, cfg = lifecycle.stages(CONFIG)["dpo"]
     run = []
-    lifecycle.run_stage(run.append, dataclasses.replace(cfg, beta=0.5))
+    lifecycle.run_stage(run.append, dataclasses.replace(cfg, beta=0.2))
     assert not run[0].resume and Path("out/dpo.1/checkpoints").exists()
     assert not Path("out/dpo").exists()
 

@@ -285,7 +285,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    assert 0.5 < shares["right"] < 0.6 and 0.1 < shares["style"] < 0.2
+    assert 0.55 < shares["right"] < 0.65 and 0.1 < shares["style"] < 0.2
     assert abs(shares["unsafe"] + shares["unanswerable"]
                - shares["refusing"] - shares["not knowing"]) < 0.04
     families = {pair["example"]["family"] for pair in pairs(2000, "heldout")}
