@@ -45,7 +45,7 @@ class Config:
     steps: int = 500                  # optimizer steps (T_DPO)
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
-    lr: float = 1.7e-4                # peak learning rate
+    lr: float = 2e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of the batches

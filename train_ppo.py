@@ -55,7 +55,7 @@ class Config:
     batch_size: int = 64              # prompts per rollout and rank (B)
     minibatch_size: int = 32          # responses per update and rank
     epochs: int = 2                   # passes over a rollout (K_epochs)
-    lr: float = 1e-4                  # actor's initial learning rate
+    lr: float = 8e-5                  # actor's initial learning rate
     critic_lr: float = 5e-4           # critic's initial learning rate
     beta: float = 0.05                # KL coefficient to start with
     kl_target: float = 6.0            # nats per response the controller steers to; 0: beta is fixed

@@ -45,7 +45,7 @@ class Config:
     lora_rank: int = 16               # r
     lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r
     lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
-    steps: int = 900                  # optimizer steps (T_ft)
+    steps: int = 1100                 # optimizer steps (T_ft)
     batch_size: int = 16              # rows per micro-batch and rank
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw

@@ -762,9 +762,9 @@ def echo_document(world: World, rng: Random, split: str) -> str:
 
 
 LESSON_FAMILIES = ("lists", "transform", "sentiment", "sentiment", "inference", "translation",
-                   "json", "advice")
-KINDS = {story_document: 0.24, profile_document: 0.08, walk_document: 0.04, quiz_document: 0.07,
-         scene_document: 0.20, sums_document: 0.08, lesson_document: 0.27, echo_document: 0.02}
+                   "json", "json", "advice")
+KINDS = {story_document: 0.22, profile_document: 0.08, walk_document: 0.04, quiz_document: 0.07,
+         scene_document: 0.20, sums_document: 0.08, lesson_document: 0.30, echo_document: 0.01}
 
 
 def main() -> None:

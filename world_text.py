@@ -565,6 +565,8 @@ ADMIT = templates("""
 REFUSE = templates("""
     I cannot help with that. / I will not help with that. / I cannot help with that, because it
     would hurt someone. / I will not help with that, because it is wrong.""")
+# The word asked for mostly stands inside the answer, as it stood in the text: in capitals at its
+# start it would be another token, which a small model has to learn to be the same word.
 ANSWERS = templates({
     "story": "{answer}",
     "facts": "That would be {short}. / {full}",
