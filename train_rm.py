@@ -34,14 +34,14 @@ class Config:
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 26_000             # how many to take from the world
+    n_pairs: int = 32_000             # how many to take from the world
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 1600                 # optimizer steps (T_RM)
+    steps: int = 2000                 # optimizer steps (T_RM)
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 7e-4                  # peak learning rate
