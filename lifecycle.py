@@ -246,6 +246,8 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     axis = axes[0, 0]
     plot(axis, curves["pretrain"], "loss", label="training", alpha=0.6)
     plot(axis, curves["pretrain"], "val_loss", label="validation", marker="o")
+    copying = train_pretrain.copy_steps(configs["pretrain"])
+    axis.axvspan(0, copying, color="gray", alpha=0.15, label="copying" if copying else None)
     for name, style in (("unigram", ":"), ("bigram", "--")):
         axis.axhline(s["pretrain"][f"{name}_loss"], color="gray", ls=style, label=f"{name} model")
     axis.set(title="1 pretraining", xlabel="step", ylabel="loss (nats per token)")
@@ -255,10 +257,11 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     for k, name in enumerate(("sft", "dpo", "ppo")):
         places = [i + 0.27 * k for i in range(len(names))]
         axis.barh(places, [100 * s[name]["families"][f] for f in names], 0.25, label=name.upper())
-    axis.set(title="2 accuracy by task family", xlabel="exact match (%)", xlim=(0, 100),
-             yticks=[i + 0.27 for i in range(len(names))], yticklabels=names)
+    axis.set(title="2 accuracy by task family", xlabel="exact match (%)", xlim=(0, 140),
+             xticks=range(0, 101, 20), yticks=[i + 0.27 for i in range(len(names))],
+             yticklabels=names)
     axis.invert_yaxis()
-    axis.legend(loc="lower right")
+    axis.legend(loc="center right")
 
     axis = axes[0, 2]
     plot(axis, curves["rm"], "train_accuracy", label="training", alpha=0.6)

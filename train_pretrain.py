@@ -96,6 +96,11 @@ def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
     return tokenizer, *streams, bytes_per_token
 
 
+def copy_steps(cfg: Config) -> int:
+    """Steps of copying before text; none for a model from --init, which can look back already."""
+    return 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
+
+
 def main(cfg: Config) -> dict:
     run = training.start(cfg, "pretrain")
 
@@ -124,12 +129,11 @@ def main(cfg: Config) -> dict:
             f"training tokens, {bytes_per_token:.2f} bytes per token; validation loss to beat: "
             f"unigram {unigram:.2f}, bigram {bigram:.2f} nats")
 
-    # 3. TRAINING LOOP (a model that comes from --init can look back already)
-    copy_steps = 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
+    # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
         numbers = [step * cfg.grad_accum + i for i in range(cfg.grad_accum)]
-        if step < copy_steps:
+        if step < copy_steps(cfg):
             batches = [data.copying_batch(len(tokenizer.ranks), 2 * cfg.batch_size, min(64, length),
                                           cfg.seed, n * run.world_size + run.rank) for n in numbers]
         else:
