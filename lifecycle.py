@@ -36,11 +36,12 @@ from model import load_model, parameter_count
 PRESETS = {
     "tiny": {},
     "smoke": {
-        "pretrain": {"max_bytes": 1_000_000, "steps": 60, "copy_steps": 0, "warmup": 10,
+        "pretrain": {"max_bytes": 1_000_000, "steps": 80, "copy_steps": 0, "warmup": 10,
                      "eval_windows": 16},
-        "sft": {"n_examples": 1000, "steps": 30, "warmup": 5, "eval_examples": 40},
-        "rm": {"n_pairs": 500, "steps": 20, "warmup": 5, "eval_pairs": 100, "n_shift": 20},
-        "dpo": {"n_pairs": 300, "steps": 15, "warmup": 5, "eval_pairs": 100},
+        "sft": {"n_examples": 2000, "steps": 50, "warmup": 5, "eval_examples": 40},
+        "rm": {"n_pairs": 800, "steps": 50, "warmup": 5, "eval_pairs": 100, "n_shift": 20},
+        "dpo": {"n_pairs": 1000, "steps": 60, "beta": 0.1, "lr": 1e-4, "warmup": 5,
+                "eval_pairs": 100},
         "ppo": {"n_prompts": 200, "steps": 3, "batch_size": 16, "minibatch_size": 8},
         "exam": {"n_tasks": 60, "n": 40},
     },
