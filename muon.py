@@ -63,8 +63,10 @@ class Muon(torch.optim.Optimizer):
         """Each parameter's step; matrices of one shape are made orthogonal together."""
         ahead: dict[tuple, list[Tensor]] = {}
         for p in params:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 1 - self.mu)
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"].lerp_(p.grad, 1 - self.mu)
             ahead.setdefault(tuple(p.shape), []).append(p.grad.lerp(momentum, self.mu))
         steps = {shape: iter(orthogonalize(torch.stack(same), self.dtype)
                              * (0.2 * max(shape) ** 0.5)) for shape, same in ahead.items()}
@@ -72,7 +74,9 @@ class Muon(torch.optim.Optimizer):
 
     def adamw(self, p: Tensor) -> Tensor:
         (b1, b2), state = self.betas, self.state[p]
-        m = state.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - b1)
-        v = state.setdefault("v", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - b2)
-        t = state["t"] = state.get("t", 0) + 1
+        if not state:
+            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), t=0)
+        m = state["m"].lerp_(p.grad, 1 - b1)
+        v = state["v"].lerp_(p.grad.square(), 1 - b2)
+        t = state["t"] = state["t"] + 1
         return m / (1 - b1 ** t) / ((v / (1 - b2 ** t)).sqrt() + self.eps)

@@ -191,6 +191,7 @@ def draw_events(world: "World", rng: Random) -> list[dict]:
 
 
 def tell_events(rng: Random, events: list[dict]) -> str:
+    """A passage: who did what is told in one order of words, so that a small model can follow."""
     starts = "", rng.choice(THEN)
     sentences = [say(rng, start + EVENT_FORMS[0], event) for start, event in zip(starts, events)]
     if rng.random() < 0.4:
@@ -311,13 +312,14 @@ def lists_task(world: "World", rng: Random) -> dict:
 def transform_task(world: "World", rng: Random) -> dict:
     how, words = rng.choice(("reverse", "first", "last")), rng.sample(THINGS, rng.randint(3, 4))
     i = rng.randrange(len(words) - 1)
-    answer = {"reverse": words[::-1], "first": words[:1], "last": words[-1:]}[how]
+    forms = {"reverse": words[::-1], "first": words[:1], "last": words[-1:]}
+    answer = forms[how]
     wrong = {"reverse": answer[:i] + answer[i:i + 2][::-1] + answer[i + 2:],     # two swapped
              "first": [words[i + 1]], "last": [words[i]]}[how]
     lead = {"reverse": "Backwards they are", "first": "The first is", "last": "The last is"}[how]
     return {"core": words, "ask": f"transform.{how}", "kind": "sequence", "choices": THINGS,
             "words": listed(words), "lead": lead, "answer": listed(answer),
-            "first": words[0], "last": words[-1], "reverse": listed(words[::-1]),
+            **{name: listed(form) for name, form in forms.items()},
             "wrong": {"answer": listed(wrong)}}
 
 
