@@ -3,6 +3,7 @@ How fast we are beside what others use, measured in one run on this machine.
 
     python bench.py train                  # a training step of a 5.8M model; about 8 minutes
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
+    python bench.py kernels                # every kernel beside its alternatives (bench_kernels.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
 
 Every row is measured in fresh processes, alternated with the other rows over several rounds; the
@@ -316,5 +317,12 @@ if __name__ == "__main__":
             main(sys.argv[1], training.parse(Config, sys.argv[2:], __doc__))
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
+    elif sys.argv[1:2] == ["kernels"]:
+        import bench_kernels
+        try:
+            bench_kernels.main(training.parse(bench_kernels.Config, sys.argv[2:],
+                                              bench_kernels.__doc__))
+        except ValueError as error:
+            sys.exit(f"bench.py: {error}")
     else:
-        sys.exit(f"{__doc__}\nfirst argument: train or generate")
+        sys.exit(f"{__doc__}\nfirst argument: train, generate or kernels")

@@ -324,7 +324,7 @@ class Batch:
     """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]."""
     tokens: torch.Tensor                # (B, T) int64
     loss_mask: torch.Tensor             # (B, T) bool: this token is a target
-    documents: torch.Tensor | None      # (B, T) int32: number within the row, padding has its own
+    documents: torch.Tensor | None      # (B, T) int32: number within the row, padding -1
     positions: torch.Tensor | None      # (B, T) int64: from 0 in each document
     index: torch.Tensor                 # int64: which windows, examples or pairs these are
 
@@ -593,7 +593,7 @@ class PackedExamples:
                 start, end = end, end + len(ids)
                 tokens[b, start:end], loss_mask[b, start:end] = ids, mask
                 documents[b, start:end], positions[b, start:end] = number, t[:len(ids)]
-            documents[b, end:], positions[b, end:] = len(row), t[:self.size - end]
+            documents[b, end:], positions[b, end:] = -1, t[:self.size - end]
         index = torch.tensor([i for row in packed for i in row])
         return Batch(*map(torch.from_numpy, (tokens, loss_mask, documents, positions)), index)
 

@@ -3,12 +3,12 @@ The Transformer that every stage trains: pre-norm blocks of grouped-query attent
 (001 section 1.3), with a language-model head or a scalar head (reward model, critic).
 
     h <- h + Attention(RMSNorm(h))         queries and keys turned by RoPE
-    h <- h + SwiGLU(RMSNorm(h))            (Swish(x W1) * x W3) W2
+    h <- h + SwiGLU(RMSNorm(h))            (Swish(x W1) * x W3) W2, or a Mixture of Experts of them
 
 Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, C head width,
-F feed-forward width, V vocabulary. Weights are fp32 masters; `model.dtype` is what matmuls and the
-residual stream run in; norms' statistics, softmax and log-probs are fp32. Everything that
-kernels/ fuses is called through kernels/.
+F feed-forward width, E experts, V vocabulary. Weights are fp32 masters; `model.dtype` is what
+matmuls and the residual stream run in; norms' statistics, softmax, routers and log-probs are fp32.
+Everything that kernels/ fuses is called through kernels/.
 
     model = Transformer(ModelConfig(vocab_size=1024))
     logits = model(tokens)                            # (B, T, V)
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import routing
 from tokenizer import Tokenizer
 
 
@@ -44,6 +45,20 @@ class ModelConfig:
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # a token also sees its predecessor's embedding
     head: str = "lm"                  # lm | scalar
+    n_experts: int = 0                # E, of which a router picks; 0: a dense model
+    top_k: int = 2                    # experts per token
+    n_shared_experts: int = 0         # experts that every token visits besides
+    d_expert: int = 0                 # F of one expert; 0: together as many FLOPs as d_ff
+    n_dense_layers: int = 0           # the first so many blocks have no experts
+    router: str = "token_choice"      # token_choice | expert_choice (cannot generate)
+    expert_groups: int = 0            # two-level routing: experts stand in so many groups
+    top_groups: int = 1               # ... of which a token visits so many
+    capacity_factor: float = 0.0      # places per expert in training, over its fair share; 0: all
+    router_noise: bool = False        # noisy top-k in training
+    balance: str = "loss"             # loss | bias (nudged after every step) | none
+    balance_coef: float = 0.01        # weight of the balance loss
+    z_coef: float = 0.001             # weight of the router's z-loss
+    bias_rate: float = 0.001          # step of the biases
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -61,17 +76,46 @@ class ModelConfig:
                              f"{self.n_kv_heads}; a key/value head serves a group of query heads")
         if self.head not in ("lm", "scalar"):
             raise ValueError(f'head is "{self.head}"; it must be "lm" or "scalar"')
+        if self.n_experts:
+            visited = self.top_k + self.n_shared_experts
+            self.d_expert = self.d_expert or -(-self.d_ff // (16 * visited)) * 16
+            self.check_experts()
+
+    def check_experts(self) -> None:
+        for name, choices in (("router", ("token_choice", "expert_choice")),
+                              ("balance", ("loss", "bias", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}")
+        groups = self.expert_groups or 1
+        if self.n_experts % groups or not 1 <= self.top_groups <= groups:
+            raise ValueError(f"{self.n_experts} experts cannot stand in expert_groups {groups}, or "
+                             f"top_groups {self.top_groups} is not among 1 to {groups}")
+        within = self.n_experts * (self.top_groups if self.expert_groups else 1) // groups
+        if not 1 <= self.top_k <= within:
+            raise ValueError(f"top_k is {self.top_k}; a token can choose among {within} experts")
 
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def n_sparse_layers(self) -> int:
+        return max(0, self.n_layers - self.n_dense_layers) if self.n_experts else 0
+
     def matmul_parameters(self) -> int:
-        """Parameters that multiply every token: everything but norms and the embedding look-up."""
+        """Parameters that multiply a token: everything but norms, the embedding look-up, and the
+        experts that it does not visit."""
         attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
+        dense, sparse = 3 * self.d_model * self.d_ff, 0
+        if self.n_experts:
+            router = self.n_experts * (2 if self.router_noise else 1) + self.expert_groups
+            visited = self.top_k + self.n_shared_experts
+            sparse = self.d_model * (router + 3 * visited * self.d_expert)
         head = self.d_model * (self.vocab_size if self.head == "lm" else 1)
         shift = self.d_model ** 2 if self.token_shift else 0
-        return self.n_layers * (attention + 3 * self.d_model * self.d_ff) + shift + head
+        n_dense = self.n_layers - self.n_sparse_layers
+        return (self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
+                + shift + head)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs to train on one token of a causal sequence of `length`: 6 per matmul parameter (2
@@ -146,13 +190,74 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.w13 = Linear(config.d_model, 2 * config.d_ff)         # W1 and W3 side by side
-        self.w2 = Linear(config.d_ff, config.d_model)
+        self.w13 = Linear(d_model, 2 * d_ff)                       # W1 and W3 side by side
+        self.w2 = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(kernels.swiglu(self.w13(x)))
+
+
+class MoE(nn.Module):
+    """y = sum_i G_i(x) E_i(x) + what the shared experts say; each E is a SwiGLU (routing.py).
+
+    Noise and capacity are for training: in evaluation every token reaches all that it chose, so
+    that a token's output does not depend on the others (expert choice excepted).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, E, F_expert = config.d_model, config.n_experts, config.d_expert
+        self.config = config
+        self.router = Linear(D, E)                                 # W_r, used in fp32
+        if config.expert_groups:
+            self.group_router = Linear(D, config.expert_groups)
+        if config.router_noise:
+            self.noise_router = Linear(D, E)
+        if config.balance == "bias":
+            self.register_buffer("bias", torch.zeros(E))
+        self.w13 = nn.Parameter(torch.empty(E, 2 * F_expert, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, F_expert))
+        if config.n_shared_experts:
+            self.shared = SwiGLU(D, config.n_shared_experts * F_expert)
+        self.auxiliary: Tensor | float = 0.0           # of the newest forward pass with gradients
+        self.load: Tensor | float = 0.0                # its sum since the biases were last nudged
+        self.dropped: Tensor | float = 0.0             # share of its pairs that found no place
+
+    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+        """x (B, T, D); documents (B, T), negative on padding, which counts in no statistic."""
+        flat = x.flatten(0, 1)
+        real = None if documents is None else (documents >= 0).flatten()
+        y = kernels.moe_experts(flat, self.w13, self.w2, *self.route(flat.float(), real))
+        if self.config.n_shared_experts:
+            y = y + self.shared(flat)
+        return y.view(x.shape)
+
+    def route(self, x: Tensor, real: Tensor | None) -> routing.Routes:
+        """Who works on what, from x (N, D) in fp32; keeps the losses and the load."""
+        config, (N, E) = self.config, (len(x), self.config.n_experts)
+        logits = self.router(x)
+        if config.router_noise and self.training:
+            logits = routing.add_noise(logits, self.noise_router(x))
+        probs = logits.softmax(-1) if not config.expert_groups else \
+            routing.two_level(logits, self.group_router(x), config.top_groups)
+        if config.router == "expert_choice":
+            return routing.expert_choice(probs, routing.capacity(1.0, N, config.top_k, E))
+        experts, gates = routing.top_k(probs, config.top_k, getattr(self, "bias", None))
+        if torch.is_grad_enabled():
+            load = routing.load(experts, E, real)
+            self.load = self.load + load
+            self.auxiliary = config.z_coef * routing.z_loss(logits, real)
+            if config.balance == "loss":
+                balance_loss = routing.balance_loss(probs, load, real)
+                self.auxiliary = self.auxiliary + config.balance_coef * balance_loss
+        keep = None
+        if config.capacity_factor and self.training:
+            places = routing.capacity(config.capacity_factor, N, config.top_k, E)
+            keep = routing.within_capacity(experts, E, places)
+            self.dropped = 1 - keep.float().mean()
+        return routing.dispatch(experts, gates, E, keep)
 
 
 class Block(nn.Module):
@@ -161,12 +266,14 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.sparse = config.n_experts > 0 and layer >= config.n_dense_layers
+        self.mlp = MoE(config) if self.sparse else SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None,
                 cache: KVCache | None) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), cos, sin, documents, cache)
-        return h + self.mlp(self.mlp_norm(h))
+        delta = self.attention(self.attention_norm(h), cos, sin, documents, cache)
+        h, x = kernels.add_rmsnorm(h, delta, self.mlp_norm.weight, self.mlp_norm.eps)
+        return h + (self.mlp(x, documents) if self.sparse else self.mlp(x))
 
 
 class Transformer(nn.Module):
@@ -194,9 +301,12 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.weight.normal_(std=module.in_features ** -0.5)
-        for block in self.blocks:
-            block.attention.wo.weight.zero_()
-            block.mlp.w2.weight.zero_()
+            elif isinstance(module, MoE):
+                module.w13.normal_(std=self.config.d_model ** -0.5)
+                module.w2.zero_()
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.wo.weight", ".w2.weight")):
+                weight.zero_()
         self.embedding.weight.normal_(std=0.02)                    # small: first loss is log V
         if hasattr(self, "lm_head"):
             self.lm_head.weight.normal_(std=0.02)
@@ -218,6 +328,10 @@ class Transformer(nn.Module):
         """tokens (B, T) -> final hidden states (B, T, D), normalised, in `self.dtype`."""
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
+        if cache is not None and self.config.n_experts and self.config.router == "expert_choice":
+            raise ValueError("router is expert_choice: which tokens an expert takes depends on "
+                             "tokens yet to come, so this model cannot generate; train one with "
+                             "--router token_choice")
         if past + T > self.config.context_length:
             raise ValueError(f"{past + T} tokens, but the model's context_length is "
                              f"{self.config.context_length}")
@@ -240,27 +354,61 @@ class Transformer(nn.Module):
             cache.length, cache.last = past + T, newest
         return self.norm(h)
 
+    def dropped(self) -> Tensor | float:
+        """Share of the pairs of token and expert that the newest training pass dropped."""
+        shares = [block.mlp.dropped for block in self.blocks if block.sparse]
+        return sum(shares) / max(1, len(shares))
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """What the routers of the newest forward pass add to a training loss: balance and z-loss,
+        with their coefficients, summed over the blocks; 0.0 for a dense model."""
+        return sum(block.mlp.auxiliary for block in self.blocks if block.sparse)
+
+    @torch.no_grad()
+    def balance_experts(self) -> Tensor | None:
+        """After an optimizer step: nudge the routers' biases, where they have some. Returns the
+        load since the last call, (sparse blocks, E), shares of each block; None for a dense model.
+        """
+        sparse = [block.mlp for block in self.blocks if block.sparse and
+                  isinstance(block.mlp.load, Tensor)]
+        if not sparse:
+            return None
+        loads = torch.stack([moe.load for moe in sparse])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loads)
+        loads = loads / loads.sum(1, keepdim=True)
+        for moe, load in zip(sparse, loads):
+            moe.load = 0.0
+            if moe.config.balance == "bias":
+                moe.bias.copy_(routing.nudged(moe.bias, load, moe.config.bias_rate))
+        return loads
+
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None,
                 loss_mask: Tensor | None = None, documents: Tensor | None = None,
                 positions: Tensor | None = None, cache: KVCache | None = None,
-                temperature: float = 1.0, with_entropy: bool = False):
+                temperature: float = 1.0, with_entropy: bool = False,
+                output_weight: Tensor | None = None):
         """
         tokens: (B, T) ids. documents: (B, T) numbers; attention stays within equal ones.
         positions: (B, T) for RoPE, by default 0 .. T-1. cache: what came before `tokens`.
         Returns (all fp32)
-          scalar head:   values (B, T)
+          scalar head:   values (B, T); with targets (values, log-probabilities)
           no targets:    logits (B, T, V); with a cache those of the last position (B, 1, V)
           targets (B, T): their log-probabilities in nats (B, T), 0 where loss_mask is 0;
                           with_entropy: also the entropy (B, T) of each prediction, in nats
-        Logits are divided by `temperature` first. Raises ValueError beyond context_length, and when
-        tokens are to be scored or generated with a scalar head.
+        Logits are divided by `temperature` first. Log-probabilities come from output_weight (V, D)
+        instead of the model's own if given, which a scalar head needs: without, it raises
+        ValueError, as it does for generation. So does a length beyond context_length.
         """
-        if self.config.head == "scalar" and (targets is not None or cache is not None):
+        scalar = self.config.head == "scalar"
+        if scalar and (cache is not None or targets is not None and output_weight is None):
             raise ValueError("this model has a scalar head: it is a reward model or a critic; "
                              "scoring and generating tokens takes a language model")
         h = self.hidden(tokens, documents, positions, cache)
-        if self.config.head == "scalar":
-            return F.linear(h.float(), self.scalar_head.weight, self.scalar_head.bias).squeeze(-1)
+        if scalar:
+            values = F.linear(h.float(), self.scalar_head.weight, self.scalar_head.bias).squeeze(-1)
+            if targets is None:
+                return values
         if targets is None:
             h = h if cache is None else h[:, -1:]
             return F.linear(h, self.output_weight.to(h.dtype)).float() / temperature
@@ -268,14 +416,16 @@ class Transformer(nn.Module):
         if loss_mask is not None:                                  # only targets meet the V words
             rows = loss_mask.flatten().nonzero().squeeze(1)
             h, flat_targets = h[rows], flat_targets[rows]
-        scores = kernels.linear_cross_entropy(h, self.output_weight, flat_targets,
-                                              temperature=temperature, with_entropy=with_entropy)
+        weight = self.output_weight if output_weight is None else output_weight
+        scores = kernels.linear_cross_entropy(h, weight, flat_targets, temperature=temperature,
+                                              with_entropy=with_entropy)
         outputs = scores if with_entropy else (scores,)
         if loss_mask is not None:
             blank = torch.zeros(targets.numel(), device=h.device)
             outputs = [blank.index_put((rows,), output) for output in outputs]
         outputs = [output.view(targets.shape) for output in outputs]
-        return tuple(outputs) if with_entropy else outputs[0]
+        outputs = [values, *outputs] if scalar else outputs
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
@@ -318,6 +468,13 @@ def token_logps(model: nn.Module, batch, temperature: float = 1.0, with_entropy:
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def active_parameter_count(model: Transformer) -> int:
+    """Parameters that work on one token: all, less the experts that it does not visit."""
+    config = model.config
+    idle = (config.n_experts - config.top_k) * 3 * config.d_model * config.d_expert
+    return parameter_count(model) - config.n_sparse_layers * idle
 
 
 # ---------------------------------------------------------------------- the model folder

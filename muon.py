@@ -31,7 +31,8 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the Linear weights of the model's blocks, AdamW for all else that is trainable.
+    """Muon for the Linear weights of the model's blocks and for its experts, AdamW for all else
+    that is trainable (embeddings, heads, routers, norms, adapters).
 
     dtype: of the matmuls in orthogonalize. Weight decay is for matrices only.
     """
@@ -41,7 +42,8 @@ class Muon(torch.optim.Optimizer):
         if not lr >= 0:
             raise ValueError(f"learning rate: {lr}; it must not be negative")
         inner = {id(module.weight) for name, module in model.named_modules()
-                 if isinstance(module, Linear) and name != "lm_head"}
+                 if isinstance(module, Linear) and name != "lm_head" and "router" not in name}
+        inner |= {id(p) for p in model.parameters() if p.dim() == 3}       # a matrix per expert
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [("muon", weight_decay, [p for p in trainable if id(p) in inner]),
                   ("adamw", weight_decay,
@@ -69,7 +71,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(p.grad, 1 - self.mu)
             ahead.setdefault(tuple(p.shape), []).append(p.grad.lerp(momentum, self.mu))
         steps = {shape: iter(orthogonalize(torch.stack(same), self.dtype)
-                             * (0.2 * max(shape) ** 0.5)) for shape, same in ahead.items()}
+                             * (0.2 * max(shape[-2:]) ** 0.5)) for shape, same in ahead.items()}
         return [next(steps[tuple(p.shape)]) for p in params]
 
     def adamw(self, p: Tensor) -> Tensor:

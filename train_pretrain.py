@@ -25,12 +25,19 @@ Differs from the document:
     torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import data
 import evaluate
 import training
-from model import ModelConfig, Transformer, load_model, parameter_count, token_logps
+from model import (
+    ModelConfig,
+    Transformer,
+    active_parameter_count,
+    load_model,
+    parameter_count,
+    token_logps,
+)
 from tokenizer import Tokenizer
 
 
@@ -50,6 +57,20 @@ class Config:
     context_length: int = 256         # tokens a prediction can look back on
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = True          # a token also sees its predecessor's embedding (model.py)
+    n_experts: int = 0                # Mixture of Experts: so many feed-forwards; 0: a dense model
+    top_k: int = 2                    # experts per token
+    n_shared_experts: int = 0         # experts that every token visits besides
+    d_expert: int = 0                 # width of an expert; 0: the FLOPs of the dense model
+    n_dense_layers: int = 0           # the first so many blocks stay dense
+    router: str = "token_choice"      # token_choice | expert_choice (sees the future)
+    expert_groups: int = 0            # two-level routing: experts stand in so many groups
+    top_groups: int = 1               # ... of which a token visits so many
+    capacity_factor: float = 0.0      # places per expert, over its fair share; 0: for all tokens
+    router_noise: bool = False        # noisy top-k: the router learns how much to explore
+    balance: str = "loss"             # loss | bias (nudged after every step) | none
+    balance_coef: float = 0.01        # weight of the balance loss
+    z_coef: float = 0.001             # weight of the router's z-loss
+    bias_rate: float = 0.001          # step of the biases
     document_masks: bool = True       # attention stays inside a document
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     copy_steps: int = 250             # a new model's first steps copy, at most steps / 6; 0: none
@@ -115,9 +136,8 @@ def main(cfg: Config) -> dict:
 
     # 2. INITIALIZE: theta_0 (or what --init holds), optimizer
     if model is None:
-        config = ModelConfig(tokenizer.vocab_size, cfg.context_length, cfg.d_model, cfg.n_layers,
-                             cfg.n_heads, cfg.n_kv_heads, tied=cfg.tied,
-                             token_shift=cfg.token_shift)
+        sizes = {field.name for field in fields(ModelConfig)} & vars(cfg).keys() - {"vocab_size"}
+        config = ModelConfig(tokenizer.vocab_size, **{name: getattr(cfg, name) for name in sizes})
         model = Transformer(config, run.dtype).to(run.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length
@@ -125,8 +145,11 @@ def main(cfg: Config) -> dict:
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
     unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
-    run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, {len(train.tokens) / 1e6:.2f}M "
-            f"training tokens, {bytes_per_token:.2f} bytes per token; validation loss to beat: "
+    run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
+            f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
+            f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "
+            f"{len(train.tokens) / 1e6:.2f}M training tokens, {bytes_per_token:.2f} bytes per "
+            f"token; validation loss to beat: "
             f"unigram {unigram:.2f}, bigram {bigram:.2f} nats")
 
     # 3. TRAINING LOOP
@@ -147,13 +170,20 @@ def main(cfg: Config) -> dict:
             logps = token_logps(forward, batch)                        # (B, T)
             # 3.3 Batch loss
             loss = -logps.sum() / run.mean_over_ranks(n_targets)
+            # a Mixture of Experts: keep its routers balanced
+            router_loss = model.auxiliary_loss() / cfg.grad_accum
             # 3.4 BACKWARD PASS, 3.5 GRADIENT SYNCHRONIZATION (DDP's all-reduce)
-            run.backward(loss, step)
+            run.backward(loss + router_loss, step)
             figures["loss"] += loss.detach()
 
         # 3.6 GRADIENT PROCESSING (clip), 3.7 PARAMETER UPDATE
         lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
+        load = model.balance_experts()
+        if load is not None:                               # (sparse blocks, E); even: 1 / E
+            figures |= {"busiest_expert": load.max() * load.shape[1],
+                        **{f"load/{e}": share for e, share in enumerate(load.mean(0))},
+                        "dropped": model.dropped()}
 
         # 3.8 LOGGING & CHECKPOINTING
         if run.due(step, cfg.eval_every):

@@ -107,8 +107,10 @@ def main(cfg: Config) -> dict:
             # 3.2 FORWARD PASS: masked per-token loss
             logps = token_logps(forward, batch)                        # (B, T), 0 where m_t = 0
             loss = -logps.sum() / run.mean_over_ranks(n_targets)
+            # a Mixture of Experts: keep its routers balanced
+            router_loss = model.auxiliary_loss() / cfg.grad_accum
             # 3.3 BACKWARD PASS
-            run.backward(loss, step)
+            run.backward(loss + router_loss, step)
             figures["loss"] += loss.detach()
 
         # 3.4 UPDATE

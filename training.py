@@ -102,6 +102,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, floor: fl
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def warmup_stable_decay(step: int, steps: int, peak: float, warmup: int = 0,
+                        decay: float = 0.3) -> float:
+    """Linear warmup over `warmup` steps to `peak`, `peak`, and for the last `decay` of all steps a
+    line to 0 (Hu et al. 2024): more of the run at full pace than a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * min(1.0, (steps - step) / max(1.0, decay * steps))
+
+
 def linear_decay(step: int, steps: int, peak: float) -> float:
     """From `peak` at step 0 to 0 after the last step."""
     return peak * (1 - step / steps)
@@ -459,29 +468,32 @@ def read_metrics(out: str | Path) -> list[dict]:
 
 
 def plot_curves(rows: list[dict], file: Path, title: str) -> None:
-    """One panel per logged figure against the step; val_loss goes into the panel of loss."""
+    """One panel per logged figure against the step; val_loss goes into the panel of loss, and
+    load/0, load/1, ... share one."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [n for n in dict.fromkeys(n for row in rows for n in row)
-             if n not in ("step", "tokens", "val_loss")]
-    columns = min(3, len(names))
-    if not columns:
+    panels = {}                                            # title: keys
+    for key in dict.fromkeys(key for row in rows for key in row):
+        if key not in ("step", "tokens"):
+            name = "loss" if key == "val_loss" else key.split("/")[0]
+            panels.setdefault(name, []).append(key)
+    if not panels:
         return
-    lines = -(-len(names) // columns)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines),
                                 squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        for key in ([name, "val_loss"] if name == "loss" else [name]):
+    for axis, (name, keys) in zip(axes.flat, panels.items()):
+        for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                axis.plot(*zip(*points), marker="." if len(points) < 15 else None, label=key)
+            axis.plot(*zip(*points), marker="." if len(points) < 15 else None, label=key)
         axis.set(xlabel="step", ylabel=UNITS.get(name, ""), title=name)
         axis.grid(alpha=0.3)
-        if name == "loss" and any("val_loss" in row for row in rows):
+        if "val_loss" in keys:
             axis.legend()
-    for axis in axes.flat[len(names):]:
+    for axis in axes.flat[len(panels):]:
         axis.axis("off")
     figure.suptitle(title)
     figure.savefig(file, dpi=110)

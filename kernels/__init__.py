@@ -1,8 +1,9 @@
 """
 The fused operations of the model: formula, torch path and public function, one file each.
 
-`backend()` says which path the public functions take. KERNELS=torch|triton in the environment
-overrides; the Triton kernels are not there yet, so asking for them raises ValueError.
+Each file has the formula and its gradient, a plain torch reference, Triton kernels for GPUs, a
+torch path for CPUs, and the public function that picks one. `backend()` says which;
+KERNELS=torch|triton in the environment overrides.
 """
 
 import ctypes
@@ -10,26 +11,32 @@ import os
 import sys
 
 from kernels.attention import attention, attention_reference, decode_attention
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from kernels.cross_entropy import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from kernels.launch import backend
+from kernels.moe import moe_experts, moe_experts_reference
+from kernels.nf4 import (
+    NF4Weight,
+    bits_per_weight,
+    dequantize_nf4,
+    dequantize_nf4_reference,
+    nf4_linear,
+    quantize_nf4,
+)
+from kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_reference
 from kernels.rope import rope, rope_reference
 from kernels.swiglu import swiglu, swiglu_reference
 
 __all__ = [
-    "attention", "attention_reference", "backend", "decode_attention", "keep_memory",
-    "linear_cross_entropy", "linear_cross_entropy_reference", "rmsnorm", "rmsnorm_reference",
-    "rope", "rope_reference", "swiglu", "swiglu_reference",
+    "NF4Weight", "add_rmsnorm", "attention", "attention_reference", "backend", "bits_per_weight",
+    "cross_entropy", "decode_attention", "dequantize_nf4", "dequantize_nf4_reference",
+    "keep_memory", "linear_cross_entropy", "linear_cross_entropy_reference", "moe_experts",
+    "moe_experts_reference", "nf4_linear", "quantize_nf4", "rmsnorm", "rmsnorm_reference", "rope",
+    "rope_reference", "swiglu", "swiglu_reference",
 ]
-
-
-def backend() -> str:
-    """"torch": the only path so far. KERNELS=triton raises ValueError until its kernels exist."""
-    wanted = os.environ.get("KERNELS", "torch")
-    if wanted not in ("torch", "triton"):
-        raise ValueError(f"KERNELS={wanted!r}: it must be torch or triton")
-    if wanted == "triton":
-        raise ValueError("KERNELS=triton: the Triton kernels are not there yet; use KERNELS=torch")
-    return wanted
 
 
 def keep_memory() -> None:

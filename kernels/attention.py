@@ -1,54 +1,467 @@
 """
-Softmax attention (Vaswani et al. 2017): causal or not, grouped queries, packed documents, and for
-decoding a cache of keys and values.
+Softmax attention (Vaswani et al. 2017): causal or not, grouped queries, packed documents, prefixes
+seen both ways, and for decoding a cache of keys and values.
 
     S = Q K^T / sqrt(C), -inf where a token may not look        P = softmax(S)        O = P V
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))
-    dQ = dS K / sqrt(C)        dK = dS^T Q / sqrt(C)
+    dQ = dS K / sqrt(C)        dK = dS^T Q / sqrt(C)        rowsum(P * dP) = rowsum(dO * O)
 
 Matmuls run in the dtype of the input, softmax in fp32 inside. Shapes: B batch, T tokens, H query
 heads, K key/value heads (H = K G, query head h reads key/value head h // G), C head width.
+FLOPs of a full mask: 4 T^2 C a head forward, 10 T^2 C backward; causal: half.
+
+The kernels (Dao 2023, FlashAttention-2; Milakov and Gimelshein 2018 for the softmax) never hold S
+or P: a program keeps a tile of M rows and walks over the others in tiles of N. What they move is
+q, k, v and O, what they keep is O and one log-sum-exp a row. Backward makes S and dP twice, once in
+the kernel of dQ, once in that of dK and dV, 14 T^2 C in all, and in return needs no atomics.
+
+Every mask here lets query i see an interval of keys, lo[i] <= j < hi[i], whose ends never fall from
+one query to the next; key j is then seen by an interval of queries. So the first and the last row
+of a tile say which tiles to visit, and which of them all its rows see fully: those, in a loop of
+their own, take no mask. Causal and full intervals are arithmetic, others are read, (B, T) numbers.
+
+Decoding, one query against a long cache, is bound by the cache's bytes: the context is split among
+programs until the GPU is full, a program takes all G queries of a key/value head, and a second
+kernel weighs the shares by their log-sum-exps.
 
 On CPUs the scores are made in blocks of queries that skip the keys after them, with P kept for the
 backward pass: plain matmuls reach two to three times the speed of torch's
 scaled_dot_product_attention there, most of all in bf16. Where P would take too much memory, and on
-other devices, scaled_dot_product_attention is called.
+GPUs without Triton, scaled_dot_product_attention is called.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128          # queries at a time
-KEEP = 2**27         # bytes of P that may be kept per call
+from kernels.launch import (
+    FLOATS,
+    INTERPRETED,
+    backend,
+    check,
+    check_width,
+    multiprocessors,
+    shared_memory,
+    tl,
+    triton,
+)
+
+BLOCK = 128          # queries at a time, on CPUs
+KEEP = 2**27         # bytes of P that may be kept per call, on CPUs
+LOG2_E = 1.4426950408889634            # kernels take exponents to base 2, as the hardware does
+# (M, N, warps, stages) for C up to 64, 128, 256: what compiles without spilling registers, with
+# 227 KB of shared memory and with 99.
+TILES = {
+    "forward": ([(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)],
+                [(128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)]),
+    "dq": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
+    "dk_dv": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
+    "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
+}
+TILES_FP32 = {"forward": (32, 16, 8, 1), "dq": (16, 16, 8, 1), "dk_dv": (32, 16, 8, 1),
+              "decode": (16, 16, 8, 1)}          # without tensor cores, to be exact
+TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-                        documents: Tensor | None = None) -> Tensor:
+                        documents: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
     T, H, C = q.shape[1:]
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bihc,bjhc->bhij", q.to(wide), k.to(wide)) / C**0.5
-    hidden = ~visible(slice(0, T), T, causal, documents, q.device)
+    hidden = ~visible(slice(0, T), T, causal, documents, prefix, q.device)
     P = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhc->bihc", P, v.to(wide)).to(q.dtype)
 
 
-def visible(rows: slice, keys: int, causal: bool, documents: Tensor | None, device) -> Tensor:
+def visible(rows: slice, keys: int, causal: bool, documents: Tensor | None, prefix: Tensor | None,
+            device) -> Tensor:
     """(1 or B, 1, rows, keys): True where a query of `rows` may see a key of the first `keys`."""
     seen = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=device)[None, None]
     if causal:
         seen = seen.tril(rows.start)
     if documents is not None:
         seen = seen & (documents[:, None, rows, None] == documents[:, None, None, :keys])
+    if prefix is not None:
+        seen = seen | (torch.arange(keys, device=device) < prefix[:, None, None, None])
     return seen
 
+
+# ---------------------------------------------------------------------- Triton
+
+@triton.jit
+def head_of(x, b, h, stride_b, stride_h, C: tl.constexpr):
+    """Where the rows of batch row b, head h begin. All strides count rows of C channels."""
+    return x + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * C
+
+
+@triton.jit
+def contiguous_head(x, b, h, T, HEADS: tl.constexpr, C: tl.constexpr):
+    """The same for a contiguous (B, T, HEADS, C)."""
+    return head_of(x, b, h, tl.cast(T, tl.int64) * HEADS, 1, C)
+
+
+@triton.jit
+def load_rows(x, start, rows, stride, C: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(N, BLOCK_C): rows start, start + 1, ... of x, zeros beyond `rows` and C."""
+    n, c = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    at = x + tl.cast(start, tl.int64) * stride * C + (n * stride * C + c)
+    return tl.load(at, (start + n < rows) & (c < C), other=0.0)
+
+
+@triton.jit
+def store_rows(x, tile, start, rows, stride, C: tl.constexpr, N: tl.constexpr,
+               BLOCK_C: tl.constexpr):
+    n, c = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    at = x + tl.cast(start, tl.int64) * stride * C + (n * stride * C + c)
+    tl.store(at, tile.to(x.dtype.element_ty), (start + n < rows) & (c < C))
+
+
+@triton.jit
+def stats_row(T):
+    """Entries between rows of lse and of delta, (B, H, T and up to 15 unused): always aligned."""
+    return tl.cdiv(T, 16) * 16
+
+
+@triton.jit
+def interval(row, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.constexpr):
+    """[lo, hi) of the keys that query `row` sees; OF_KEYS: of the queries that see key `row`."""
+    if MASK == "interval":
+        at = b * rows + row
+        return tl.load(lo + at, row < rows, other=0), tl.load(hi + at, row < rows, other=0)
+    elif MASK == "full":
+        return 0, others
+    elif OF_KEYS:
+        return row, others
+    else:
+        return 0, row + 1
+
+
+@triton.jit
+def walk(first, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.constexpr,
+         M: tl.constexpr, N: tl.constexpr):
+    """What M rows see, by the intervals of the first and the last: something from begin (where a
+    tile of N begins) to end, everything from inner_begin to inner_end."""
+    last = tl.minimum(first + M, rows) - 1
+    begin, inner_end = interval(first, b, rows, others, lo, hi, MASK, OF_KEYS)
+    inner_begin, end = interval(last, b, rows, others, lo, hi, MASK, OF_KEYS)
+    return begin // N * N, end, inner_begin, inner_end
+
+
+@triton.jit
+def hide(S, start, lo, hi, N: tl.constexpr):
+    """Scores of others from `start` on, -inf outside each row's [lo, hi)."""
+    n = start + tl.arange(0, N)[None, :]
+    return tl.where((lo <= n) & (n < hi), S, -float("inf"))
+
+
+@triton.jit
+def absorb(S, v_tile, O, m, l, scale):
+    """Online softmax, one tile further: m largest exponent so far, l sum of P, O = P V."""
+    m_new = tl.maximum(m, tl.max(S, 1) * scale)
+    P = tl.exp2(S * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    O = tl.dot(P.to(v_tile.dtype), v_tile, O * shrink[:, None], input_precision="ieee")
+    return O, m_new, l * shrink + tl.sum(P, 1)
+
+
+@triton.jit
+def nothing_seen(M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """O, m, l to begin with. m is finite, as -inf - -inf is NaN."""
+    return (tl.zeros((M, BLOCK_C), tl.float32), tl.full((M,), -3e38, tl.float32),
+            tl.zeros((M,), tl.float32))
+
+
+@triton.jit
+def normalized(O, m, l):
+    """The output, 0 for rows that saw nothing, and the log-sum-exp."""
+    l = tl.where(l == 0, 1.0, l)
+    return O / l[:, None], m + tl.log2(l)
+
+
+@triton.jit
+def forward_kernel(q, k, v, lo, hi, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, Tq, Tk, scale,
+                   H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """M queries of one head; the last, which see most if causal, are the first to be taken."""
+    tiles = tl.cdiv(Tq, M)
+    bh, first = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
+    b, h, i = bh // H, bh % H, first + tl.arange(0, M)
+    k, v = head_of(k, b, h // G, k_b, k_h, C), head_of(v, b, h // G, k_b, k_h, C)
+    q_tile = load_rows(head_of(q, b, h, q_b, q_h, C), first, Tq, q_t, C, M, BLOCK_C)
+    q_tile = q_tile.to(k.dtype.element_ty)
+    O, m, l = nothing_seen(M, BLOCK_C)
+    lo_rows, hi_rows = interval(i[:, None], b, Tq, Tk, lo, hi, MASK, False)
+    begin, end, inner_begin, inner_end = walk(first, b, Tq, Tk, lo, hi, MASK, False, M, N)
+    for start in range(begin, end, N):
+        k_tile = load_rows(k, start, Tk, k_t, C, N, BLOCK_C)
+        v_tile = load_rows(v, start, Tk, k_t, C, N, BLOCK_C)
+        S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        if (start < inner_begin) | (start + N > inner_end):
+            S = hide(S, start, lo_rows, hi_rows, N)
+        O, m, l = absorb(S, v_tile, O, m, l, scale)
+    O, lse_tile = normalized(O, m, l)
+    store_rows(contiguous_head(out, b, h, Tq, H, C), O, first, Tq, H, C, M, BLOCK_C)
+    tl.store(lse + bh * stats_row(Tq) + i, lse_tile, i < Tq)
+
+
+@triton.jit
+def dq_kernel(q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H: tl.constexpr,
+              G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr,
+              N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """M queries of one head, as in the forward pass. Also writes delta, rowsum(dO * O)."""
+    tiles = tl.cdiv(Tq, M)
+    bh, first = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
+    b, h, i = bh // H, bh % H, first + tl.arange(0, M)
+    k, v = (contiguous_head(k, b, h // G, Tk, H // G, C),
+            contiguous_head(v, b, h // G, Tk, H // G, C))
+    q, out = contiguous_head(q, b, h, Tq, H, C), contiguous_head(out, b, h, Tq, H, C)
+    dout, dq = contiguous_head(dout, b, h, Tq, H, C), contiguous_head(dq, b, h, Tq, H, C)
+    q_tile = load_rows(q, first, Tq, H, C, M, BLOCK_C)
+    O = load_rows(out, first, Tq, H, C, M, BLOCK_C)
+    dout_tile = load_rows(dout, first, Tq, H, C, M, BLOCK_C)
+    delta_tile = tl.sum(O.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    at = bh * stats_row(Tq) + i
+    tl.store(delta + at, delta_tile, i < Tq)
+    lse_tile = tl.load(lse + at, i < Tq, other=0.0)
+    dq_tile = tl.zeros((M, BLOCK_C), tl.float32)
+    lo_rows, hi_rows = interval(i[:, None], b, Tq, Tk, lo, hi, MASK, False)
+    begin, end, inner_begin, inner_end = walk(first, b, Tq, Tk, lo, hi, MASK, False, M, N)
+    for start in range(begin, end, N):
+        k_tile = load_rows(k, start, Tk, H // G, C, N, BLOCK_C)
+        v_tile = load_rows(v, start, Tk, H // G, C, N, BLOCK_C)
+        S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        if (start < inner_begin) | (start + N > inner_end):
+            S = hide(S, start, lo_rows, hi_rows, N)
+        P = tl.exp2(S * scale - lse_tile[:, None])
+        dP = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+        dS = P * (dP - delta_tile[:, None])
+        dq_tile = tl.dot(dS.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+    store_rows(dq, dq_tile * C**-0.5, first, Tq, H, C, M, BLOCK_C)
+
+
+@triton.jit
+def dk_dv_kernel(q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, scale, H: tl.constexpr,
+                 G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr,
+                 N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """M keys of one key/value head, walking over the queries of its G heads, which take turns.
+    lo, hi: the queries that see each key."""
+    tiles, K = tl.cdiv(Tk, M), H // G
+    bk, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
+    b, kv, j = bk // K, bk % K, first + tl.arange(0, M)
+    k, v = contiguous_head(k, b, kv, Tk, K, C), contiguous_head(v, b, kv, Tk, K, C)
+    k_tile = load_rows(k, first, Tk, K, C, M, BLOCK_C)
+    v_tile = load_rows(v, first, Tk, K, C, M, BLOCK_C)
+    dk_tile, dv_tile = tl.zeros((M, BLOCK_C), tl.float32), tl.zeros((M, BLOCK_C), tl.float32)
+    lo_rows, hi_rows = interval(j[:, None], b, Tk, Tq, lo, hi, MASK, True)
+    begin, end, inner_begin, inner_end = walk(first, b, Tk, Tq, lo, hi, MASK, True, M, N)
+    for n in range(tl.cdiv(end - begin, N) * G):
+        h, start = kv * G + n % G, begin + n // G * N
+        i = start + tl.arange(0, N)
+        at = (bk * G + n % G) * stats_row(Tq) + i
+        q_tile = load_rows(contiguous_head(q, b, h, Tq, H, C), start, Tq, H, C, N, BLOCK_C)
+        dout_tile = load_rows(contiguous_head(dout, b, h, Tq, H, C), start, Tq, H, C, N,
+                              BLOCK_C)
+        dP = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+        S = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+        if (start < inner_begin) | (start + N > inner_end):
+            S = hide(S, start, lo_rows, hi_rows, N)
+        P = tl.exp2(S * scale - tl.load(lse + at, i < Tq, other=0.0)[None, :])
+        dS = P * (dP - tl.load(delta + at, i < Tq, other=0.0)[None, :])
+        dv_tile = tl.dot(P.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
+        dk_tile = tl.dot(dS.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    dk, dv = contiguous_head(dk, b, kv, Tk, K, C), contiguous_head(dv, b, kv, Tk, K, C)
+    store_rows(dk, dk_tile * C**-0.5, first, Tk, K, C, M, BLOCK_C)
+    store_rows(dv, dv_tile, first, Tk, K, C, M, BLOCK_C)
+
+
+@triton.jit
+def decode_kernel(q, k, v, starts, shares, lse, k_b, k_t, k_h, length, splits, scale,
+                  K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+                  N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The G query heads of one key/value head, as M rows, over one of `splits` shares of the slots
+    -> shares (B H, splits, C), lse (B H, splits)."""
+    bk, split, g = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.arange(0, M)
+    b, kv = bk // K, bk % K
+    k, v = head_of(k, b, kv, k_b, k_h, C), head_of(v, b, kv, k_b, k_h, C)
+    q_tile = load_rows(q, bk * G, bk * G + G, 1, C, M, BLOCK_C).to(k.dtype.element_ty)
+    start = tl.load(starts + b).to(tl.int32)
+    begin = start // N * N
+    share = tl.cdiv(length - begin, splits * N) * N
+    lo = tl.maximum(begin + split * share, start)
+    hi = tl.minimum(begin + (split + 1) * share, length)
+    O, m, l = nothing_seen(M, BLOCK_C)
+    for at in range(lo // N * N, hi, N):
+        k_tile = load_rows(k, at, length, k_t, C, N, BLOCK_C)
+        v_tile = load_rows(v, at, length, k_t, C, N, BLOCK_C)
+        S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        if (at < lo) | (at + N > hi):
+            S = hide(S, at, lo, hi, N)
+        O, m, l = absorb(S, v_tile, O, m, l, scale)
+    O, lse_tile = normalized(O, m, l)
+    at = bk * G * splits + split
+    store_rows(shares + at.to(tl.int64) * C, O, 0, G, splits, C, M, BLOCK_C)
+    tl.store(lse + at + g * splits, lse_tile, g < G)
+
+
+@triton.jit
+def combine_kernel(shares, lse, out, splits, C: tl.constexpr, N: tl.constexpr,
+                   BLOCK_C: tl.constexpr):
+    """One head: the mean of its shares, each weighted by its part of the softmax's denominator."""
+    bh, n, c = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, BLOCK_C)
+    lse_tile = tl.load(lse + bh * splits + n, n < splits, other=-float("inf"))
+    weight = tl.exp2(lse_tile - tl.max(lse_tile, 0))
+    tile = load_rows(shares, bh * splits, bh * splits + splits, 1, C, N, BLOCK_C)
+    mean = tl.sum(weight[:, None] * tile, 0) / tl.sum(weight, 0)
+    tl.store(out + bh * C + c, mean.to(out.dtype.element_ty), c < C)
+
+
+def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """Tile sizes, warps and pipeline stages for head width C."""
+    tiles = TILES[kernel][shared_memory(device) < 200_000]
+    name = "the head width C" + " of a backward pass" * (kernel in ("dq", "dk_dv"))
+    block = max(16, check_width(name, C, 32 * 2 ** len(tiles)))
+    M, N, warps, stages = (TILE_INTERPRETED if INTERPRETED else TILES_FP32[kernel]
+                           if dtype == torch.float32 else tiles[max(0, block.bit_length() - 7)])
+    return {"M": M, "N": N, "BLOCK_C": block, "num_warps": warps, "num_stages": stages}
+
+
+def addressed(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """q, k, v as they lie, a cache's views too; their strides, in rows of C, and their lengths.
+    Copied are those whose rows are not whole, and k and v where they lie unlike."""
+    for name, x, dtypes in (("q", q, FLOATS), ("k", k, FLOATS), ("v", v, (k.dtype,))):
+        check(name, x[:0], (0, *x.shape[1:]), dtypes)      # nothing of it: a view is not copied
+    C = q.shape[3]
+    whole = [x.stride(3) == 1 and not any(n % C for n in x.stride()[:3]) for x in (q, k)]
+    q = q if whole[0] else q.contiguous()
+    if not whole[1] or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    strides = [n // C for x in (q, k) for n in x.stride()[:3]]
+    return q, k, v, (*strides, q.shape[1], k.shape[1])
+
+
+def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, -(-Tq // 16) * 16, dtype=torch.float32)
+
+
+@torch.library.custom_op("lifecycle::attention_forward", mutates_args=())
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None,
+                   causal: bool) -> tuple[Tensor, Tensor]:
+    """q (B, Tq, H, C), k, v (B, Tk, K, C), lo, hi (B, Tq) or, without them, causal or all keys ->
+    out (B, Tq, H, C) and lse (B, H, Tq + up to 15), in fp32 to base 2."""
+    q, k, v, layout = addressed(q, k, v)
+    (B, Tq, H, C), K = q.shape, k.shape[2]
+    if lo is not None:
+        lo, hi = (check(name, x, (B, Tq), (torch.int32,)) for name, x in (("lo", lo), ("hi", hi)))
+    mask = "interval" if lo is not None else "causal" if causal else "full"
+    out, lse = outputs(q)
+    tile = tiling("forward", C, k.dtype, q.device)
+    if q.numel():
+        forward_kernel[(B * H * triton.cdiv(Tq, tile["M"]),)](
+            q, k, v, lo, hi, out, lse, *layout, C**-0.5 * LOG2_E, H, H // K, C, mask, **tile)
+    return out, lse
+
+
+@launch_forward.register_fake
+def _(q, k, v, lo, hi, causal):
+    return outputs(q)
+
+
+@torch.library.custom_op("lifecycle::attention_backward", mutates_args=())
+def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    lo: Tensor | None, hi: Tensor | None,
+                    causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dout = check("the gradient of the output", dout, q.shape, (q.dtype,))
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (B, Tq, H, C), (Tk, K) = q.shape, k.shape[1:3]
+    mask = "interval" if lo is not None else "causal" if causal else "full"
+    dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    tile = tiling("dq", C, q.dtype, q.device)
+    dq_kernel[(B * H * triton.cdiv(Tq, tile["M"]),)](
+        q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, C**-0.5 * LOG2_E, H, H // K, C, mask,
+        **tile)
+    if lo is not None:                                     # queries that see key j: lo <= j < hi
+        j = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, -1).contiguous()
+        lo, hi = (torch.searchsorted(x, j, right=True, out_int32=True) for x in (hi, lo))
+    tile = tiling("dk_dv", C, q.dtype, q.device)
+    dk_dv_kernel[(B * K * triton.cdiv(Tk, tile["M"]),)](
+        q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, C**-0.5 * LOG2_E, H, H // K, C, mask,
+        **tile)
+    return dq, dk, dv
+
+
+@launch_backward.register_fake
+def _(dout, q, k, v, out, lse, lo, hi, causal):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.custom_op("lifecycle::attention_decode", mutates_args=())
+def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
+    """q (B, 1, H, C), k, v (B, S, K, C) -> (B, 1, H, C). Splits: four programs a multiprocessor, no
+    fewer than two tiles of keys each."""
+    q, k, v, (_, _, _, *k_strides, _, _) = addressed(q.contiguous(), k, v)
+    (B, _, H, C), K = q.shape, k.shape[2]
+    starts = check("starts", starts, (B,), (torch.int32, torch.int64))
+    tile = tiling("decode", C, k.dtype, q.device)
+    tile["M"] = max(16, triton.next_power_of_2(H // K))
+    splits = max(1, min(128, triton.cdiv(length, 2 * tile["N"]),
+                        4 * multiprocessors(q.device) // max(1, B * K)))
+    shares = q.new_empty(B * H, splits, C, dtype=torch.float32)
+    lse, out = shares.new_empty(B * H, splits), q.new_empty(q.shape)
+    if q.numel():
+        decode_kernel[(B * K * splits,)](q, k, v, starts, shares, lse, *k_strides, length, splits,
+                                         C**-0.5 * LOG2_E, K, H // K, C, **tile)
+        combine_kernel[(B * H,)](shares, lse, out, splits, C, triton.next_power_of_2(splits),
+                                 tile["BLOCK_C"])
+    return out
+
+
+@launch_decode.register_fake
+def _(q, k, v, starts, length):
+    return q.new_empty(q.shape)
+
+
+class FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None,
+                causal: bool) -> Tensor:
+        out, lse = launch_forward(q, k, v, lo, hi, causal)
+        ctx.save_for_backward(q, k, v, out, lse, lo, hi)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        return *launch_backward(dout, *ctx.saved_tensors, ctx.causal), None, None, None
+
+
+def intervals(B: int, T: int, causal: bool, documents: Tensor | None, prefix: Tensor | None,
+              device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """lo, hi (B, T): query i sees the keys lo <= j < hi. None where `causal` says it all."""
+    if documents is None and prefix is None:
+        return None, None
+    behind = torch.arange(1, T + 1, dtype=torch.int32, device=device).repeat(B, 1)
+    if prefix is not None:
+        hi = torch.maximum(behind, prefix[:, None].clamp(max=T)).to(torch.int32)
+        return torch.zeros_like(hi), hi
+    number = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)        # 0, 1, 2 ...
+    lo, end = (torch.searchsorted(number, number, right=right, out_int32=True)
+               for right in (False, True))
+    return lo, behind if causal else end
+
+
+# ---------------------------------------------------------------------- torch
 
 class BlockAttention(torch.autograd.Function):
     """Rows are (token, query head of a group) pairs, so that a group shares its keys' matmuls."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None,
+                prefix: Tensor | None):
         (B, T, H, C), K = q.shape, k.shape[2]
         G = H // K
         q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
@@ -56,11 +469,11 @@ class BlockAttention(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for first in range(0, T, BLOCK):
             tokens = slice(first, min(first + BLOCK, T))
-            rows, keys = slice(G * tokens.start, G * tokens.stop), tokens.stop if causal else T
-            seen = visible(tokens, keys, causal, documents, q.device)
+            rows = slice(G * tokens.start, G * tokens.stop)
+            keys = tokens.stop if causal and prefix is None else T
+            seen = visible(tokens, keys, causal, documents, prefix, q.device)
             bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-            bias = bias.repeat_interleave(G, 2).expand(-1 if documents is None else B,
-                                                       1 if documents is None else K, -1, -1)
+            bias = bias.repeat_interleave(G, 2).expand(-1, 1 if len(bias) == 1 else K, -1, -1)
             scores = torch.baddbmm(bias.flatten(0, 1), q[:, rows], k[:, :keys].mT, alpha=C**-0.5)
             P = scores.softmax(-1)                             # (B K, rows, keys), fp32 inside
             out[:, rows] = P @ v[:, :keys]
@@ -86,15 +499,33 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :keys] += dS.mT @ q[:, rows]
         dq = dq.mul_(C**-0.5).view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
         dk, dv = (x.view(B, K, T, C).transpose(1, 2) for x in (dk.mul_(C**-0.5), dv))
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
+
+def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
+    """One query a row, (B, 1, H, C), by plain matmuls over k and v (B, K, length, C)."""
+    B, K, length, C = k.shape
+    queries = q.reshape(B * K, -1, C).to(k.dtype)                              # (B K, G, C)
+    k, v = k.reshape(B * K, length, C), v.reshape(B * K, length, C)
+    # a single bf16 row times a matrix is slow in oneDNN, the matrix times a column is not
+    scores = queries @ k.mT if k.dtype == torch.float32 else (k @ queries.mT).mT
+    scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * C**-0.5
+    if starts.any():
+        padding = (slots < starts[:, None]).repeat_interleave(K, 0)[:, None]   # (B K, 1, length)
+        scores = scores.masked_fill_(padding, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape).to(q.dtype)
+
+
+# ---------------------------------------------------------------------- public functions
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-              documents: Tensor | None = None) -> Tensor:
+              documents: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
     """q: (B, T, H, C), k, v: (B, T, K, C), H a multiple of K -> (B, T, H, C).
 
-    documents: (B, T) numbers; a token sees those with its own number only (and, if causal, none
-    after it). Padding is a document of its own. Raises ValueError when the shapes do not fit.
+    documents: (B, T) numbers, equal ones adjacent; a token sees those with its own number only
+    (and, if causal, none after it). Padding is a document of its own.
+    prefix: (B,) tokens at the beginning of each row that all tokens see, on top of `causal`; not
+    together with documents. Raises ValueError when shapes or masks do not fit.
     """
     (B, T, H, C), K = q.shape, k.shape[2]
     if k.shape != (B, T, K, C) or v.shape != k.shape or H % K:
@@ -102,9 +533,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
                          "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
     if documents is not None and documents.shape != (B, T):
         raise ValueError(f"documents {tuple(documents.shape)} must be {(B, T)}")
+    if prefix is not None and (prefix.shape != (B,) or documents is not None or not causal):
+        raise ValueError(f"prefix {tuple(prefix.shape)} must be {(B,)}, with causal=True and "
+                         "without documents: it opens up what causal hides, within a whole row")
+    if backend(q.device) == "triton":
+        lo, hi = intervals(B, T, causal, documents, prefix, q.device)
+        return FusedAttention.apply(q, k, v, lo, hi, causal)
     if q.device.type == "cpu" and B * H * T * T * q.element_size() <= KEEP:
-        return BlockAttention.apply(q, k, v, causal, documents)
-    mask = None if documents is None else visible(slice(0, T), T, causal, documents, q.device)
+        return BlockAttention.apply(q, k, v, causal, documents, prefix)
+    mask = None if documents is prefix is None else \
+        visible(slice(0, T), T, causal, documents, prefix, q.device)
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask,
                                          is_causal=causal and mask is None, enable_gqa=H != K)
     return out.transpose(1, 2)
@@ -127,8 +565,14 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
         raise ValueError(f"q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and "
                          f"{tuple(v_cache.shape)}, length {length}: they must be (B, Tq, H, C) and "
                          "twice (B, S, K, C) with H a multiple of K and Tq <= length <= S")
-    k, v = (x[:, :length].transpose(1, 2) for x in (k_cache, v_cache))         # (B, K, length, C)
+    if backend(q.device) == "triton" and Tq == 1:
+        return launch_decode(q, k_cache, v_cache, starts, length)
     slots = torch.arange(length, device=q.device)
+    if backend(q.device) == "triton":
+        lo = starts[:, None].expand(B, Tq).to(torch.int32)
+        hi = slots[length - Tq:].expand(B, Tq).to(torch.int32) + 1
+        return launch_forward(q, k_cache[:, :length], v_cache[:, :length], lo, hi, True)[0]
+    k, v = (x[:, :length].transpose(1, 2) for x in (k_cache, v_cache))         # (B, K, length, C)
     if q.device.type == "cpu" and Tq == 1:
         return decode_one(q, k, v, slots, starts)
     own = slots[length - Tq:, None]
@@ -136,17 +580,3 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
     out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, seen[:, None],
                                          enable_gqa=H != K)
     return out.transpose(1, 2).to(q.dtype)
-
-
-def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-    """One query a row, (B, 1, H, C), by plain matmuls over k and v (B, K, length, C)."""
-    B, K, length, C = k.shape
-    queries = q.reshape(B * K, -1, C).to(k.dtype)                              # (B K, G, C)
-    k, v = k.reshape(B * K, length, C), v.reshape(B * K, length, C)
-    # a single bf16 row times a matrix is slow in oneDNN, the matrix times a column is not
-    scores = queries @ k.mT if k.dtype == torch.float32 else (k @ queries.mT).mT
-    scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * C**-0.5
-    if starts.any():
-        padding = (slots < starts[:, None]).repeat_interleave(K, 0)[:, None]   # (B K, 1, length)
-        scores = scores.masked_fill_(padding, -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape).to(q.dtype)

@@ -1,22 +1,31 @@
 """
-Linear layer and softmax cross-entropy in one, a chunk of rows at a time: the fp32 logits of all
-rows never exist together. The same function scores tokens for every stage's loss.
+Softmax cross-entropy of logits, and linear layer and cross-entropy in one, a chunk of rows at a
+time: the fp32 logits of all rows never exist together. The latter scores tokens for every stage's
+loss.
 
     z = h W^T / temperature        log p(t) = z_t - logsumexp(z)        H = -sum_j p_j log p_j
     for upstream gradients g of log p(t) and e of H:
     dz_j = g ([j = t] - p_j) - e p_j (log p_j + H)
     dh = dz W / temperature        dW = dz^T h / temperature
 
-The three matmuls run in h's dtype, softmax and sums in fp32, dW accumulates in fp32.
+The three matmuls run in h's dtype, softmax and sums in fp32, dW accumulates in fp32: 6 N D V FLOPs,
+8 where backward makes the logits again.
+
+Bytes moved by the kernels in bf16: 2 per logit for log p and H, 4 for dz. A program walks along one
+row with the running maximum m, sum s of exp(z - m) and sum of exp(z - m) z; dz needs only their
+result, logsumexp and H, so both kernels read a logit once.
 """
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**22        # logits at a time (16 MB in fp32) ...
-ROWS = 128           # ... but at least so many rows of them
-KEEP = 2**25         # up to so many logits stay, in h's dtype, from forward to backward (64 MB in
-#                      bf16); where there are more, backward computes them again
+from kernels.launch import backend, check, tl, triton
+
+CHUNK = {"cpu": 2**22, "cuda": 2**28}      # logits at a time ...
+ROWS = 128                                 # ... but at least so many rows of them
+KEEP = {"cpu": 2**25, "cuda": 2**29}       # up to so many logits stay, in h's dtype, for backward;
+#                                            where there are more, it makes them again
+TILE = 4096                                # logits of a row that a kernel takes at a time
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor,
@@ -27,6 +36,91 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
     picked = logp.gather(-1, targets[:, None]).squeeze(-1)
     return (picked, -(logp.exp() * logp).sum(-1)) if with_entropy else picked
 
+
+# ---------------------------------------------------------------------- Triton
+
+@triton.jit
+def score_kernel(logits, targets, logp, lse, entropy, V, temperature, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    m, total, weighted = -float("inf"), 0.0, 0.0           # max z, sum exp(z - m), sum exp(z - m) z
+    for first in range(0, V, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * V + j, j < V, other=-float("inf")).to(tl.float32) / temperature
+        m_new = tl.maximum(m, tl.max(z, 0))
+        e = tl.exp(z - m_new)
+        shrink = tl.exp(m - m_new)
+        total = total * shrink + tl.sum(e, 0)
+        weighted = weighted * shrink + tl.sum(tl.where(e > 0, e * z, 0.0), 0)
+        m = m_new
+    log_sum = m + tl.log(total)
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < V)                   # another id scores NaN, never a number
+    picked = tl.load(logits + row * V + target, known, other=float("nan")).to(tl.float32)
+    tl.store(logp + row, picked / temperature - log_sum)
+    tl.store(lse + row, log_sum)
+    tl.store(entropy + row, log_sum - weighted / total)
+
+
+@triton.jit
+def logit_gradient_kernel(logits, targets, g, e, lse, entropy, dz, V, temperature,
+                          ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(logits + row * V + j, j < V, other=-float("inf")).to(tl.float32) / temperature
+    logp = z - tl.load(lse + row)
+    p, g_row = tl.exp(logp), tl.load(g + row)
+    out = tl.where(j == tl.load(targets + row), g_row, 0.0) - g_row * p
+    if ENTROPY:                                            # p log p is 0, not NaN, where p is 0
+        surprise = tl.where(p > 0, logp + tl.load(entropy + row), 0.0)
+        out -= tl.load(e + row) * p * surprise
+    tl.store(dz + row * V + j, out.to(dz.dtype.element_ty), j < V)
+
+
+def tile(V: int) -> dict:
+    block = min(TILE, triton.next_power_of_2(V))
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+
+
+@torch.library.custom_op("lifecycle::token_scores", mutates_args=())
+def launch_scores(logits: Tensor, targets: Tensor,
+                  temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (N, V), targets (N,) -> log p of the targets, logsumexp of z and H: (N,) in fp32."""
+    N, V = logits.shape
+    logits = check("logits", logits, (None, None))
+    targets = check("targets", targets, (N,), (torch.int64, torch.int32))
+    logp, lse, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(3))
+    if N:
+        score_kernel[(N,)](logits, targets, logp, lse, entropy, V, temperature, **tile(V))
+    return logp, lse, entropy
+
+
+@launch_scores.register_fake
+def _(logits, targets, temperature):
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("lifecycle::logit_gradient", mutates_args=())
+def launch_gradient(logits: Tensor, targets: Tensor, g: Tensor, e: Tensor | None, lse: Tensor,
+                    entropy: Tensor, temperature: float) -> Tensor:
+    """dz of the formula, (N, V) in the dtype of the logits, for upstream g and e (N,)."""
+    N, V = logits.shape
+    logits, targets = logits.contiguous(), targets.contiguous()
+    g = check("the gradient of log p", g, (N,), (torch.float32,))
+    if e is not None:
+        e = check("the gradient of the entropy", e, (N,), (torch.float32,))
+    dz, tiles = torch.empty_like(logits), tile(V)
+    if N:
+        logit_gradient_kernel[(N, triton.cdiv(V, tiles["BLOCK"]))](
+            logits, targets, g, e, lse, entropy, dz, V, temperature, e is not None, **tiles)
+    return dz
+
+
+@launch_gradient.register_fake
+def _(logits, targets, g, e, lse, entropy, temperature):
+    return logits.new_empty(logits.shape)
+
+
+# ---------------------------------------------------------------------- torch
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
     """z of the formula in fp32 (fp64 for fp64)."""
@@ -49,29 +143,50 @@ def logit_gradient_with_entropy(logits: Tensor, targets: Tensor, g: Tensor, temp
     return dz.scatter_add_(1, targets[:, None], g[:, None]).to(logits.dtype)
 
 
+# ---------------------------------------------------------------------- both
+
+def token_scores(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
+    """log p of the targets, logsumexp of z (None in torch, which makes it again) and H or None."""
+    if backend(logits.device) == "triton":
+        return launch_scores(logits, targets, temperature)
+    logp = scaled(logits, temperature).log_softmax(-1)
+    entropy = torch.linalg.vecdot(logp.exp(), logp).neg_() if with_entropy else None
+    return logp.gather(1, targets[:, None]).squeeze(1), None, entropy
+
+
+def gradient(logits: Tensor, targets: Tensor, g: Tensor, e: Tensor | None, lse: Tensor | None,
+             entropy: Tensor | None, temperature: float) -> Tensor:
+    if lse is not None:
+        return launch_gradient(logits, targets, g, e, lse, entropy, temperature)
+    if e is None:
+        return logit_gradient(logits, targets, g, temperature)
+    return logit_gradient_with_entropy(logits, targets, g, temperature, e, entropy)
+
+
+def joined(parts: list) -> Tensor | None:
+    return None if not parts or parts[0] is None else torch.cat(parts)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, with_entropy):
         V, w = len(weight), weight.to(hidden.dtype)
-        ctx.rows, ctx.temperature = max(ROWS, CHUNK // V), temperature
-        kept, logps, entropies = [], [], []
+        device = hidden.device.type if hidden.is_cuda else "cpu"
+        ctx.rows, ctx.temperature = max(ROWS, CHUNK[device] // V), temperature
+        kept, scores = [], []
         for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logits = h @ w.T                                       # (rows, V)
-            if len(hidden) * V <= KEEP:
+            if len(hidden) * V <= KEEP[device]:
                 kept.append(logits)
-            logp = scaled(logits, temperature).log_softmax(-1)
-            logps.append(logp.gather(1, t[:, None]).squeeze(1))
-            if with_entropy:
-                entropies.append(torch.linalg.vecdot(logp.exp(), logp).neg_())
-        logps = torch.cat(logps)
-        entropies = torch.cat(entropies) if with_entropy else None
-        ctx.save_for_backward(hidden, weight, targets, entropies, *kept)
+            scores.append(token_scores(logits, t, temperature, with_entropy))
+        logps, lse, entropies = map(joined, zip(*scores))
+        ctx.save_for_backward(hidden, weight, targets, lse, entropies, *kept)
         return (logps, entropies) if with_entropy else logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor, e: Tensor | None = None):
-        hidden, weight, targets, entropies, *kept = ctx.saved_tensors
+        hidden, weight, targets, lse, entropies, *kept = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         # g is 1 / N in a mean loss: divided by its largest entry, it is not rounded or lost in bf16
         floor = g.new_full((1,), torch.finfo(g.dtype).tiny)
@@ -80,14 +195,47 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i, first in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(first, first + ctx.rows)
             logits = kept[i] if kept else hidden[part] @ w.T
-            arguments = logits, targets[part], g[part] / scale, ctx.temperature
-            dz = logit_gradient(*arguments) if e is None else \
-                logit_gradient_with_entropy(*arguments, e[part] / scale, entropies[part])
+            rows = (None if x is None else x[part] for x in (lse, entropies))
+            dz = gradient(logits, targets[part], g[part] / scale,
+                          None if e is None else e[part] / scale, *rows, ctx.temperature)
             dh[part] = dz @ w
             if ctx.needs_input_grad[1]:
                 dw += dz.T @ hidden[part]
         scale = scale / ctx.temperature
         return dh.mul_(scale), dw.mul_(scale).to(weight.dtype), None, None, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, with_entropy):
+        logps, lse, entropies = token_scores(logits, targets, temperature, with_entropy)
+        ctx.save_for_backward(logits, targets, lse, entropies)
+        ctx.temperature = temperature
+        return (logps, entropies) if with_entropy else logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, e: Tensor | None = None):
+        logits, targets, lse, entropies = ctx.saved_tensors
+        g, e = g / ctx.temperature, None if e is None else e / ctx.temperature
+        return (gradient(logits, targets, g, e, lse, entropies, ctx.temperature),
+                None, None, None)
+
+
+# ---------------------------------------------------------------------- public functions
+
+def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0,
+                  with_entropy: bool = False):
+    """logits (N, V), targets (N,) ids -> log-probabilities of the targets (N,) in nats, fp32;
+    with_entropy: (log-probabilities, entropies (N,) in nats). Logits are divided by `temperature`.
+    Raises ValueError when the shapes do not fit or temperature is not positive.
+    """
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: they must "
+                         "be (N, V) and (N,)")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    return CrossEntropy.apply(logits, targets, temperature, with_entropy)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,

@@ -7,11 +7,14 @@ k's channels).
     y[c + C/2] = x[c + C/2] cos + x[c] sin
     dx = the same turn of dy by the negative angle
 
-Bytes moved by a fused kernel in bf16: 4 per element, forward and backward.
+Bytes moved in bf16: 4 per element, forward and backward. One launch turns q and k: a program takes
+one token's heads, so that its row of the tables is read once for all of them.
 """
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.launch import backend, check, tl, triton
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,68 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
     return turn(q), turn(k)
 
+
+# ---------------------------------------------------------------------- Triton
+
+@triton.jit
+def turn_heads(x, y, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+               BLOCK_C: tl.constexpr):
+    """All heads of the program's token, (HEADS, 2 HALF), from x to y."""
+    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_C)
+    mask = (h < HEADS) & (c < HALF)
+    at = (tl.program_id(0).to(tl.int64) * HEADS + h) * 2 * HALF + c
+    first = tl.load(x + at, mask, other=0.0).to(tl.float32)
+    second = tl.load(x + at + HALF, mask, other=0.0).to(tl.float32)
+    tl.store(y + at, (first * cos - second * sin).to(y.dtype.element_ty), mask)
+    tl.store(y + at + HALF, (second * cos + first * sin).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def rope_kernel(q, k, cos, sin, q_out, k_out, table_rows, sign, H: tl.constexpr, K: tl.constexpr,
+                HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_C: tl.constexpr):
+    c = tl.arange(0, BLOCK_C)
+    at = (tl.program_id(0) % table_rows).to(tl.int64) * HALF + c
+    cos_row = tl.load(cos + at, c < HALF, other=0.0)
+    sin_row = tl.load(sin + at, c < HALF, other=0.0) * sign
+    turn_heads(q, q_out, cos_row, sin_row, H, HALF, BLOCK_H, BLOCK_C)
+    turn_heads(k, k_out, cos_row, sin_row, K, HALF, BLOCK_K, BLOCK_C)
+
+
+@torch.library.custom_op("lifecycle::rope", mutates_args=())
+def launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, C), k (B, T, K, C) turned by sign times the angles of tables whose rows stand for
+    tokens (B T) or, the same for all B, for positions (T)."""
+    (B, T, H, C), K = q.shape, k.shape[2]
+    q, k = check("q", q, (B, T, H, C)), check("k", k, (B, T, K, C), (q.dtype,))
+    cos, sin = (check(name, table, table.shape, (torch.float32,))
+                for name, table in (("cos", cos), ("sin", sin)))
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    blocks = [triton.next_power_of_2(n) for n in (H, K, C // 2)]
+    if q.numel():
+        rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, cos.numel() // (C // 2), sign, H, K,
+                              C // 2, *blocks, num_warps=4 if H * C <= 4096 else 8)
+    return q_out, k_out
+
+
+@launch.register_fake
+def _(q, k, cos, sin, sign):
+    return (q.new_empty(q.shape), k.new_empty(k.shape))
+
+
+class FusedRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return launch(q, k, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor):
+        return *launch(dq, dk, *ctx.saved_tensors, -1), None, None
+
+
+# ---------------------------------------------------------------------- torch
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """x (B, T, H, C) turned by sign times the angles, in fp32 and back to x.dtype."""
@@ -49,6 +114,8 @@ class RoPE(torch.autograd.Function):
         return turned(dq, cos, sin, -1), turned(dk, cos, sin, -1), None, None
 
 
+# ---------------------------------------------------------------------- public function
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q: (B, T, H, C), k: (B, T, K, C); cos, sin: fp32, (T, C/2) or (B, T, C/2), constants.
 
@@ -58,6 +125,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be "
                          f"([{q.shape[0]},] {q.shape[1]}, {q.shape[-1] // 2}) for q "
                          f"{tuple(q.shape)}")
+    if backend(q.device) == "triton":
+        return FusedRoPE.apply(q, k, cos, sin)
     if torch.compiler.is_compiling():                      # inductor fuses the formula by itself
         return rope_reference(q, k, cos, sin)
     return RoPE.apply(q, k, cos, sin)

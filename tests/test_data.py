@@ -394,14 +394,16 @@ def test_packed_rows_are_whole_conversations_with_their_own_masks_and_positions(
             tokens, mask = batch.tokens[b].tolist(), batch.loss_mask[b].tolist()
             assert len(tokens) == 129
             documents, positions = batch.documents[b].tolist(), batch.positions[b].tolist()
-            assert documents == sorted(documents)
-            for number in range(max(documents) + 1):
+            numbers = list(dict.fromkeys(documents))               # padding, if any, is the last
+            assert numbers in ([*range(max(documents) + 1)], [*range(max(documents) + 1), -1])
+            for number in numbers:
                 span = [t for t in range(129) if documents[t] == number]
+                assert span == list(range(span[0], span[-1] + 1))
                 ids, targets = [tokens[t] for t in span], [mask[t] for t in span]
                 assert [positions[t] for t in span] == list(range(len(span)))
                 if ids[0] == TOKENIZER.pad:
                     assert set(ids) == {TOKENIZER.pad} and not any(targets)
-                    assert number == max(documents)
+                    assert number == -1
                     padded += 1
                     continue
                 found.append(next(index))

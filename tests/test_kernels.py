@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same, normal, packed, results
 
 import kernels
 
 attention_file = sys.modules["kernels.attention"]
 cross_entropy_file = sys.modules["kernels.cross_entropy"]
+launch_file = sys.modules["kernels.launch"]
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, dtype=torch.float32).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -22,29 +20,8 @@ def seeded_and_small(monkeypatch):
     """Blocks and chunks small enough that every test crosses their borders."""
     torch.manual_seed(0)
     monkeypatch.setattr(attention_file, "BLOCK", 4)
-    monkeypatch.setattr(cross_entropy_file, "CHUNK", 1)
+    monkeypatch.setattr(cross_entropy_file, "CHUNK", {"cpu": 1})
     monkeypatch.setattr(cross_entropy_file, "ROWS", 3)
-
-
-def results(function, *inputs):
-    """Outputs of function and, for random upstream gradients, the gradients of its inputs."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
-
-
-def assert_same(function, reference, *inputs, tolerance=1e-5):
-    """Largest difference below `tolerance` times the largest value, for outputs and gradients."""
-    for ours, expected in zip(results(function, *inputs), results(reference, *inputs), strict=True):
-        assert ours.dtype == expected.dtype and ours.shape == expected.shape
-        assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def packed(B: int, T: int) -> torch.Tensor:
-    return torch.randint(0, 3, (B, T)).sort(-1).values
 
 
 ATTENTION_SIZES = [(1, 1, 1, 1, 2), (2, 7, 4, 2, 6), (3, 9, 3, 3, 5), (2, 13, 6, 1, 4),
@@ -249,7 +226,7 @@ def test_half_precision_differs_from_fp32_by_a_few_roundings_only(dtype):
 @pytest.mark.parametrize("N, D, V", [(1, 1, 2), (7, 5, 11), (3, 6, 64)])
 def test_linear_cross_entropy_equals_its_reference(N, D, V, temperature, with_entropy, keep,
                                                    monkeypatch):
-    monkeypatch.setattr(cross_entropy_file, "KEEP", keep)
+    monkeypatch.setattr(cross_entropy_file, "KEEP", {"cpu": keep})
     targets = torch.randint(0, V, (N,))
     assert_same(lambda h, w: kernels.linear_cross_entropy(h, w, targets, temperature, with_entropy),
                 lambda h, w: kernels.linear_cross_entropy_reference(h, w, targets, temperature,
@@ -306,6 +283,14 @@ def test_a_frozen_weight_gets_no_gradient_and_a_frozen_input_none_either():
     assert h.grad is not None and w.grad is None
 
 
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_cross_entropy_of_logits_is_that_of_an_identity_layer(with_entropy):
+    targets = torch.randint(0, 9, (7,))
+    assert_same(lambda z: kernels.cross_entropy(z, targets, 0.7, with_entropy),
+                lambda z: kernels.linear_cross_entropy_reference(z, torch.eye(9), targets, 0.7,
+                                                                 with_entropy), normal(7, 9))
+
+
 # ---------------------------------------------------------------------- all of them
 
 @pytest.mark.parametrize("call", [
@@ -315,6 +300,8 @@ def test_a_frozen_weight_gets_no_gradient_and_a_frozen_input_none_either():
     lambda: kernels.attention(normal(1, 3, 3, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)),
     lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, documents=torch.zeros(1, 3)),
     lambda: kernels.decode_attention(*[normal(1, 3, 1, 4)] * 3, torch.zeros(1), 4),
+    lambda: kernels.cross_entropy(normal(3, 4), torch.zeros(2)),
+    lambda: kernels.cross_entropy(normal(3, 4), torch.zeros(3), -1.0),
     lambda: kernels.linear_cross_entropy(normal(3, 4), normal(9, 5), torch.zeros(3)),
     lambda: kernels.linear_cross_entropy(normal(3, 4), normal(9, 4), torch.zeros(3), 0.0)])
 def test_shapes_that_do_not_fit_are_refused(call):
@@ -350,13 +337,21 @@ def test_a_compiler_can_trace_all_operations_without_a_break():
                 normal(10, 8), normal(9, 8))
 
 
-def test_backend_is_torch_and_says_so_when_triton_is_asked_for(monkeypatch):
-    monkeypatch.delenv("KERNELS", raising=False)
-    assert kernels.backend() == "torch"
-    for value in ("triton", "cuda"):
-        monkeypatch.setenv("KERNELS", value)
-        with pytest.raises(ValueError, match=value):
-            kernels.backend()
+def test_backend_is_triton_on_gpus_only_unless_told_otherwise(monkeypatch):
+    assert kernels.backend(torch.device("cpu")) == "torch"
+    for wanted in ("torch", "triton"):
+        monkeypatch.setattr(launch_file, "WANTED", wanted)
+        assert kernels.backend(torch.device("cpu")) == wanted
+    monkeypatch.setattr(launch_file, "WANTED", "cuda")
+    with pytest.raises(ValueError, match="KERNELS='cuda'.*torch or triton"):
+        kernels.backend()
+
+
+def test_triton_is_asked_for_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(launch_file, "WANTED", "triton")
+    monkeypatch.setattr(launch_file, "INSTALLED", False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        kernels.backend()
 
 
 def test_importing_kernels_runs_nothing_and_needs_no_triton():

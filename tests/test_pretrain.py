@@ -196,3 +196,19 @@ def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_pa
     train_pretrain.main(config(tmp_path, copy_steps=250, **more))
     first, second = training.read_metrics(tmp_path / "more")[:2]
     assert second["tokens"] - first["tokens"] == 8 * 32               # windows of text, not repeats
+
+
+@pytest.mark.parametrize("options", [
+    {"balance": "bias"}, {"router": "expert_choice"}, {"capacity_factor": 1.0, "top_k": 1},
+    {"n_shared_experts": 1, "n_dense_layers": 1, "router_noise": True},
+    {"expert_groups": 2, "top_groups": 1}])
+def test_a_mixture_of_experts_learns_and_logs_its_load(options, tmp_path):
+    result = train_pretrain.main(config(tmp_path, n_experts=4, steps=30, n_layers=2, **options))
+    assert result["val_loss"] < result["unigram_loss"]
+    row = training.read_metrics(tmp_path / "base")[-1]
+    if options.get("router") == "expert_choice":               # even by construction
+        assert "load/0" not in row
+    else:
+        assert sum(row[f"load/{e}"] for e in range(4)) == pytest.approx(1, rel=1e-5)
+        assert row["busiest_expert"] > 1
+        assert (row["dropped"] > 0) == ("capacity_factor" in options)

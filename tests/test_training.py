@@ -142,6 +142,13 @@ def test_learning_rate_without_warmup_starts_at_its_peak_and_can_end_at_zero():
     assert training.learning_rate(5, 5, 3.0, warmup=5) == 3.0          # all of it warmup
 
 
+def test_warmup_stable_decay_rises_stays_and_falls_to_nothing():
+    rates = [training.warmup_stable_decay(step, 100, 2.0, warmup=10) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9:71] == [2.0] * 62
+    assert rates[85] == pytest.approx(1.0) and rates[100] == 0
+    assert sum(rates) > 1.2 * sum(training.learning_rate(s, 100, 2.0, 10) for s in range(101))
+
+
 def test_linear_decay_by_hand():
     assert [training.linear_decay(step, 4, 2.0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
 
