@@ -10,8 +10,12 @@ last token of the response, its <|end|>. The loss cannot see a constant added to
 uses that freedom (Huang et al. 2024), so that in PPO 0 means "as good as before".
 
 Differs from the document:
-  1.  Muon (muon.py) unless --optimizer adamw, with cosine and a higher learning rate: the default
-      model is small.
+  1.  Muon (muon.py) unless --optimizer adamw, with a higher learning rate that stays up for 70 % of
+      the steps: the default model is small.
+  2.3 Two terms more. The same loss on the mean of the values at all response tokens: a mistake is
+      felt where it stands, not only through the last token (--mean_coef). And the language-model
+      loss of the preferred responses, so that the model does not forget what it judges by (Yang et
+      al. 2024; --lm_coef).
 
     python train_rm.py                                     # the embedded world's preferences
     python train_rm.py --data pairs.jsonl --truncate left
@@ -45,7 +49,9 @@ class Config:
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 7e-4                  # peak learning rate
-    warmup: int = 30                  # steps of linear warmup, before the cosine
+    warmup: int = 30                  # steps of linear warmup; the last 30 % decay to 0
+    mean_coef: float = 1.0            # weight of the loss on mean values; 0: the document's
+    lm_coef: float = 0.3              # weight of the language-model loss; 0: the document's
     weight_decay: float = 0.01        # on matrices only
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of head, batches and samples
@@ -60,6 +66,18 @@ class Config:
     overwrite: bool = False           # throw away what is in --out
 
 
+def last_value(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """values, loss_mask (B, T) -> the value at each row's last response token (B,)."""
+    places = torch.arange(values.shape[1], device=values.device)
+    last = (loss_mask * places).argmax(1, keepdim=True)                # (B, 1)
+    return values.gather(1, last).squeeze(1)
+
+
+def mean_value(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """values, loss_mask (B, T) -> the mean value of each row's response tokens (B,)."""
+    return (values * loss_mask).sum(1) / loss_mask.sum(1)
+
+
 def response_rewards(model: nn.Module, batch: data.Batch) -> Tensor:
     """r_psi(x, y) = W_r h_last + b_r, one per row (B,): the scalar at the last response token.
 
@@ -67,10 +85,20 @@ def response_rewards(model: nn.Module, batch: data.Batch) -> Tensor:
     """
     if not batch.loss_mask.any(1).all():
         raise ValueError("a row has no response token: there is nothing to reward")
-    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    last = (batch.loss_mask * places).argmax(1, keepdim=True)          # (B, 1)
     values = model(batch.tokens, documents=batch.documents, positions=batch.positions)   # (B, T)
-    return values.gather(1, last).squeeze(1)
+    return last_value(values, batch.loss_mask)
+
+
+def values_and_nll(model: nn.Module, batch: data.Batch,
+                   output_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The value at every token (B, T), and the mean -log p in nats of the preferred responses'
+    tokens (the first half of the batch), predicted through output_weight (V, D)."""
+    # the prediction of token t + 1 stands at t; no row begins with a response token
+    targets, wanted = batch.tokens.roll(-1, 1), batch.loss_mask.roll(-1, 1)
+    wanted = torch.cat((wanted.chunk(2)[0], torch.zeros_like(wanted.chunk(2)[1])))
+    values, logps = model(batch.tokens, targets=targets, loss_mask=wanted,
+                          output_weight=output_weight)
+    return values, -logps.sum() / wanted.sum()
 
 
 def bradley_terry_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
@@ -111,6 +139,8 @@ def main(cfg: Config) -> dict:
 
     # 1. INITIALIZE: psi <- theta_SFT with a scalar head
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, head="scalar")
+    sft, _ = load_model(cfg.init, run.device, run.dtype)
+    sft.requires_grad_(False)
     length = model.config.context_length
     pairs = data.PreferencePairs(
         data.read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
@@ -133,15 +163,18 @@ def main(cfg: Config) -> dict:
         # 2.1 Sample batch {(x, y_w, y_l)}
         batch = pairs.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
         # 2.2 Rewards of both sides
-        r_w, r_l = response_rewards(forward, batch).chunk(2)           # (B,) each
+        values, nll = values_and_nll(forward, batch, sft.output_weight)
+        r_w, r_l = last_value(values, batch.loss_mask).chunk(2)        # (B,) each
         # 2.3 Loss
         loss = bradley_terry_loss(r_w, r_l)
+        mean_loss = bradley_terry_loss(*mean_value(values, batch.loss_mask).chunk(2))
         # 2.4 Backpropagate, update psi
-        run.backward(loss, step)
-        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        run.backward(loss + cfg.mean_coef * mean_loss + cfg.lm_coef * nll, step)
+        lr = training.warmup_stable_decay(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
         # 2.5 Monitor accuracy on held-out pairs
-        figures = {"loss": loss, "train_accuracy": (r_w > r_l).float().mean()}
+        figures = {"loss": loss, "mean_loss": mean_loss, "lm_loss": nll,
+                   "train_accuracy": (r_w > r_l).float().mean()}
         if run.due(step, cfg.eval_every):
             margin = margins(model, heldout, cfg.batch_size)
             figures |= {"val_loss": -F.logsigmoid(margin).mean(),
@@ -151,7 +184,6 @@ def main(cfg: Config) -> dict:
         run.checkpoint(step)
 
     # 3. Freeze r_psi: the SFT model's own answers score 0 on average
-    sft, _ = load_model(cfg.init, run.device, run.dtype)
     shift_to_zero(model, sft, tokenizer, prompts, cfg)
     return run.finish(model, tokenizer, {"accuracy": run.last["accuracy"], "ece": run.last["ece"],
                                          "length_accuracy": longer})

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import END, TOKENIZER, folder_of, tiny_model, write_rows
+from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 
 import data
 import sample
@@ -133,6 +133,42 @@ def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
     order = torch.cat([batch.index for batch in pairs.epoch(4)]).tolist()
     torch.testing.assert_close(found, torch.tensor([expected[i] for i in order]))
     assert sorted(order) == list(range(11)) and model.training
+
+
+# ---------------------------------------------------------------------- what is added to the loss
+
+def test_last_and_mean_value_by_hand():
+    values = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+    loss_mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]]).bool()
+    assert train_rm.last_value(values, loss_mask).tolist() == [3, 8]
+    assert train_rm.mean_value(values, loss_mask).tolist() == [2.5, 8]
+
+
+def test_the_language_model_loss_is_that_of_the_preferred_responses_under_the_sft_projection():
+    sft = tiny_model(tied=False)
+    model = tiny_model(tied=False, head="scalar")          # the same seed: the same trunk
+    sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]),
+             ([1, 2, 9], [0, 0, 1]), ([6, 10], [0, 1])]    # two preferred, then the two rejected
+    batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1])
+    for name, weight in model.named_parameters():
+        if "head" not in name:
+            weight.data.copy_(sft.get_parameter(name))
+    values, nll = train_rm.values_and_nll(model, batch, sft.output_weight)
+    torch.testing.assert_close(values, model(batch.tokens))
+    expected = -torch.stack([slow_logps(sft, ids)[t - 1] for ids, mask in sides[:2]
+                             for t in range(len(ids)) if mask[t]]).mean()
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_each_term_has_its_say_only_if_its_coefficient_is_not_zero(tmp_path, monkeypatch):
+    def weights_after(name, **coefficients):
+        train_rm.main(config(tmp_path, out=str(tmp_path / name), steps=1, **coefficients))
+        return load_model(tmp_path / name)[0].embedding.weight
+    plain = weights_after("plain", mean_coef=0.0, lm_coef=0.0)
+    assert not torch.equal(plain, weights_after("lm", mean_coef=0.0, lm_coef=0.3))
+    assert not torch.equal(plain, weights_after("mean", mean_coef=1.0, lm_coef=0.0))
+    monkeypatch.setattr(train_rm, "mean_value", lambda values, loss_mask: values.mean(1))
+    assert torch.equal(plain, weights_after("other mean", mean_coef=0.0, lm_coef=0.0))
 
 
 # ---------------------------------------------------------------------- the shift
