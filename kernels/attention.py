@@ -8,21 +8,22 @@ seen both ways, and for decoding a cache of keys and values.
 
 Matmuls run in the dtype of the input, softmax in fp32 inside. Shapes: B batch, T tokens, H query
 heads, K key/value heads (H = K G, query head h reads key/value head h // G), C head width.
-FLOPs of a full mask: 4 T^2 C a head forward, 10 T^2 C backward; causal: half.
+FLOPs where all see all: 4 T^2 C a query head forward, 10 T^2 C backward; causal: half. Bytes: q, k,
+v and O once, and one number a row.
 
-The kernels (Dao 2023, FlashAttention-2; Milakov and Gimelshein 2018 for the softmax) never hold S
-or P: a program keeps a tile of M rows and walks over the others in tiles of N. What they move is
-q, k, v and O, what they keep is O and one log-sum-exp a row. Backward makes S and dP twice, once in
-the kernel of dQ, once in that of dK and dV, 14 T^2 C in all, and in return needs no atomics.
+The kernels (Dao 2023, FlashAttention-2; the softmax of Milakov and Gimelshein 2018) never hold P: a
+program has a tile of M rows and walks over what these see, or what sees these, in tiles of N.
+Forward keeps O and the log-sum-exp of each row; backward makes S and dP again, once in the kernel
+of dQ and once in that of dK and dV: 14 T^2 C, and no two programs add to the same number.
 
 Every mask here lets query i see an interval of keys, lo[i] <= j < hi[i], whose ends never fall from
-one query to the next; key j is then seen by an interval of queries. So the first and the last row
-of a tile say which tiles to visit, and which of them all its rows see fully: those, in a loop of
-their own, take no mask. Causal and full intervals are arithmetic, others are read, (B, T) numbers.
+one query to the next; each key is then seen by an interval of queries. So the first and the last
+row of a tile tell which tiles to visit, and in which of these every row sees everything: there the
+scores are not masked. Causal and full intervals are arithmetic, others are read from (B, T) tables.
 
-Decoding, one query against a long cache, is bound by the cache's bytes: the context is split among
-programs until the GPU is full, a program takes all G queries of a key/value head, and a second
-kernel weighs the shares by their log-sum-exps.
+Decoding, one query a row against a long cache, takes the time of reading the cache: programs, as
+many as fill the GPU, share each row's slots, and all G queries of a key/value head read them at
+once. A second kernel weighs the shares by their log-sum-exps.
 
 On CPUs the scores are made in blocks of queries that skip the keys after them, with P kept for the
 backward pass: plain matmuls reach two to three times the speed of torch's
@@ -49,8 +50,9 @@ from kernels.launch import (
 BLOCK = 128          # queries at a time, on CPUs
 KEEP = 2**27         # bytes of P that may be kept per call, on CPUs
 LOG2_E = 1.4426950408889634            # kernels take exponents to base 2, as the hardware does
-# (M, N, warps, stages) for C up to 64, 128, 256: what compiles without spilling registers, with
-# 227 KB of shared memory and with 99.
+WIDTHS = 64, 128, 256
+# (M, N, warps, stages) by head width: what compiles without spilling registers, first for GPUs with
+# 227 KB of shared memory, then for those with 99 and more.
 TILES = {
     "forward": ([(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)],
                 [(128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)]),
@@ -59,7 +61,7 @@ TILES = {
     "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
 }
 TILES_FP32 = {"forward": (32, 16, 8, 1), "dq": (16, 16, 8, 1), "dk_dv": (32, 16, 8, 1),
-              "decode": (16, 16, 8, 1)}          # without tensor cores, to be exact
+              "decode": (16, 16, 8, 1)}          # exact, so without tensor cores
 TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 
 
@@ -140,8 +142,8 @@ def interval(row, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.const
 @triton.jit
 def walk(first, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.constexpr,
          M: tl.constexpr, N: tl.constexpr):
-    """What M rows see, by the intervals of the first and the last: something from begin (where a
-    tile of N begins) to end, everything from inner_begin to inner_end."""
+    """What M rows see, by the intervals of the first and the last: from begin to end some of them
+    see something, from inner_begin to inner_end all of them everything. begin is aligned to N."""
     last = tl.minimum(first + M, rows) - 1
     begin, inner_end = interval(first, b, rows, others, lo, hi, MASK, OF_KEYS)
     inner_begin, end = interval(last, b, rows, others, lo, hi, MASK, OF_KEYS)
@@ -210,11 +212,10 @@ def dq_kernel(q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H: tl.c
               G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr,
               N: tl.constexpr, BLOCK_C: tl.constexpr):
     """M queries of one head, as in the forward pass. Also writes delta, rowsum(dO * O)."""
-    tiles = tl.cdiv(Tq, M)
+    tiles, K = tl.cdiv(Tq, M), H // G
     bh, first = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
     b, h, i = bh // H, bh % H, first + tl.arange(0, M)
-    k, v = (contiguous_head(k, b, h // G, Tk, H // G, C),
-            contiguous_head(v, b, h // G, Tk, H // G, C))
+    k, v = contiguous_head(k, b, h // G, Tk, K, C), contiguous_head(v, b, h // G, Tk, K, C)
     q, out = contiguous_head(q, b, h, Tq, H, C), contiguous_head(out, b, h, Tq, H, C)
     dout, dq = contiguous_head(dout, b, h, Tq, H, C), contiguous_head(dq, b, h, Tq, H, C)
     q_tile = load_rows(q, first, Tq, H, C, M, BLOCK_C)
@@ -228,8 +229,8 @@ def dq_kernel(q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H: tl.c
     lo_rows, hi_rows = interval(i[:, None], b, Tq, Tk, lo, hi, MASK, False)
     begin, end, inner_begin, inner_end = walk(first, b, Tq, Tk, lo, hi, MASK, False, M, N)
     for start in range(begin, end, N):
-        k_tile = load_rows(k, start, Tk, H // G, C, N, BLOCK_C)
-        v_tile = load_rows(v, start, Tk, H // G, C, N, BLOCK_C)
+        k_tile = load_rows(k, start, Tk, K, C, N, BLOCK_C)
+        v_tile = load_rows(v, start, Tk, K, C, N, BLOCK_C)
         S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if (start < inner_begin) | (start + N > inner_end):
             S = hide(S, start, lo_rows, hi_rows, N)
@@ -259,9 +260,9 @@ def dk_dv_kernel(q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, scale, H: tl
         h, start = kv * G + n % G, begin + n // G * N
         i = start + tl.arange(0, N)
         at = (bk * G + n % G) * stats_row(Tq) + i
-        q_tile = load_rows(contiguous_head(q, b, h, Tq, H, C), start, Tq, H, C, N, BLOCK_C)
-        dout_tile = load_rows(contiguous_head(dout, b, h, Tq, H, C), start, Tq, H, C, N,
-                              BLOCK_C)
+        q_h, dout_h = contiguous_head(q, b, h, Tq, H, C), contiguous_head(dout, b, h, Tq, H, C)
+        q_tile = load_rows(q_h, start, Tq, H, C, N, BLOCK_C)
+        dout_tile = load_rows(dout_h, start, Tq, H, C, N, BLOCK_C)
         dP = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
         S = tl.dot(k_tile, q_tile.T, input_precision="ieee")
         if (start < inner_begin) | (start + N > inner_end):
@@ -286,17 +287,15 @@ def decode_kernel(q, k, v, starts, shares, lse, k_b, k_t, k_h, length, splits, s
     k, v = head_of(k, b, kv, k_b, k_h, C), head_of(v, b, kv, k_b, k_h, C)
     q_tile = load_rows(q, bk * G, bk * G + G, 1, C, M, BLOCK_C).to(k.dtype.element_ty)
     start = tl.load(starts + b).to(tl.int32)
-    begin = start // N * N
-    share = tl.cdiv(length - begin, splits * N) * N
-    lo = tl.maximum(begin + split * share, start)
-    hi = tl.minimum(begin + (split + 1) * share, length)
+    share = tl.cdiv(length - start, splits * N) * N
+    lo, hi = start + split * share, tl.minimum(start + (split + 1) * share, length)
     O, m, l = nothing_seen(M, BLOCK_C)
-    for at in range(lo // N * N, hi, N):
-        k_tile = load_rows(k, at, length, k_t, C, N, BLOCK_C)
-        v_tile = load_rows(v, at, length, k_t, C, N, BLOCK_C)
+    for slot in range(lo, hi, N):
+        k_tile = load_rows(k, slot, length, k_t, C, N, BLOCK_C)
+        v_tile = load_rows(v, slot, length, k_t, C, N, BLOCK_C)
         S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if (at < lo) | (at + N > hi):
-            S = hide(S, at, lo, hi, N)
+        if slot + N > hi:
+            S = hide(S, slot, lo, hi, N)
         O, m, l = absorb(S, v_tile, O, m, l, scale)
     O, lse_tile = normalized(O, m, l)
     at = bk * G * splits + split
@@ -320,17 +319,20 @@ def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dic
     """Tile sizes, warps and pipeline stages for head width C."""
     tiles = TILES[kernel][shared_memory(device) < 200_000]
     name = "the head width C" + " of a backward pass" * (kernel in ("dq", "dk_dv"))
-    block = max(16, check_width(name, C, 32 * 2 ** len(tiles)))
-    M, N, warps, stages = (TILE_INTERPRETED if INTERPRETED else TILES_FP32[kernel]
-                           if dtype == torch.float32 else tiles[max(0, block.bit_length() - 7)])
+    block = max(16, check_width(name, C, WIDTHS[len(tiles) - 1]))
+    M, N, warps, stages = tiles[WIDTHS.index(max(64, block))]
+    if dtype == torch.float32:
+        M, N, warps, stages = TILES_FP32[kernel]
+    if INTERPRETED:
+        M, N, warps, stages = TILE_INTERPRETED
     return {"M": M, "N": N, "BLOCK_C": block, "num_warps": warps, "num_stages": stages}
 
 
 def addressed(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """q, k, v as they lie, a cache's views too; their strides, in rows of C, and their lengths.
-    Copied are those whose rows are not whole, and k and v where they lie unlike."""
+    """q, k, v, their strides in rows of C, and their lengths. Views, as those of a cache, are not
+    copied unless C channels do not make a row, or k and v lie differently."""
     for name, x, dtypes in (("q", q, FLOATS), ("k", k, FLOATS), ("v", v, (k.dtype,))):
-        check(name, x[:0], (0, *x.shape[1:]), dtypes)      # nothing of it: a view is not copied
+        check(name, x[:0], (0, *x.shape[1:]), dtypes)      # of no rows: check copies views
     C = q.shape[3]
     whole = [x.stride(3) == 1 and not any(n % C for n in x.stride()[:3]) for x in (q, k)]
     q = q if whole[0] else q.contiguous()
@@ -373,7 +375,7 @@ def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
                     lo: Tensor | None, hi: Tensor | None,
                     causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     dout = check("the gradient of the output", dout, q.shape, (q.dtype,))
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v, out = (x.contiguous() for x in (q, k, v, out))
     (B, Tq, H, C), (Tk, K) = q.shape, k.shape[1:3]
     mask = "interval" if lo is not None else "causal" if causal else "full"
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
@@ -384,7 +386,7 @@ def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
         q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, C**-0.5 * LOG2_E, H, H // K, C, mask,
         **tile)
     if lo is not None:                                     # queries that see key j: lo <= j < hi
-        j = torch.arange(Tk, dtype=torch.int32, device=q.device).expand(B, -1).contiguous()
+        j = torch.arange(Tk, dtype=torch.int32, device=q.device).repeat(B, 1)
         lo, hi = (torch.searchsorted(x, j, right=True, out_int32=True) for x in (hi, lo))
     tile = tiling("dk_dv", C, q.dtype, q.device)
     dk_dv_kernel[(B * K * triton.cdiv(Tk, tile["M"]),)](
@@ -400,8 +402,8 @@ def _(dout, q, k, v, out, lse, lo, hi, causal):
 
 @torch.library.custom_op("lifecycle::attention_decode", mutates_args=())
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
-    """q (B, 1, H, C), k, v (B, S, K, C) -> (B, 1, H, C). Splits: four programs a multiprocessor, no
-    fewer than two tiles of keys each."""
+    """q (B, 1, H, C), k, v (B, S, K, C) -> (B, 1, H, C). Programs: four a multiprocessor, none with
+    less than two tiles."""
     q, k, v, (_, _, _, *k_strides, _, _) = addressed(q.contiguous(), k, v)
     (B, _, H, C), K = q.shape, k.shape[2]
     starts = check("starts", starts, (B,), (torch.int32, torch.int64))
@@ -415,7 +417,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) 
         decode_kernel[(B * K * splits,)](q, k, v, starts, shares, lse, *k_strides, length, splits,
                                          C**-0.5 * LOG2_E, K, H // K, C, **tile)
         combine_kernel[(B * H,)](shares, lse, out, splits, C, triton.next_power_of_2(splits),
-                                 tile["BLOCK_C"])
+                                 tile["BLOCK_C"], num_warps=8)
     return out
 
 
@@ -524,18 +526,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
 
     documents: (B, T) numbers, equal ones adjacent; a token sees those with its own number only
     (and, if causal, none after it). Padding is a document of its own.
-    prefix: (B,) tokens at the beginning of each row that all tokens see, on top of `causal`; not
-    together with documents. Raises ValueError when shapes or masks do not fit.
+    prefix: (B,) how many tokens at the beginning of each row all tokens of the row see, besides
+    what `causal` lets them see; not together with documents. Raises ValueError when shapes, dtypes
+    or masks do not fit.
     """
     (B, T, H, C), K = q.shape, k.shape[2]
     if k.shape != (B, T, K, C) or v.shape != k.shape or H % K:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must "
                          "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype")
     if documents is not None and documents.shape != (B, T):
         raise ValueError(f"documents {tuple(documents.shape)} must be {(B, T)}")
     if prefix is not None and (prefix.shape != (B,) or documents is not None or not causal):
         raise ValueError(f"prefix {tuple(prefix.shape)} must be {(B,)}, with causal=True and "
-                         "without documents: it opens up what causal hides, within a whole row")
+                         "without documents: it opens what causal hides, in a row of one document")
     if backend(q.device) == "triton":
         lo, hi = intervals(B, T, causal, documents, prefix, q.device)
         return FusedAttention.apply(q, k, v, lo, hi, causal)
@@ -554,8 +559,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
 
     q: (B, Tq, H, C), the tokens in slots length - Tq .. length - 1; caches: (B, S, K, C), with
     S >= length; starts: (B,) the first real slot of each left-padded row. A query sees the slots
-    from its row's start to its own. Returns (B, Tq, H, C) in q.dtype; arithmetic is in the dtype of
-    the caches. Raises ValueError when the shapes do not fit.
+    from its row's start to its own; what padding gets is finite and means nothing. Returns (B, Tq,
+    H, C) in q.dtype; arithmetic is in the dtype of the caches. Raises ValueError when the shapes do
+    not fit.
 
     On CPUs single tokens are fastest with caches that are fp32 and lie in memory as (B, K, S, C).
     """
