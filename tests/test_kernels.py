@@ -40,12 +40,14 @@ def test_attention_equals_its_reference(B, T, H, K, C, with_documents, causal):
                 normal(B, T, H, C), normal(B, T, K, C), normal(B, T, K, C))
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2)])
-def test_attention_equals_its_reference_where_probabilities_are_too_many_to_keep(documents,
-                                                                                 monkeypatch):
-    monkeypatch.setattr(attention_file, "KEEP", 0)
-    assert_same(lambda *x: kernels.attention(*x, documents=documents),
-                lambda *x: kernels.attention_reference(*x, documents=documents),
+@pytest.mark.parametrize("keep", [0, 2**27])
+@pytest.mark.parametrize("options", [
+    {}, {"documents": torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2)}, {"prefix": torch.tensor([2, 7])}])
+def test_attention_equals_its_reference_whether_probabilities_are_kept_or_not(options, keep,
+                                                                              monkeypatch):
+    monkeypatch.setattr(attention_file, "KEEP", keep)
+    assert_same(lambda *x: kernels.attention(*x, **options),
+                lambda *x: kernels.attention_reference(*x, **options),
                 normal(2, 7, 4, 6), normal(2, 7, 2, 6), normal(2, 7, 2, 6))
 
 
@@ -59,12 +61,12 @@ def test_attention_reference_equals_a_loop_over_tokens():
         torch.testing.assert_close(out[b, i, h], expected)
 
 
-def test_attention_gradients_equal_finite_differences():
+@pytest.mark.parametrize("options", [{"documents": torch.tensor([[0, 0, 1, 1, 1]])},
+                                     {"prefix": torch.tensor([3])}])
+def test_attention_gradients_equal_finite_differences(options):
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True)
                for heads in (4, 2, 2))
-    documents = torch.tensor([[0, 0, 1, 1, 1]])
-    assert torch.autograd.gradcheck(
-        lambda *x: kernels.attention(*x, documents=documents), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: kernels.attention(*x, **options), (q, k, v))
 
 
 @pytest.mark.parametrize("B, T, H, K, C", ATTENTION_SIZES[1:])
@@ -299,6 +301,7 @@ def test_cross_entropy_of_logits_is_that_of_an_identity_layer(with_entropy):
     lambda: kernels.rope(normal(1, 3, 2, 4), normal(1, 3, 2, 4), normal(4, 2), normal(4, 2)),
     lambda: kernels.attention(normal(1, 3, 3, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)),
     lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, documents=torch.zeros(1, 3)),
+    lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, prefix=torch.ones(3)),
     lambda: kernels.decode_attention(*[normal(1, 3, 1, 4)] * 3, torch.zeros(1), 4),
     lambda: kernels.cross_entropy(normal(3, 4), torch.zeros(2)),
     lambda: kernels.cross_entropy(normal(3, 4), torch.zeros(3), -1.0),

@@ -47,8 +47,8 @@ def inputs(B, T, H, K, C, dtype=torch.float32, keys=None):
 
 
 def tolerance(dtype) -> float:
-    """Of the largest value. Half precision: P or dS, the output (delta is made of it), the result and
-    the reference's result are each off by half an eps at most. Sums in fp32: far below 1e-5."""
+    """Of the largest value. Half precision: P or dS, the output (delta is made of it), the result
+    and the reference's are each off by half an eps at most. Sums in fp32: far below 1e-5."""
     return 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
