@@ -60,7 +60,7 @@ TILES = {
     "dk_dv": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
     "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
 }
-TILE_FP32 = 16, 16, 8, 1               # exact, so without tensor cores, and slow
+TILES_FP32 = [(16, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)]     # exact: no tensor cores, slow
 TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 
 
@@ -319,9 +319,9 @@ def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dic
     tiles = TILES[kernel][shared_memory(device) < 200_000]
     name = "the head width C" + " of a backward pass" * (kernel in ("dq", "dk_dv"))
     block = max(16, check_width(name, C, WIDTHS[len(tiles) - 1]))
-    M, N, warps, stages = tiles[WIDTHS.index(max(64, block))]
     if dtype == torch.float32:
-        M, N, warps, stages = TILE_FP32
+        tiles = TILES_FP32
+    M, N, warps, stages = tiles[WIDTHS.index(max(64, block))]
     if INTERPRETED:
         M, N, warps, stages = TILE_INTERPRETED
     return {"M": M, "N": N, "BLOCK_C": block, "num_warps": warps, "num_stages": stages}
