@@ -312,16 +312,14 @@ def main(bench: str, cfg: Config) -> list[dict]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*json.loads(sys.argv[2]))
-    elif sys.argv[1:2] == ["train"] or sys.argv[1:2] == ["generate"]:
+    elif sys.argv[1:2] and sys.argv[1] in ("train", "generate", "kernels"):
         try:
-            main(sys.argv[1], training.parse(Config, sys.argv[2:], __doc__))
-        except ValueError as error:
-            sys.exit(f"bench.py: {error}")
-    elif sys.argv[1:2] == ["kernels"]:
-        import bench_kernels
-        try:
-            bench_kernels.main(training.parse(bench_kernels.Config, sys.argv[2:],
-                                              bench_kernels.__doc__))
+            if sys.argv[1] == "kernels":
+                import bench_kernels
+                bench_kernels.main(training.parse(bench_kernels.Config, sys.argv[2:],
+                                                  bench_kernels.__doc__))
+            else:
+                main(sys.argv[1], training.parse(Config, sys.argv[2:], __doc__))
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
     else:

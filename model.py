@@ -90,7 +90,7 @@ class ModelConfig:
         if self.n_experts % groups or not 1 <= self.top_groups <= groups:
             raise ValueError(f"{self.n_experts} experts cannot stand in expert_groups {groups}, or "
                              f"top_groups {self.top_groups} is not among 1 to {groups}")
-        within = self.n_experts * (self.top_groups if self.expert_groups else 1) // groups
+        within = self.n_experts * self.top_groups // groups
         if not 1 <= self.top_k <= within:
             raise ValueError(f"top_k is {self.top_k}; a token can choose among {within} experts")
 

@@ -67,7 +67,12 @@ class Config:
 
 
 def last_value(values: Tensor, loss_mask: Tensor) -> Tensor:
-    """values, loss_mask (B, T) -> the value at each row's last response token (B,)."""
+    """values, loss_mask (B, T) -> the value at each row's last response token (B,).
+
+    A row without one raises ValueError.
+    """
+    if not loss_mask.any(1).all():
+        raise ValueError("a row has no response token: there is nothing to reward")
     places = torch.arange(values.shape[1], device=values.device)
     last = (loss_mask * places).argmax(1, keepdim=True)                # (B, 1)
     return values.gather(1, last).squeeze(1)
@@ -83,8 +88,6 @@ def response_rewards(model: nn.Module, batch: data.Batch) -> Tensor:
 
     batch.loss_mask (B, T) marks the response; a row without one raises ValueError.
     """
-    if not batch.loss_mask.any(1).all():
-        raise ValueError("a row has no response token: there is nothing to reward")
     values = model(batch.tokens, documents=batch.documents, positions=batch.positions)   # (B, T)
     return last_value(values, batch.loss_mask)
 

@@ -331,7 +331,7 @@ def addressed(q: Tensor, k: Tensor, v: Tensor) -> tuple:
     """q, k, v, their strides in rows of C, and their lengths. Views, as those of a cache, are not
     copied unless C channels do not make a row, or k and v lie differently."""
     for name, x, dtypes in (("q", q, FLOATS), ("k", k, FLOATS), ("v", v, (k.dtype,))):
-        check(name, x[:0], (0, *x.shape[1:]), dtypes)      # of no rows: check copies views
+        check(name, x, x.shape, dtypes, contiguous=False)
     C = q.shape[3]
     whole = [x.stride(3) == 1 and not any(n % C for n in x.stride()[:3]) for x in (q, k)]
     q = q if whole[0] else q.contiguous()

@@ -147,6 +147,8 @@ def logit_gradient_with_entropy(logits: Tensor, targets: Tensor, g: Tensor, temp
 
 def token_scores(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
     """log p of the targets, logsumexp of z (None in torch, which makes it again) and H or None."""
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
     if backend(logits.device) == "triton":
         return launch_scores(logits, targets, temperature)
     logp = scaled(logits, temperature).log_softmax(-1)
@@ -233,8 +235,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0,
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: they must "
                          "be (N, V) and (N,)")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
     return CrossEntropy.apply(logits, targets, temperature, with_entropy)
 
 
@@ -248,6 +248,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
             or targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
                          f"{tuple(targets.shape)}: they must be (N, D), (V, D) and (N,)")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
     return LinearCrossEntropy.apply(hidden, weight, targets, temperature, with_entropy)

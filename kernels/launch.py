@@ -40,10 +40,11 @@ def backend(device: torch.device | None = None) -> str:
     return "triton" if on_gpu and INSTALLED else "torch"
 
 
-def check(name: str, x: Tensor, shape: tuple, dtypes: tuple = FLOATS) -> Tensor:
-    """x as a contiguous tensor that a kernel can address, else a ValueError that names it.
+def check(name: str, x: Tensor, shape: tuple, dtypes: tuple = FLOATS,
+          contiguous: bool = True) -> Tensor:
+    """x as a tensor that a kernel can address, else a ValueError that names it.
 
-    shape: sizes, None where any is right.
+    shape: sizes, None where any is right. contiguous: copy a view; else return x as it lies.
     """
     if x.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
@@ -55,7 +56,7 @@ def check(name: str, x: Tensor, shape: tuple, dtypes: tuple = FLOATS) -> Tensor:
         raise ValueError(f"{name} is on {x.device}; the Triton kernels run on "
                          + ("CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else
                             "GPUs (on CPU tensors under TRITON_INTERPRET=1)"))
-    return x.contiguous()
+    return x.contiguous() if contiguous else x
 
 
 def check_width(name: str, width: int, largest: int) -> int:
