@@ -321,16 +321,30 @@ def said(row: dict) -> str:
 
 @dataclass
 class Batch:
-    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]."""
+    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]; or,
+    where a batch has targets of its own (objectives.py), logits by targets under loss_mask."""
     tokens: torch.Tensor                # (B, T) int64
     loss_mask: torch.Tensor             # (B, T) bool: this token is a target
     documents: torch.Tensor | None      # (B, T) int32: number within the row, padding -1
     positions: torch.Tensor | None      # (B, T) int64: from 0 in each document
     index: torch.Tensor                 # int64: which windows, examples or pairs these are
+    targets: torch.Tensor | None = None          # (B, T) int64, not shifted
+    prefix: torch.Tensor | None = None           # (B,) int64: so many tokens see each other
+    source: torch.Tensor | None = None           # (B, S) int64: what an encoder reads
+    source_lengths: torch.Tensor | None = None   # (B,) int64: tokens of it, the rest is padding
+    segments: torch.Tensor | None = None         # (B, T) int64: 0 or 1
+    is_next: torch.Tensor | None = None          # (B,) int64: 1 if the second segment follows
 
     @property
     def n_targets(self) -> int:
-        return int(self.loss_mask[:, 1:].sum())
+        return int((self.loss_mask if self.targets is not None else self.loss_mask[:, 1:]).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that a model reads, padding included; an ordinary row's last is only a target."""
+        if self.targets is None:
+            return self.tokens[:, 1:].numel()
+        return self.tokens.numel() + (0 if self.source is None else self.source.numel())
 
     def to(self, device: torch.device | str) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))

@@ -25,6 +25,7 @@ spells one is encoded like any other text, so that no word of a user becomes a c
 import argparse
 import heapq
 import json
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -198,6 +199,17 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """encode() of each. One thread: tiktoken's threads are slower on two cores."""
         return [self.encode(text) for text in texts]
+
+    def pieces(self, token: bytes) -> list[int]:
+        """Ids of the bytes of one word: of all neighbours the pair of the lowest rank is merged,
+        again and again. encode() does this to every word, in Rust."""
+        parts = [bytes([b]) for b in token]
+        while True:
+            ranks = [self.ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+            if min(ranks, default=math.inf) == math.inf:
+                return [self.ranks[part] for part in parts]
+            i = ranks.index(min(ranks))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """Text of the ids; invalid UTF-8 becomes U+FFFD, special tokens are dropped or spelled.
