@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields
 
 import data
 import evaluate
+import shards
 import training
 from model import (
     ModelConfig,
@@ -40,13 +41,15 @@ from model import (
 )
 from tokenizer import Tokenizer
 
+NGRAM_TOKENS = 20_000_000             # the baselines are counted on so many: 1 GB, seconds
+
 
 @dataclass
 class Config:
     init: str = ""                    # model folder to go on from; empty: a new model
     out: str = "out/pretrain"         # model folder to write
-    data: str = "world"               # corpus: world, world:SEED, a text file, JSONL or folder
-    max_bytes: int = 20_000_000       # read at most this much of the corpus
+    data: str = "world"               # corpus: world, world:SEED, text file, JSONL, folder, shards
+    max_bytes: int = 20_000_000       # read at most this much of the corpus; shards: all of them
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
     vocab_size: int = 2048            # tokens of a newly trained tokenizer, special ones included
@@ -97,21 +100,26 @@ class Config:
 def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
     """001 steps 1.3-1.6. Returns the tokenizer (a new one if none is given), the training stream,
     the validation stream and the bytes per token of the validation text."""
-    documents = data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
-                                    bad_rows=cfg.bad_rows)
-    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
-                                  bad_rows=cfg.bad_rows)
-    documents, heldout = list(documents), list(heldout)
-    if tokenizer is None and cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(documents, cfg.vocab_size)
-    elif tokenizer is None:
+    if tokenizer is None and cfg.tokenizer != "bpe":
         tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
     # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
-    train_tokens = data.tokenize_documents(documents, tokenizer)
-    val_tokens = data.tokenize_documents(heldout, tokenizer)
-    bytes_per_token = sum(len(text.encode()) for text in heldout) / len(val_tokens)
+    if shards.found(cfg.data):                                  # done before, by shards.py
+        tokenizer = tokenizer or Tokenizer.load(cfg.data)
+        train_tokens, val_tokens = (shards.open_tokens(cfg.data, split, tokenizer)
+                                    for split in ("train", "heldout"))
+        n_documents, heldout_bytes = train_tokens.n_documents, val_tokens.n_bytes
+    else:
+        documents = list(data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
+                                             bad_rows=cfg.bad_rows))
+        heldout = list(data.read_documents(cfg.data, split="heldout",
+                                           max_bytes=cfg.max_bytes // 20, bad_rows=cfg.bad_rows))
+        tokenizer = tokenizer or Tokenizer.train(documents, cfg.vocab_size)
+        train_tokens = data.tokenize_documents(documents, tokenizer)
+        val_tokens = data.tokenize_documents(heldout, tokenizer)
+        n_documents, heldout_bytes = len(documents), sum(len(text.encode()) for text in heldout)
+    bytes_per_token = heldout_bytes / len(val_tokens)
     # 1.5-1.6 Chunk into windows; shuffled and shared among the ranks by .batch(step)
-    masks = cfg.document_masks and len(documents) > 1
+    masks = cfg.document_masks and n_documents > 1
     streams = [data.TokenStream(tokens, cfg.context_length, cfg.seed, tokenizer.endoftext,
                                 document_masks=masks) for tokens in (train_tokens, val_tokens)]
     return tokenizer, *streams, bytes_per_token
@@ -144,7 +152,8 @@ def main(cfg: Config) -> dict:
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
-    unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
+    unigram, bigram = evaluate.ngram_losses(train.tokens[:NGRAM_TOKENS], val.tokens[:NGRAM_TOKENS],
+                                            tokenizer.vocab_size)
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
             f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
             f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "
