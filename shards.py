@@ -23,6 +23,7 @@ open_tokens() presents a split as one array of which only what is indexed is rea
 """
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter, deque
@@ -39,7 +40,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
 from tokenizer import Tokenizer
 
 SPLITS = ("heldout", "train")           # the short one first: if it is empty, that shows early
@@ -64,12 +64,13 @@ class Config:
 
 # ---------------------------------------------------------------------- writing
 
-def read(cfg: Config, split: str) -> Iterator[str]:
+def read(cfg: Config, split: str, at_most: float = math.inf) -> Iterator[str]:
     """The documents of a split; with --max_bytes a twentieth of that is held out, as in training
-    from text."""
-    max_bytes = cfg.max_bytes or (20_000_000 if data.world_named(cfg.data) else None)
-    if max_bytes and split == "heldout":
-        max_bytes //= 20
+    from text. at_most: a lower limit in bytes."""
+    import data  # not above: the workers need neither it nor torch
+
+    max_bytes = cfg.max_bytes or (20_000_000 if data.world_named(cfg.data) else math.inf)
+    max_bytes = min(max_bytes // (20 if split == "heldout" else 1), at_most)
     return data.read_documents(cfg.data, max_bytes, split, bad_rows=cfg.bad_rows)
 
 
@@ -86,10 +87,16 @@ def chunked(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
+def id_type(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
 def encode(tokenizer: Tokenizer, documents: list[str]) -> tuple[np.ndarray, int, int]:
     """Ids with <|endoftext|> after each document, number of documents, bytes of text."""
     n_bytes = sum(len(document.encode()) for document in documents)
-    return data.tokenize_documents(documents, tokenizer), len(documents), n_bytes
+    ids = [np.array([*ids, tokenizer.endoftext], id_type(tokenizer.vocab_size))
+           for ids in tokenizer.encode_batch(documents)]
+    return np.concatenate(ids), len(documents), n_bytes
 
 
 @lru_cache(maxsize=1)
@@ -129,12 +136,12 @@ def cut(pieces: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, np.ndarr
             yield number, part
 
 
-def write_shard(path: Path, parts: Iterable[np.ndarray], dtype: np.dtype) -> dict:
+def write_shard(path: Path, parts: Iterable[np.ndarray]) -> dict:
     """One file, whole or not at all: a temporary name, fsync, rename. Returns its index entry."""
     temporary, digest, n = path.with_name(path.name + ".tmp"), hashlib.sha256(), 0
     with temporary.open("wb") as file:
         for part in parts:
-            raw = part.astype(dtype).tobytes()
+            raw = part.tobytes()
             file.write(raw)
             digest.update(raw)
             n += len(part)
@@ -145,7 +152,7 @@ def write_shard(path: Path, parts: Iterable[np.ndarray], dtype: np.dtype) -> dic
 
 
 def write_split(folder: Path, split: str, results: Iterable[tuple[np.ndarray, int, int]],
-                shard_tokens: int, dtype: np.dtype) -> dict:
+                shard_tokens: int) -> dict:
     """All shards of a split. Returns its entry in the index."""
     counts, bar = Counter(), tqdm(desc=split, unit="B", unit_scale=True)
 
@@ -155,7 +162,7 @@ def write_split(folder: Path, split: str, results: Iterable[tuple[np.ndarray, in
             bar.update(n_bytes)
             yield ids
 
-    shards = [write_shard(folder / f"{split}_{number:05d}.bin", map(itemgetter(1), parts), dtype)
+    shards = [write_shard(folder / f"{split}_{number:05d}.bin", map(itemgetter(1), parts))
               for number, parts in groupby(cut(pieces(), shard_tokens), itemgetter(0))]
     bar.close()
     return {**counts, "shards": shards}
@@ -186,26 +193,25 @@ def main(cfg: Config) -> dict:
                          "at least 1")
     next(read(cfg, "train"))                      # a wrong --data stops before anything is removed
     if cfg.tokenizer == "bpe":
-        limit = min(cfg.tokenizer_bytes, cfg.max_bytes or cfg.tokenizer_bytes)
-        tokenizer = Tokenizer.train(data.read_documents(
-            cfg.data, limit, "train", bad_rows=cfg.bad_rows), cfg.vocab_size, progress=True)
+        tokenizer = Tokenizer.train(read(cfg, "train", cfg.tokenizer_bytes), cfg.vocab_size,
+                                    progress=True)
     else:
         tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
-    out, dtype = Path(cfg.out), np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    out = Path(cfg.out)
     make_room(out, cfg.overwrite)
     tokenizer.save(out)
 
     splits = {}
-    # fresh processes: a fork of one in which torch may have started threads could hang
+    # fresh processes: a copy of one with torch's threads in it could hang
     with (ProcessPoolExecutor(cfg.workers, get_context("spawn")) if cfg.workers > 1
           else nullcontext()) as pool:
         for split in SPLITS:
             chunks = chunked(read(cfg, split))
             results = (in_order(pool, cfg.out, chunks, 2 * cfg.workers) if pool
                        else map(partial(encode, tokenizer), chunks))
-            splits[split] = write_split(out, split, results, cfg.shard_tokens, dtype)
+            splits[split] = write_split(out, split, results, cfg.shard_tokens)
 
-    index = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
+    index = {"dtype": id_type(tokenizer.vocab_size).name, "vocab_size": tokenizer.vocab_size,
              "tokenizer_sha256": sha256(out / "tokenizer.json"), "source": cfg.data,
              "splits": splits}
     temporary = out / "index.json.tmp"
@@ -271,27 +277,21 @@ def read_index(folder: Path) -> dict:
     """index.json. Raises ValueError if it is missing, or not what main() writes."""
     file = folder / "index.json"
     if not file.exists():
-        raise ValueError(f"{folder}: no index.json, so these shards are not complete (or none): run "
-                         f"shards.py --out {folder} again")
+        raise ValueError(f"{folder}: no index.json, so these shards are not complete (or "
+                         f"none): run shards.py --out {folder} again")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-        for key in ("vocab_size", "tokenizer_sha256"):
-            index[key]
-        for split in SPLITS:
-            entry = index["splits"][split]
-            entry["documents"], entry["bytes"]
-            lengths = [shard["tokens"] for shard in entry["shards"] if shard["file"]]
-            if sum(lengths) != entry["tokens"] or not lengths:
-                raise ValueError(f'{entry["tokens"]} tokens of "{split}", {lengths} in its shards')
-        if index["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f'dtype is {index["dtype"]!r}, not uint16 or uint32')
-    except (ValueError, KeyError, TypeError) as error:
+        for entry in map(index["splits"].__getitem__, SPLITS):
+            if not 0 < entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"]):
+                raise ValueError("its shards do not add up to its tokens")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); write the shards "
                          "again") from None
     return index
 
 
-def open_tokens(folder: str | Path, split: str, tokenizer: Tokenizer | None = None) -> ShardedTokens:
+def open_tokens(folder: str | Path, split: str,
+                tokenizer: Tokenizer | None = None) -> ShardedTokens:
     """A split of a folder of shards; sizes are checked here, checksums by verify() alone.
 
     tokenizer: the one of the model that is to read them. Raises ValueError for a folder that is
@@ -305,17 +305,17 @@ def open_tokens(folder: str | Path, split: str, tokenizer: Tokenizer | None = No
         raise ValueError(f"{folder / 'tokenizer.json'} is not the one these shards were written "
                          "with (its checksum differs); put that one back or write them again")
     if tokenizer not in (None, own):
-        raise ValueError(f"{folder} was written with another vocabulary ({own.vocab_size:,} tokens) "
-                         f"than the one given ({tokenizer.vocab_size:,} tokens): write shards with "
-                         "shards.py --tokenizer FOLDER, or use theirs")
+        raise ValueError(f"{folder} was written with another vocabulary ({own.vocab_size:,} "
+                         f"tokens) than the one given ({tokenizer.vocab_size:,} tokens): write "
+                         "shards with shards.py --tokenizer FOLDER, or use theirs")
     for shard in index["splits"][split]["shards"]:
         file, size = folder / shard["file"], shard["tokens"] * np.dtype(index["dtype"]).itemsize
         if not file.exists():
             raise ValueError(f"{file} is missing; index.json counts {shard['tokens']:,} tokens in "
                              "it: put it back or write the shards again")
         if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size:,} bytes; {shard['tokens']:,} tokens "
-                             f"take {size:,}: it is damaged, write the shards again")
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes; {shard['tokens']:,} "
+                             f"tokens take {size:,}: it is damaged, write the shards again")
     return ShardedTokens(folder, index, split)
 
 
@@ -332,6 +332,6 @@ def verify(folder: str | Path) -> dict:
 
 
 if __name__ == "__main__":
-    import training                               # here: the workers need none of it
+    import training
 
     training.command_line(main, Config, __doc__)
