@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
@@ -91,22 +91,20 @@ def id_type(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def encode(tokenizer: Tokenizer, documents: list[str]) -> tuple[np.ndarray, int, int]:
-    """Ids with <|endoftext|> after each document, number of documents, bytes of text."""
-    n_bytes = sum(len(document.encode()) for document in documents)
-    ids = [np.array([*ids, tokenizer.endoftext], id_type(tokenizer.vocab_size))
-           for ids in tokenizer.encode_batch(documents)]
-    return np.concatenate(ids), len(documents), n_bytes
-
-
 @lru_cache(maxsize=1)
 def tokenizer_of(folder: str) -> Tokenizer:
     """A worker's own tokenizer, read once."""
     return Tokenizer.load(folder)
 
 
-def encode_in_worker(folder: str, documents: list[str]) -> tuple[np.ndarray, int, int]:
-    return encode(tokenizer_of(folder), documents)
+def encode(folder: str, documents: list[str]) -> tuple[np.ndarray, int, int]:
+    """Ids with <|endoftext|> after each document, number of documents, bytes of text. folder: of
+    the tokenizer."""
+    tokenizer = tokenizer_of(folder)
+    n_bytes = sum(len(document.encode()) for document in documents)
+    ids = [np.array([*ids, tokenizer.endoftext], id_type(tokenizer.vocab_size))
+           for ids in tokenizer.encode_batch(documents)]
+    return np.concatenate(ids), len(documents), n_bytes
 
 
 def in_order(pool: ProcessPoolExecutor, folder: str, chunks: Iterable[list[str]],
@@ -115,7 +113,7 @@ def in_order(pool: ProcessPoolExecutor, folder: str, chunks: Iterable[list[str]]
     under way, so that a reader faster than the workers does not fill the memory."""
     waiting = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(encode_in_worker, folder, chunk))
+        waiting.append(pool.submit(encode, folder, chunk))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:
@@ -200,6 +198,7 @@ def main(cfg: Config) -> dict:
     out = Path(cfg.out)
     make_room(out, cfg.overwrite)
     tokenizer.save(out)
+    tokenizer_of.cache_clear()                    # it may know one that was in --out before
 
     splits = {}
     # fresh processes: a copy of one with torch's threads in it could hang
@@ -208,7 +207,7 @@ def main(cfg: Config) -> dict:
         for split in SPLITS:
             chunks = chunked(read(cfg, split))
             results = (in_order(pool, cfg.out, chunks, 2 * cfg.workers) if pool
-                       else map(partial(encode, tokenizer), chunks))
+                       else map(partial(encode, cfg.out), chunks))
             splits[split] = write_split(out, split, results, cfg.shard_tokens)
 
     index = {"dtype": id_type(tokenizer.vocab_size).name, "vocab_size": tokenizer.vocab_size,
@@ -231,6 +230,7 @@ class ShardedTokens:
     tokens[at] -> ids of at's shape for an integer array of any shape with values 0 .. len - 1;
     tokens[a:b] -> a copy. dtype; n_documents; n_bytes: of the text. Files are mapped into memory
     when first used, at most 256 at a time. An id that is not in the vocabulary raises ValueError.
+    NumPy's functions get a copy of everything: for held-out splits and small corpora.
     """
     def __init__(self, folder: Path, index: dict, split: str):
         entry = index["splits"][split]
@@ -247,19 +247,27 @@ class ShardedTokens:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
     def __getitem__(self, at: np.ndarray | slice) -> np.ndarray:
         at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
-        if at.size and not 0 <= at.min() <= at.max() < len(self):
+        if not at.size:
+            return np.empty(at.shape, self.dtype)
+        if not 0 <= at.min() <= at.max() < len(self):
             raise IndexError(f"places {at.min()} .. {at.max()} are not all in 0 .. {len(self) - 1}")
-        numbers, ids = np.searchsorted(self.ends, at, side="right"), np.empty(at.shape, self.dtype)
-        for number in np.unique(numbers).tolist():
-            here, shard = numbers == number, self.shard(number)
-            found = shard[at[here] - (self.ends[number] - len(shard))]
-            if found.max() >= self.vocab_size:
-                raise ValueError(f"{self.files[number]}: damaged: it holds the id {found.max()}, "
-                                 f"the vocabulary has {self.vocab_size}; write the shards again")
-            ids[here] = found
-        return ids
+        places, ids = at.ravel(), np.empty(at.size, self.dtype)
+        numbers = np.searchsorted(self.ends, places, side="right")
+        # windows are neighbours in one shard, seldom in two: copy as long as the shard is the same
+        changes = np.flatnonzero(np.diff(numbers)) + 1
+        for i, j in pairwise([0, *changes.tolist(), at.size]):
+            shard = self.shard(number := int(numbers[i]))
+            ids[i:j] = shard[places[i:j] - (self.ends[number] - len(shard))]
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f"{self.files[numbers[ids.argmax()]]}: damaged: it holds the id "
+                             f"{ids.max()}, the vocabulary has {self.vocab_size}; write the "
+                             "shards again")
+        return ids.reshape(at.shape)
 
 
 def sha256(file: Path) -> str:
@@ -269,8 +277,7 @@ def sha256(file: Path) -> str:
 
 def found(data: str) -> bool:
     """Is this a folder of shards, finished or not?"""
-    folder = Path(data)
-    return (folder / "index.json").exists() or any(folder.glob("train_*.bin*"))
+    return (Path(data) / "index.json").exists() or any(Path(data).glob("heldout_?????.bin*"))
 
 
 def read_index(folder: Path) -> dict:
@@ -304,7 +311,8 @@ def open_tokens(folder: str | Path, split: str,
     if sha256(folder / "tokenizer.json") != index["tokenizer_sha256"]:
         raise ValueError(f"{folder / 'tokenizer.json'} is not the one these shards were written "
                          "with (its checksum differs); put that one back or write them again")
-    if tokenizer not in (None, own):
+    ids = [(t.ranks, t.pattern, t.endoftext) for t in (own, tokenizer or own)]
+    if ids[0] != ids[1]:                          # other special tokens do not occur in shards
         raise ValueError(f"{folder} was written with another vocabulary ({own.vocab_size:,} "
                          f"tokens) than the one given ({tokenizer.vocab_size:,} tokens): write "
                          "shards with shards.py --tokenizer FOLDER, or use theirs")

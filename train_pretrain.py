@@ -41,8 +41,6 @@ from model import (
 )
 from tokenizer import Tokenizer
 
-NGRAM_TOKENS = 20_000_000             # the baselines are counted on so many: 1 GB, seconds
-
 
 @dataclass
 class Config:
@@ -100,20 +98,23 @@ class Config:
 def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
     """001 steps 1.3-1.6. Returns the tokenizer (a new one if none is given), the training stream,
     the validation stream and the bytes per token of the validation text."""
-    if tokenizer is None and cfg.tokenizer != "bpe":
+    documents = data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
+                                    bad_rows=cfg.bad_rows)
+    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
+                                  bad_rows=cfg.bad_rows)
+    sharded = shards.found(cfg.data)                       # shards.py has done 1.3-1.4
+    documents, heldout = ([], []) if sharded else (list(documents), list(heldout))
+    if tokenizer is None and cfg.tokenizer == "bpe":
+        tokenizer = (Tokenizer.load(cfg.data) if sharded
+                     else Tokenizer.train(documents, cfg.vocab_size))
+    elif tokenizer is None:
         tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
     # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
-    if shards.found(cfg.data):                                  # done before, by shards.py
-        tokenizer = tokenizer or Tokenizer.load(cfg.data)
+    if sharded:
         train_tokens, val_tokens = (shards.open_tokens(cfg.data, split, tokenizer)
                                     for split in ("train", "heldout"))
         n_documents, heldout_bytes = train_tokens.n_documents, val_tokens.n_bytes
     else:
-        documents = list(data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
-                                             bad_rows=cfg.bad_rows))
-        heldout = list(data.read_documents(cfg.data, split="heldout",
-                                           max_bytes=cfg.max_bytes // 20, bad_rows=cfg.bad_rows))
-        tokenizer = tokenizer or Tokenizer.train(documents, cfg.vocab_size)
         train_tokens = data.tokenize_documents(documents, tokenizer)
         val_tokens = data.tokenize_documents(heldout, tokenizer)
         n_documents, heldout_bytes = len(documents), sum(len(text.encode()) for text in heldout)
@@ -152,8 +153,7 @@ def main(cfg: Config) -> dict:
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
-    unigram, bigram = evaluate.ngram_losses(train.tokens[:NGRAM_TOKENS], val.tokens[:NGRAM_TOKENS],
-                                            tokenizer.vocab_size)
+    unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
             f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
             f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "

@@ -1,11 +1,13 @@
 """shards.py: what is written equals what training makes from the text itself, whoever writes it;
 what is missing or damaged is named; the order of many windows is a permutation, entry by entry."""
+import inspect
 import json
 import math
 import re
 import subprocess
 import sys
 import tracemalloc
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import evaluate
 import shards
 import train_pretrain
 import training
-from tokenizer import Tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 from world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +185,7 @@ def test_finished_shards_are_overwritten_only_when_asked_and_foreign_files_never
 def test_windows_across_shards_read_like_one_array(tmp_path):
     folder, _ = written(tmp_path, shard_tokens=97)
     tokens = shards.open_tokens(folder, "train")
+    tokens.shard = lru_cache(maxsize=3)(tokens.map_shard)             # more shards than stay mapped
     whole = np.concatenate([np.fromfile(f, "<u2") for f in sorted(folder.glob("train_*.bin"))])
     assert len(tokens) == len(whole) > 50 * 97 and tokens.dtype == np.uint16
     rng = np.random.default_rng(0)
@@ -192,6 +195,8 @@ def test_windows_across_shards_read_like_one_array(tmp_path):
     for part in (slice(None), slice(90, 210), slice(None, 10**9), slice(5, 5)):
         assert np.array_equal(tokens[part], whole[part])
     assert tokens[96] == whole[96] and tokens[97] == whole[97]
+    assert np.array_equal(np.bincount(tokens), np.bincount(whole))
+    assert np.asarray(tokens, np.int64).dtype == np.int64
     for outside in ([-1], [len(whole)]):
         with pytest.raises(IndexError, match=f"not all in 0 .. {len(whole) - 1}"):
             tokens[np.array(outside)]
@@ -270,16 +275,19 @@ def test_a_tokenizer_that_is_not_the_shards_own_is_refused(tmp_path):
         train_pretrain.prepare_data(pretrain_config(tmp_path, folder, tokenizer="bytes"), None)
     tokenizer = Tokenizer.load(folder)
     assert train_pretrain.prepare_data(pretrain_config(tmp_path, folder), tokenizer)[0] == tokenizer
+    more = Tokenizer(tokenizer.ranks, tokenizer.pattern, [*SPECIAL_TOKENS, "<|mask|>"])
+    assert len(shards.open_tokens(folder, "train", more)) > 1000     # no special token is in there
 
 
 def test_the_baselines_are_counted_on_a_bounded_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
-    monkeypatch.setattr(train_pretrain, "NGRAM_TOKENS", 2000)
     folder, _ = written(tmp_path)
-    result = train_pretrain.main(pretrain_config(tmp_path, folder))
-    train, val = (shards.open_tokens(folder, split)[:2000] for split in ("train", "heldout"))
-    assert (result["unigram_loss"], result["bigram_loss"]) == \
-        evaluate.ngram_losses(train, val, TOKENIZER.vocab_size)
+    tokens = [shards.open_tokens(folder, split) for split in ("train", "heldout")]
+    first = [part[:2000] for part in tokens]
+    monkeypatch.setattr(shards.ShardedTokens, "__array__", None)       # never as a whole
+    assert evaluate.ngram_losses(*tokens, TOKENIZER.vocab_size, at_most=2000) == \
+        evaluate.ngram_losses(*first, TOKENIZER.vocab_size)
+    at_most = inspect.signature(evaluate.ngram_losses).parameters["at_most"].default
+    assert at_most <= 50_000_000
 
 
 # ---------------------------------------------------------------------- the order of many windows
