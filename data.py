@@ -30,7 +30,7 @@ from world import World
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
-LISTED = 1 << 20        # items whose order fits into memory at ease: 8 MB an epoch
+LISTED = 1 << 20        # up to so many items an epoch's order is an array (8 MB); shuffled()
 
 
 # ---------------------------------------------------------------------- rows of files

@@ -65,7 +65,7 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
 
     Unigram p(b) = (c(b) + 1) / (n + V). Bigram p(b|a) = (c(ab) + prior p(b)) / (c(a) + prior):
     counts pulled towards the unigram by `prior` virtual tokens (MacKay & Peto 1995). Of a longer
-    corpus the first `at_most` tokens are counted: 1 GB, a few seconds.
+    corpus the first `at_most` tokens are counted: some hundred MB, a few seconds.
     """
     train, val = (tokens[:at_most].astype(np.int64) for tokens in (train, val))
     counts = np.bincount(train, minlength=vocab_size)

@@ -6,7 +6,8 @@ A corpus larger than memory -> shards: files of token ids that training reads wh
   3. WRITE   the ids of all chunks in the order of the documents, cut every --shard_tokens
 
 The number of workers changes the speed, not a byte of the result. Memory holds a few chunks, one
-line of JSONL and, of text files, one whole file. A folder of shards:
+line of JSONL and, of text files, one whole file. The corpus is read twice, first for what is held
+out: a bad row stops the run before a training shard is written. A folder of shards:
 
     train_00000.bin, ...     token ids, nothing else: little-endian uint16 (uint32 for more than
     heldout_00000.bin, ...   65,536 tokens); a document may go on in the next shard
@@ -17,7 +18,7 @@ line of JSONL and, of text files, one whole file. A folder of shards:
 
 open_tokens() presents a split as one array of which only what is indexed is read.
 
-    python shards.py --data corpus.jsonl --vocab_size 32768 --workers 8 --out out/shards
+    python shards.py --data corpus.jsonl --vocab_size 32768 --workers 4 --out out/shards
     python shards.py --verify out/shards                       # compare every file's checksum
     python train_pretrain.py --data out/shards                 # the shards and their tokenizer
 """
