@@ -5,9 +5,10 @@ A corpus larger than memory -> shards: files of token ids that training reads wh
   2. ENCODE  chunks in parallel, <|endoftext|> after each document (001 section 1.6, 1.3-1.4)
   3. WRITE   the ids of all chunks in the order of the documents, cut every --shard_tokens
 
-The number of workers changes the speed, not a byte of the result. Memory holds a few chunks, one
-line of JSONL and, of text files, one whole file. The corpus is read twice, first for what is held
-out: a bad row stops the run before a training shard is written. A folder of shards:
+The number of workers changes the speed, not a byte of the result. Memory holds a few chunks and
+one line of JSONL; a text file is one document and takes about 14 times its size, so that texts of
+gigabytes are better cut into rows first. The corpus is read twice, first for what is held out: bad
+rows show early. A folder of shards:
 
     train_00000.bin, ...     token ids, nothing else: little-endian uint16 (uint32 for more than
     heldout_00000.bin, ...   65,536 tokens); a document may go on in the next shard
