@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby, pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
 
@@ -107,6 +108,15 @@ def encode(folder: str, documents: list[str]) -> tuple[np.ndarray, int, int]:
     ids = [np.array([*ids, tokenizer.endoftext], id_type(tokenizer.vocab_size))
            for ids in tokenizer.encode_batch(documents)]
     return np.concatenate(ids), len(documents), n_bytes
+
+
+def end_with_parent() -> None:
+    """In a worker: leave when the process that started it is gone, even if that was killed."""
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def in_order(pool: ProcessPoolExecutor, folder: str, chunks: Iterable[list[str]],
@@ -204,8 +214,8 @@ def main(cfg: Config) -> dict:
 
     splits = {}
     # fresh processes: a copy of one with torch's threads in it could hang
-    with (ProcessPoolExecutor(cfg.workers, get_context("spawn")) if cfg.workers > 1
-          else nullcontext()) as pool:
+    with (ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent)
+          if cfg.workers > 1 else nullcontext()) as pool:
         for split in SPLITS:
             chunks = chunked(read(cfg, split))
             results = (in_order(pool, cfg.out, chunks, 2 * cfg.workers) if pool

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from functools import lru_cache
 from pathlib import Path
@@ -151,6 +152,40 @@ def test_an_interrupted_run_does_not_look_complete_and_can_be_started_again(tmp_
                                     None)
     _, index = written(tmp_path)
     assert shards.verify(folder) == index and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_leaves_neither_processes_nor_what_looks_complete(tmp_path):
+    source, folder = corpus(tmp_path / "rows.jsonl", 2000), tmp_path / "shards"
+    (tmp_path / "many.jsonl").write_text(Path(source).read_text() * 300)        # half a minute
+    run = subprocess.Popen([sys.executable, "shards.py", "--data", str(tmp_path / "many.jsonl"),
+                            "--tokenizer", "bytes", "--out", str(folder), "--workers", "2",
+                            "--shard_tokens", "10000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: list(folder.glob("heldout_*.bin")))
+        children = [child for task in Path(f"/proc/{run.pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()]
+        assert len(children) >= 2
+    finally:
+        run.kill()
+        run.wait()
+    wait_until(lambda: not any(alive(child) for child in children))
+    assert not (folder / "index.json").exists() and shards.found(folder)
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_bad_row_stops_before_training_shards_are_written(tmp_path):
