@@ -30,6 +30,7 @@ from world import World
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
+LISTED = 1 << 20        # up to so many items an epoch's order is an array (8 MB); shuffled()
 
 
 # ---------------------------------------------------------------------- rows of files
@@ -83,16 +84,29 @@ def file_rows(data: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
     for path in files:
         if path.suffix.lower() not in suffixes:
             raise ValueError(f'{path}: "{path.suffix}" files are not read here; give {known}')
-        raw, offset = path.read_bytes(), 0
-        if not raw.strip():
+        empty = True
+        for row in json_lines(path) if path.suffix.lower() == ".jsonl" else whole_text(path):
+            empty = False
+            yield row
+        if empty:
             raise ValueError(f"{path}: the file is empty")
-        if path.suffix.lower() != ".jsonl":
-            yield str(path), lambda raw=raw: {"text": decoded(raw), "whole_file": True}
-            continue
-        for number, line in enumerate(raw.split(b"\n"), 1):
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
+    """(where, load) of each line that is not blank; one line at a time is in memory."""
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", partial(json_row, line, offset)
-            offset += len(line) + 1
+                yield f"{path}:{number}", partial(json_row, line.removesuffix(b"\n"), offset)
+            offset += len(line)
+
+
+def whole_text(path: Path) -> Iterator[tuple[str, Callable]]:
+    """(where, load) of a text file, unless it is blank."""
+    raw = path.read_bytes()
+    if raw.strip():
+        yield str(path), lambda: {"text": decoded(raw), "whole_file": True}
 
 
 def parsed(rows: Iterable[tuple[str, Callable]], parse: Callable[[dict], dict], data: str | Path,
@@ -362,11 +376,48 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+def scattered(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Entries `places` (int64, any shape) of a permutation of 0 .. n - 1, without the permutation.
+
+    A Feistel network over the 4^h >= n numbers of two halves of h bits: each round turns
+    (left, right) into (right, left ^ f(right)), which can be undone whatever f is, so that no two
+    places get the same entry (Luby & Rackoff 1988). What comes out at n or above goes through
+    again until it is below: fewer than 4 passes on average, and still a permutation (Black &
+    Rogaway 2002, cycle walking). f is the finaliser of splitmix64 (Steele et al. 2014) under the
+    round's key. Integers only: the same on every platform.
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(8, np.uint64)
+    entries, outside = places.astype(np.uint64), np.ones(places.shape, bool)
+    while outside.any():
+        left, right = entries[outside] >> half, entries[outside] & low
+        for key in keys:
+            x = right ^ key
+            x = (x ^ x >> np.uint64(30)) * np.uint64(0xbf58476d1ce4e5b9)       # modulo 2^64
+            x = (x ^ x >> np.uint64(27)) * np.uint64(0x94d049bb133111eb)
+            left, right = right, left ^ (x ^ x >> np.uint64(31)) & low
+        entries[outside] = left << half | right
+        outside = entries >= np.uint64(n)
+    return entries.astype(np.int64)
+
+
+def shuffled(numbers: Iterable[int], n: int, seed: int) -> np.ndarray:
+    """Which of n items stands at each number (N,), int64. Numbers run through epoch after epoch,
+    each a permutation of its own: an array up to LISTED items, beyond it single entries."""
+    epochs, places = np.divmod(np.fromiter(numbers, np.int64), n)
+    index = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        index[here] = (permutation(n, seed, epoch)[places[here]] if n <= LISTED
+                       else scattered(places[here], n, seed, epoch))
+    return index
+
+
 def permuted(n: int, seed: int, step: int, batch_size: int, rank: int = 0,
              world_size: int = 1) -> list[int]:
     """Which of n items a rank uses in a step, each item once an epoch."""
-    numbers = row_numbers(step, batch_size, rank, world_size)
-    return [int(permutation(n, seed, k // n)[k % n]) for k in numbers]
+    return shuffled(row_numbers(step, batch_size, rank, world_size), n, seed).tolist()
 
 
 def once(source: "TokenStream | PackedExamples | PreferencePairs",
@@ -393,7 +444,7 @@ class TokenStream:
     the very first is a target once an epoch; the last window is moved back until it is full and
     does not score again what its neighbour scores. <|endoftext|> is a document's last target and
     the next one's first input: a document is predicted from <|endoftext|> at position 0, in
-    training as in generation. tokens: 1-D integer array, memory-mapped if large.
+    training as in generation. tokens: 1-D integer array, or shards.open_tokens() if large.
     """
     def __init__(self, tokens: np.ndarray, context_length: int, seed: int, endoftext: int,
                  document_masks: bool = True):
@@ -415,8 +466,7 @@ class TokenStream:
         return once(self, batch_size)
 
     def rows(self, numbers: Iterable[int]) -> Batch:
-        n, size = len(self), self.context_length
-        index = np.array([permutation(n, self.seed, k // n)[k % n] for k in numbers])
+        size, index = self.context_length, shuffled(numbers, len(self), self.seed)
         start = np.minimum(index * size, len(self.tokens) - size - 1)
         at = start[:, None] + np.arange(size + 1)                    # (B, T) places in the corpus
         tokens = self.tokens[at].astype(np.int64)

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import objectives
+import shards
 import training
 from model import (
     ModelConfig,
@@ -51,8 +52,8 @@ from tokenizer import Tokenizer
 class Config:
     init: str = ""                    # model folder to go on from; empty: a new model
     out: str = "out/pretrain"         # model folder to write
-    data: str = "world"               # corpus: world, world:SEED, a text file, JSONL or folder
-    max_bytes: int = 20_000_000       # read at most this much of the corpus
+    data: str = "world"               # corpus: world, world:SEED, text file, JSONL, folder, shards
+    max_bytes: int = 20_000_000       # read at most this much of the corpus; shards: all of them
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
     vocab_size: int = 2048            # tokens of a newly trained tokenizer, special ones included
@@ -110,9 +111,11 @@ def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
                                     bad_rows=cfg.bad_rows)
     heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
                                   bad_rows=cfg.bad_rows)
-    documents, heldout = list(documents), list(heldout)
+    sharded = shards.found(cfg.data)                       # shards.py has done 1.3-1.4
+    documents, heldout = ([], []) if sharded else (list(documents), list(heldout))
     if tokenizer is None and cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(documents, cfg.vocab_size)
+        tokenizer = (Tokenizer.load(cfg.data) if sharded
+                     else Tokenizer.train(documents, cfg.vocab_size))
     elif tokenizer is None:
         tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
     window = cfg.context_length
@@ -121,11 +124,17 @@ def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
         window = objectives.window_length(cfg.objective, cfg.architecture, cfg.context_length)
     tokenizer = objectives.with_special_tokens(tokenizer, cfg.objective, window)
     # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
-    train_tokens = data.tokenize_documents(documents, tokenizer)
-    val_tokens = data.tokenize_documents(heldout, tokenizer)
-    bytes_per_token = sum(len(text.encode()) for text in heldout) / len(val_tokens)
+    if sharded:
+        train_tokens, val_tokens = (shards.open_tokens(cfg.data, split, tokenizer)
+                                    for split in ("train", "heldout"))
+        n_documents, heldout_bytes = train_tokens.n_documents, val_tokens.n_bytes
+    else:
+        train_tokens = data.tokenize_documents(documents, tokenizer)
+        val_tokens = data.tokenize_documents(heldout, tokenizer)
+        n_documents, heldout_bytes = len(documents), sum(len(text.encode()) for text in heldout)
+    bytes_per_token = heldout_bytes / len(val_tokens)
     # 1.5-1.6 Chunk into windows; shuffled and shared among the ranks by .batch(step)
-    masks = cfg.document_masks and len(documents) > 1
+    masks = cfg.document_masks and n_documents > 1
     streams = [data.TokenStream(tokens, window, cfg.seed, tokenizer.endoftext,
                                 document_masks=masks) for tokens in (train_tokens, val_tokens)]
     if not plain:
