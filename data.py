@@ -251,14 +251,18 @@ def check_split(split: str | None) -> None:
 
 def read_documents(data: str | Path, max_bytes: int | None = None, split: str | None = None,
                    seed: int = 0, bad_rows: str = "error") -> Iterator[str]:
-    """Texts of a .txt or .md file (one), a folder, JSONL with `text`, or a world (endless).
+    """Texts of a .txt or .md file (one), a folder, JSONL with `text`, or a world: "world" (without
+    end) or "bearish", its small second language.
 
     split: "train", "heldout" or None (all of a file, a world's "train"). Held out are a world's
     own documents, the last tenth of a text file and, by hash, a tenth of a JSONL file's rows.
     Stops after the document that reaches max_bytes (UTF-8). seed: which documents of a world.
     """
     check_split(split)
-    if world := world_named(data):
+    if str(data).partition(":")[0] == "bearish":
+        world = world_named("world" + str(data).removeprefix("bearish"))
+        documents = world.bearish_documents(split or "train")
+    elif world := world_named(data):
         documents = world.documents(seed=seed, split=split or "train")
     else:
         rows = file_rows(data, (".txt", ".md", ".jsonl"))

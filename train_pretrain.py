@@ -31,10 +31,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch.nn.functional as F
 
+import corpus
 import data
 import evaluate
 import objectives
-import shards
 import training
 from model import (
     ModelConfig,
@@ -52,11 +52,14 @@ from tokenizer import Tokenizer
 class Config:
     init: str = ""                    # model folder to go on from; empty: a new model
     out: str = "out/pretrain"         # model folder to write
-    data: str = "world"               # corpus: world, world:SEED, text file, JSONL, folder, shards
-    max_bytes: int = 20_000_000       # read at most this much of the corpus; shards: all of them
+    data: str = "world"               # corpora, with commas: world, bearish, file, folder, shards
+    alpha: float = 1.0                # of several, each has p = n^alpha / sum n^alpha; 0: all alike
+    shares: str = ""                  # ... or these shares, "0.8,0.2": replay of what was learned
+    max_bytes: int = 20_000_000       # read at most this much of a corpus; shards: all of them
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
     vocab_size: int = 2048            # tokens of a newly trained tokenizer, special ones included
+    new_words: int = 0                # with --init: extend its vocabulary by words of the corpus
     objective: str = "causal"         # causal | mlm | span | ul2 (objectives.py)
     architecture: str = ""            # decoder|encoder|prefix|encoder_decoder; "": the usual one
     next_sentence: bool = False       # with mlm: also whether the second half follows the first
@@ -89,7 +92,10 @@ class Config:
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 4e-3                  # peak learning rate
-    warmup: int = 30                  # steps of linear warmup, before the cosine
+    warmup: int = 30                  # steps of linear warmup
+    schedule: str = "cosine"          # cosine (to lr / 10) | wsd: constant, then a line to 0
+    decay: float = 0.2                # wsd: the line's share of the steps
+    anneal_data: str = ""             # wsd: corpora of the line, the best text last; empty: --data
     weight_decay: float = 0.1         # on matrices only
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of weights and batches
@@ -102,45 +108,6 @@ class Config:
     save_every: int = 500             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
     overwrite: bool = False           # throw away what is in --out
-
-
-def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
-    """001 steps 1.3-1.6. Returns the tokenizer (a new one if none is given), the training stream,
-    the validation stream and the bytes per token of the validation text."""
-    documents = data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
-                                    bad_rows=cfg.bad_rows)
-    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
-                                  bad_rows=cfg.bad_rows)
-    sharded = shards.found(cfg.data)                       # shards.py has done 1.3-1.4
-    documents, heldout = ([], []) if sharded else (list(documents), list(heldout))
-    if tokenizer is None and cfg.tokenizer == "bpe":
-        tokenizer = (Tokenizer.load(cfg.data) if sharded
-                     else Tokenizer.train(documents, cfg.vocab_size))
-    elif tokenizer is None:
-        tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
-    window = cfg.context_length
-    plain = cfg.objective == "causal" and cfg.architecture in ("", "decoder")
-    if not plain:
-        window = objectives.window_length(cfg.objective, cfg.architecture, cfg.context_length)
-    tokenizer = objectives.with_special_tokens(tokenizer, cfg.objective, window)
-    # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
-    if sharded:
-        train_tokens, val_tokens = (shards.open_tokens(cfg.data, split, tokenizer)
-                                    for split in ("train", "heldout"))
-        n_documents, heldout_bytes = train_tokens.n_documents, val_tokens.n_bytes
-    else:
-        train_tokens = data.tokenize_documents(documents, tokenizer)
-        val_tokens = data.tokenize_documents(heldout, tokenizer)
-        n_documents, heldout_bytes = len(documents), sum(len(text.encode()) for text in heldout)
-    bytes_per_token = heldout_bytes / len(val_tokens)
-    # 1.5-1.6 Chunk into windows; shuffled and shared among the ranks by .batch(step)
-    masks = cfg.document_masks and n_documents > 1
-    streams = [data.TokenStream(tokens, window, cfg.seed, tokenizer.endoftext,
-                                document_masks=masks) for tokens in (train_tokens, val_tokens)]
-    if not plain:
-        streams = [objectives.Denoised(stream, tokenizer, cfg.objective, cfg.architecture,
-                                       cfg.next_sentence) for stream in streams]
-    return tokenizer, *streams, bytes_per_token
 
 
 def copy_steps(cfg: Config) -> int:
@@ -157,9 +124,21 @@ def with_architecture(cfg: Config) -> Config:
     if cfg.architecture not in ("", *known[cfg.objective]):
         raise ValueError(f"--architecture {cfg.architecture} does not go with --objective "
                          f"{cfg.objective}; give {', '.join(known[cfg.objective])}")
-    if cfg.next_sentence and cfg.objective != "mlm":
-        raise ValueError("--next_sentence goes with --objective mlm")
+    if cfg.next_sentence and (cfg.objective != "mlm" or "," in cfg.data):
+        raise ValueError("--next_sentence goes with --objective mlm and one corpus")
+    if cfg.schedule not in ("cosine", "wsd"):
+        raise ValueError(f"--schedule {cfg.schedule}: give cosine or wsd")
+    if cfg.anneal_data and cfg.schedule != "wsd":
+        raise ValueError("--anneal_data is read during the decay of --schedule wsd")
+    if cfg.new_words and not cfg.init:
+        raise ValueError("--new_words extends the vocabulary of --init; a new model takes "
+                         "--vocab_size")
     return replace(cfg, architecture=cfg.architecture or known[cfg.objective][0])
+
+
+def anneal_from(cfg: Config) -> int:
+    """The first step of the learning rate's last line, where --anneal_data takes over."""
+    return round((1 - cfg.decay) * cfg.steps) if cfg.schedule == "wsd" else cfg.steps
 
 
 def start_from(model: Transformer, cfg: Config) -> Transformer:
@@ -185,7 +164,8 @@ def main(cfg: Config) -> dict:
     tokenizer = own_tokenizer
     if cfg.resume and (run.out / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(run.out)                # the one that the checkpoint counts on
-    tokenizer, train, val, bytes_per_token = prepare_data(cfg, tokenizer)
+    read = corpus.read(cfg, tokenizer)
+    tokenizer, train, [val, *_] = read.tokenizer, read.train, read.vals.values()
     if run.rank == 0:
         tokenizer.save(run.out)
 
@@ -200,19 +180,21 @@ def main(cfg: Config) -> dict:
                              **{name: getattr(cfg, name) for name in sizes})
         model = Transformer(config, run.dtype).to(run.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    length, copying = model.config.context_length, getattr(train, "copying_batch",
-                                                           data.copying_batch)
+    length, causal = model.config.context_length, cfg.objective == "causal"
+    copying = getattr(train, "copying_batch", data.copying_batch)
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
-    causal = cfg.objective == "causal"
-    unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
+    unigram, bigram = (sum(parts) for parts in zip(*(
+        [share * loss for loss in evaluate.ngram_losses(
+            read.trains[name].tokens, read.vals[name].tokens, tokenizer.vocab_size)]
+        for name, share in read.shares.items())))
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
             f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
             f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "
-            f"{len(train.tokens) / 1e6:.2f}M training tokens, {bytes_per_token:.2f} bytes per "
-            f"token; validation loss to beat: unigram {unigram:.2f}"
-            + f", bigram {bigram:.2f} nats" * causal)
+            f"{sum(len(part.tokens) for part in read.trains.values()) / 1e6:.2f}M training tokens, "
+            f"{read.bytes_per_token:.2f} bytes per token; validation loss to beat: "
+            f"unigram {unigram:.2f}" + f", bigram {bigram:.2f} nats" * causal)
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
@@ -223,7 +205,8 @@ def main(cfg: Config) -> dict:
                                min(64, train.context_length), cfg.seed,
                                n * run.world_size + run.rank) for n in numbers]
         else:
-            batches = [train.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
+            source = train if step < anneal_from(cfg) else read.anneal
+            batches = [source.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
         batches = [batch.to(run.device) for batch in batches]
         n_targets = sum(batch.n_targets for batch in batches)
         figures = {"loss": 0.0}
@@ -244,7 +227,9 @@ def main(cfg: Config) -> dict:
             figures["loss"] += loss.detach()
 
         # 3.6 GRADIENT PROCESSING (clip), 3.7 PARAMETER UPDATE
-        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup) \
+            if cfg.schedule == "cosine" else training.warmup_stable_decay(
+                step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
         load = model.balance_experts()
         if load is not None:                               # (sparse blocks, E); even: 1 / E
@@ -254,13 +239,17 @@ def main(cfg: Config) -> dict:
 
         # 3.8 LOGGING & CHECKPOINTING
         if run.due(step, cfg.eval_every):
-            val_loss = evaluate.validation_loss(model, val, cfg.eval_windows, cfg.batch_size)
+            losses = {name: evaluate.validation_loss(model, part, cfg.eval_windows, cfg.batch_size)
+                      for name, part in read.vals.items()}
+            val_loss = sum(share * losses[name] for name, share in read.shares.items())
             figures |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-            if causal:
-                figures["bits_per_byte"] = val_loss / bytes_per_token / evaluate.LN2
-            elif cfg.objective == "mlm":
+            if len(losses) > 1:
+                figures |= {f"val_loss/{name}": loss for name, loss in losses.items()}
+            elif causal:
+                figures["bits_per_byte"] = val_loss / read.bytes_per_token / evaluate.LN2
+            if cfg.objective == "mlm":
                 figures |= evaluate.masked_figures(model, val, cfg.eval_windows, cfg.batch_size)
-            else:
+            elif not causal:
                 figures |= evaluate.span_figures(model, val, cfg.eval_windows)
         n_tokens = n_targets if causal else sum(batch.n_tokens for batch in batches)
         run.log(step, tokens=n_tokens, grad_norm=grad_norm, lr=lr, **figures)
@@ -268,9 +257,8 @@ def main(cfg: Config) -> dict:
         # 3.9 step <- step + 1
 
     # 4. RETURN theta*
-    measured = {name: run.last[name] for name in (
-        "val_loss", "bits_per_byte", "masked_accuracy", "guess_accuracy", "next_sentence_accuracy",
-        "short_spans_rebuilt", "single_tokens_rebuilt") if name in run.last}
+    measured = {name: value for name, value in run.last.items() if name.startswith(
+        ("val_loss", "bits_per", "masked_", "guess_", "next_sentence_", "short_", "single_"))}
     return run.finish(model, tokenizer, measured | {"unigram_loss": unigram}
                       | ({"bigram_loss": bigram} if causal else {}))
 

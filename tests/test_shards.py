@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import TOKENIZER
 
+import corpus
 import data
 import evaluate
 import shards
@@ -27,7 +28,7 @@ from world import World
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def corpus(path, n=300):
+def write_corpus(path, n=300):
     """n documents of very different lengths as JSONL; every tenth or so is held out."""
     rng = np.random.default_rng(0)
     words = "the bear ate red berries wärmt Öl and slept".split()
@@ -38,7 +39,7 @@ def corpus(path, n=300):
 
 def written(tmp_path, **options):
     """The folder and the index of a small corpus in shards of 1,000 tokens."""
-    source = options.pop("data", None) or corpus(tmp_path / "rows.jsonl")
+    source = options.pop("data", None) or write_corpus(tmp_path / "rows.jsonl")
     cfg = shards.Config(**{"data": source, "out": str(tmp_path / "shards"), "tokenizer": "bytes",
                            "workers": 1, "shard_tokens": 1000} | options)
     return Path(cfg.out), shards.main(cfg)
@@ -66,7 +67,7 @@ def test_the_ids_are_those_of_the_documents_of_each_split(tmp_path):
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK", 500)                       # many chunks for each worker
-    source = corpus(tmp_path / "rows.jsonl")
+    source = write_corpus(tmp_path / "rows.jsonl")
     for workers in (1, 2):
         written(tmp_path, data=source, workers=workers, out=str(tmp_path / f"by{workers}"),
                 tokenizer="bpe", vocab_size=300)
@@ -114,7 +115,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK", 20_000)
     peaks, sizes = [], []
     for n in (1000, 8000):
-        source = corpus(tmp_path / f"{n}.jsonl", n)
+        source = write_corpus(tmp_path / f"{n}.jsonl", n)
         tracemalloc.start()
         _, index = written(tmp_path, data=source, out=str(tmp_path / str(n)), shard_tokens=10**9)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -148,15 +149,14 @@ def test_an_interrupted_run_does_not_look_complete_and_can_be_started_again(tmp_
     with pytest.raises(ValueError, match="no index.json, so these shards are not complete"):
         shards.open_tokens(folder, "train")
     with pytest.raises(ValueError, match="no index.json, so these shards are not complete"):
-        train_pretrain.prepare_data(train_pretrain.Config(data=str(folder), tokenizer="bytes"),
-                                    None)
+        corpus.read(train_pretrain.Config(data=str(folder), tokenizer="bytes"), None)
     _, index = written(tmp_path)
     assert shards.verify(folder) == index and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_run_leaves_neither_processes_nor_what_looks_complete(tmp_path):
-    source, folder = corpus(tmp_path / "rows.jsonl", 2000), tmp_path / "shards"
+    source, folder = write_corpus(tmp_path / "rows.jsonl", 2000), tmp_path / "shards"
     (tmp_path / "many.jsonl").write_text(Path(source).read_text() * 300)        # half a minute
     run = subprocess.Popen([sys.executable, "shards.py", "--data", str(tmp_path / "many.jsonl"),
                             "--tokenizer", "bytes", "--out", str(folder), "--workers", "2",
@@ -189,7 +189,7 @@ def alive(pid):
 
 
 def test_a_bad_row_stops_before_training_shards_are_written(tmp_path):
-    source = Path(corpus(tmp_path / "rows.jsonl"))
+    source = Path(write_corpus(tmp_path / "rows.jsonl"))
     source.write_text(source.read_text() + "{broken\n")
     for workers in (1, 2):
         with pytest.raises(ValueError, match="rows.jsonl:301: broken JSON"):
@@ -289,7 +289,7 @@ def pretrain_config(tmp_path, source, **changes):
 
 def test_training_from_shards_equals_training_from_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
-    source = corpus(tmp_path / "rows.jsonl")
+    source = write_corpus(tmp_path / "rows.jsonl")
     folder, _ = written(tmp_path, data=source, tokenizer="bpe", vocab_size=300, max_bytes=40_000)
     results = [train_pretrain.main(pretrain_config(tmp_path, where, tokenizer=tokenizer,
                                                    max_bytes=40_000, out=str(tmp_path / name)))
@@ -307,9 +307,9 @@ def test_a_tokenizer_that_is_not_the_shards_own_is_refused(tmp_path):
     folder, _ = written(tmp_path, tokenizer="bpe", vocab_size=300)
     with pytest.raises(ValueError, match=r"another vocabulary \(300 tokens\) than the one given "
                                          r"\(272 tokens\).*shards.py --tokenizer"):
-        train_pretrain.prepare_data(pretrain_config(tmp_path, folder, tokenizer="bytes"), None)
+        corpus.read(pretrain_config(tmp_path, folder, tokenizer="bytes"), None)
     tokenizer = Tokenizer.load(folder)
-    assert train_pretrain.prepare_data(pretrain_config(tmp_path, folder), tokenizer)[0] == tokenizer
+    assert corpus.read(pretrain_config(tmp_path, folder), tokenizer)[0] == tokenizer
     more = Tokenizer(tokenizer.ranks, tokenizer.pattern, [*SPECIAL_TOKENS, "<|mask|>"])
     assert len(shards.open_tokens(folder, "train", more)) > 1000     # no special token is in there
 
@@ -439,6 +439,5 @@ def test_the_command_line_writes_shards_that_training_reads(tmp_path):
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"train: \d+ documents, [\d,]+ bytes, [\d,]+ tokens in 1 shards", done.stdout)
-    tokenizer, train, val, bytes_per_token = train_pretrain.prepare_data(
-        pretrain_config(tmp_path, tmp_path / "out"), None)
-    assert tokenizer.vocab_size == 320 and 1.2 < bytes_per_token < 6
+    read = corpus.read(pretrain_config(tmp_path, tmp_path / "out"), None)
+    assert read.tokenizer.vocab_size == 320 and 1.2 < read.bytes_per_token < 6
