@@ -107,7 +107,7 @@ def test_the_fit_is_no_worse_than_an_lbfgs_that_starts_at_the_truth():
                              law["beta"]], dtype=torch.float64)
 
     theta = theta_of(PLANTED).requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=500, line_search_fn="strong_wolfe",
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-12, tolerance_change=1e-14)
 
     def closure():
