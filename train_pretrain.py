@@ -161,6 +161,8 @@ def main(cfg: Config) -> dict:
                                           cfg.seed, n * run.world_size + run.rank) for n in numbers]
         else:
             batches = [train.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
+        if step == copy_steps(cfg):
+            run.history.clear()                    # the losses of text are no spikes of copying
         batches = [batch.to(run.device) for batch in batches]
         n_targets = sum(batch.n_targets for batch in batches)
         figures = {"loss": 0.0}

@@ -154,10 +154,14 @@ def test_text_shorter_than_a_window_is_an_error_that_names_the_option(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_no_model(tmp_path):
     with pytest.raises(ValueError, match="learning rate: nan"):
         train_pretrain.main(config(tmp_path, lr=math.nan))
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan.*lower --lr"):
-        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))
+    with pytest.raises(FloatingPointError, match="step 20: the loss is nan, and 20 updates in a row"
+                                                 ".*No checkpoint was made yet; try a lower --lr"):
+        train_pretrain.main(config(tmp_path, lr=math.inf, steps=30, overwrite=True))
+    with pytest.raises(FloatingPointError, match="after step 2 the weights are not finite"):
+        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))     # 3 steps: too few
     assert not (tmp_path / "base" / "config.json").exists()
-    assert len(training.read_metrics(tmp_path / "base")) == 1    # step 0 was still fine
+    rows = training.read_metrics(tmp_path / "base")
+    assert "loss" in rows[0] and not any("loss" in row for row in rows[1:])    # 0 was still fine
 
 
 def test_a_folder_with_a_model_in_it_is_not_overwritten_unasked(tmp_path):
