@@ -1025,3 +1025,41 @@ train_pretrain.main(train_pretrain.Config(**{dataclasses.asdict(cfg)}))"""]
     weights = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+
+
+def test_ranks_skip_together_and_fail_together(tmp_path, corpus):
+    """A NaN on rank 1 alone, in the third of 8 steps; then rank 0's disk is full."""
+    cfg = tiny_run(tmp_path / "skips", corpus, batch_size=2, log_every=1, steps=8)
+    full = tiny_run(tmp_path / "full", corpus, batch_size=2, steps=10_000, save_every=2)
+    script = f"""import hashlib, math, os, torch, training, train_pretrain
+training.plot_curves = lambda *args: None
+calls, scores, finish = [], train_pretrain.token_logps, training.Run.finish
+def broken(*args):
+    calls.append(1)
+    return scores(*args) * (math.nan if os.environ["RANK"] == "1" and len(calls) == 3 else 1)
+def told(run, model, *args):
+    weights = b"".join(w.detach().numpy().tobytes() for w in model.parameters())
+    print(run.skipped, run.history["optimizer"], hashlib.sha256(weights).hexdigest(), flush=True)
+    return finish(run, model, *args)
+def full(*args):
+    raise OSError(28, "No space left on device")
+train_pretrain.token_logps, training.Run.finish = broken, told
+train_pretrain.main(train_pretrain.Config(**{dataclasses.asdict(cfg)}))
+torch.save = full
+train_pretrain.main(train_pretrain.Config(**{dataclasses.asdict(full)}))"""
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                                  env=ENVIRONMENT | ranks | {"RANK": rank}, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE) for rank in "01"]
+    try:
+        (first, why), (second, hint) = (process.communicate(timeout=200) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert first == second and first.startswith("1 {"), (why, hint)
+    rows = metrics(tmp_path / "skips")
+    assert [row.get("skipped") for row in rows] == [None] * 2 + [1] * 6
+    assert all(math.isfinite(row["loss"]) for row in rows)             # of rank 0, in the third
+    assert "step_000002.tmp: no space left on the disk" in why.splitlines()[-1], why
+    assert "OSError: rank 0 could not write its checkpoint, and says why" in hint.splitlines()[-1]
+    assert all(process.returncode == 1 for process in processes)
