@@ -300,11 +300,11 @@ class Run:
                 if self.mean_over_ranks(bool(self.interrupted or failed)):
                     self.save_checkpoint(step + 1)              # all ranks, at the same step
                     self.written()
-                    message = f"stopped after step {step}; everything is saved in {self.out}, " \
-                              "--resume goes on from there"
+                    message = (f"stopped after step {step}; everything is saved in {self.out}, "
+                               "--resume goes on from there")
                     if self.interrupted == signal.SIGINT:
                         raise SystemExit(f"{self.name}: {message}")
-                    self.say(message)                           # who sends SIGTERM expects a 0
+                    self.say(message)                           # a scheduler's SIGTERM: exit code 0
                     raise SystemExit(0)
         finally:
             self.bar.close()
@@ -363,8 +363,8 @@ class Run:
 
     def way_back(self) -> str:
         kept = newest_checkpoint(self.out)
-        return (f"{kept} is the last good checkpoint" if kept else "No checkpoint was made yet") + \
-            "; try a lower --lr or --dtype float32"
+        return (f"{f'{kept} is the last good checkpoint' if kept else 'No checkpoint was made yet'}"
+                "; try a lower --lr or --dtype float32")
 
     def due(self, step: int, every: int) -> bool:
         """True every `every` steps and after the last one."""
@@ -442,9 +442,8 @@ class Run:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
                                  f"the options the run was started with ({error})") from error
-        self.first_step, self.tokens = state["step"], state["tokens"]
+        self.first_step, self.tokens, self.last = state["step"], state["tokens"], state["last"]
         self.pending = state["pending"][self.rank % len(state["pending"])]
-        self.last = state["last"]
         self.history, self.skipped = state["history"], state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
@@ -505,8 +504,8 @@ class Run:
                     "config": dataclasses.asdict(self.cfg), "parents": self.parents,
                     "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
             (folder / "meta.json").write_text(json.dumps(meta, indent=2))
-            for path in (*folder.iterdir(), folder):
-                fsync(path)
+            for path in (*folder.iterdir(), folder, *self.out.glob("*.json*")):
+                fsync(path)                                   # with the rows it goes on from
         shutil.rmtree(final, ignore_errors=True)              # a damaged one of the same step
         folder.rename(final)
         for path in (final.parent, self.out):                 # the names are on the disk, too
@@ -560,10 +559,9 @@ def room_for(path: Path, parts: list) -> Iterator[None]:
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         if free > size and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(
-            f"{path}: no space left on the disk; {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} "
-            "MB are free. What was saved before is still there: make room, then go on with "
-            "--resume") from error
+        raise OSError(f"{path}: no space left on the disk; {size / 1e6:.1f} MB are needed, "
+                      f"{free / 1e6:.1f} MB are free. What was saved before is still there: "
+                      "make room, then go on with --resume") from error
 
 
 def fsync(path: Path) -> None:
@@ -594,7 +592,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 def prune_checkpoints(out: Path) -> None:
     """Keep the newest KEEP_CHECKPOINTS and the one with the lowest validation loss. What has no
     readable meta.json is neither counted nor removed."""
-    losses = {f: meta["val_loss"] for f in checkpoints(out) if (meta := read_meta(f))}
+    losses = {f: meta.get("val_loss") for f in checkpoints(out) if (meta := read_meta(f))}
     scored = {f: loss for f, loss in losses.items() if loss is not None}
     best = min(scored, key=scored.get, default=None)
     for folder in list(losses)[:-KEEP_CHECKPOINTS]:
