@@ -194,6 +194,13 @@ def test_copying_comes_first_and_text_follows(tmp_path):
     assert random_targets == 16 * 32 and text_targets == 8 * 32       # a sixth of the steps copies
 
 
+def test_the_losses_of_text_are_not_held_against_those_of_copying(tmp_path, monkeypatch):
+    known = []
+    monkeypatch.setattr(training, "is_spike", lambda loss, norm, recent: known.append(len(recent)))
+    train_pretrain.main(config(tmp_path, steps=12, copy_steps=250))
+    assert known == [0, 1, *range(10)]                                # 2 steps copy, 10 read text
+
+
 def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_path):
     train_pretrain.main(config(tmp_path))
     more = {"init": str(tmp_path / "base"), "out": str(tmp_path / "more"), "steps": 12}

@@ -233,8 +233,8 @@ def test_what_is_not_finite_changes_neither_weights_nor_optimizer(tmp_path, caps
 
 def test_a_bad_micro_batch_costs_its_step_and_no_other(tmp_path):
     line = Line(tmp_path)
-    for factor in (1.0, math.nan, 1.0):                # of one step: the sum is judged
-        line.run.backward(factor * line.weight.sum(), step=0)
+    for constant in (0.0, math.nan, 0.0):              # of one step: the sum is judged
+        line.run.backward(line.weight.sum() + constant, step=0)
     line.run.update(line.optimizer, lr=0.1)
     assert line.weight.item() == 1 and line.run.skipped == 1
     line.update(1.0, step=1, lr=0.1)                   # which the NaN of before is no part of
