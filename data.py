@@ -30,6 +30,7 @@ from world import World
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
+LISTED = 1 << 20        # up to so many items an epoch's order is an array (8 MB); shuffled()
 
 
 # ---------------------------------------------------------------------- rows of files
@@ -83,16 +84,29 @@ def file_rows(data: str | Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
     for path in files:
         if path.suffix.lower() not in suffixes:
             raise ValueError(f'{path}: "{path.suffix}" files are not read here; give {known}')
-        raw, offset = path.read_bytes(), 0
-        if not raw.strip():
+        empty = True
+        for row in json_lines(path) if path.suffix.lower() == ".jsonl" else whole_text(path):
+            empty = False
+            yield row
+        if empty:
             raise ValueError(f"{path}: the file is empty")
-        if path.suffix.lower() != ".jsonl":
-            yield str(path), lambda raw=raw: {"text": decoded(raw), "whole_file": True}
-            continue
-        for number, line in enumerate(raw.split(b"\n"), 1):
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
+    """(where, load) of each line that is not blank; one line at a time is in memory."""
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", partial(json_row, line, offset)
-            offset += len(line) + 1
+                yield f"{path}:{number}", partial(json_row, line.removesuffix(b"\n"), offset)
+            offset += len(line)
+
+
+def whole_text(path: Path) -> Iterator[tuple[str, Callable]]:
+    """(where, load) of a text file, unless it is blank."""
+    raw = path.read_bytes()
+    if raw.strip():
+        yield str(path), lambda: {"text": decoded(raw), "whole_file": True}
 
 
 def parsed(rows: Iterable[tuple[str, Callable]], parse: Callable[[dict], dict], data: str | Path,
@@ -237,14 +251,18 @@ def check_split(split: str | None) -> None:
 
 def read_documents(data: str | Path, max_bytes: int | None = None, split: str | None = None,
                    seed: int = 0, bad_rows: str = "error") -> Iterator[str]:
-    """Texts of a .txt or .md file (one), a folder, JSONL with `text`, or a world (endless).
+    """Texts of a .txt or .md file (one), a folder, JSONL with `text`, or a world: "world" (without
+    end) or "bearish", its small second language.
 
     split: "train", "heldout" or None (all of a file, a world's "train"). Held out are a world's
     own documents, the last tenth of a text file and, by hash, a tenth of a JSONL file's rows.
     Stops after the document that reaches max_bytes (UTF-8). seed: which documents of a world.
     """
     check_split(split)
-    if world := world_named(data):
+    if str(data).partition(":")[0] == "bearish":
+        world = world_named("world" + str(data).removeprefix("bearish"))
+        documents = world.bearish_documents(split or "train")
+    elif world := world_named(data):
         documents = world.documents(seed=seed, split=split or "train")
     else:
         rows = file_rows(data, (".txt", ".md", ".jsonl"))
@@ -321,16 +339,30 @@ def said(row: dict) -> str:
 
 @dataclass
 class Batch:
-    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]."""
+    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]; or,
+    where a batch has targets of its own (objectives.py), logits by targets under loss_mask."""
     tokens: torch.Tensor                # (B, T) int64
     loss_mask: torch.Tensor             # (B, T) bool: this token is a target
     documents: torch.Tensor | None      # (B, T) int32: number within the row, padding -1
     positions: torch.Tensor | None      # (B, T) int64: from 0 in each document
     index: torch.Tensor                 # int64: which windows, examples or pairs these are
+    targets: torch.Tensor | None = None          # (B, T) int64, not shifted
+    prefix: torch.Tensor | None = None           # (B,) int64: so many tokens see each other
+    source: torch.Tensor | None = None           # (B, S) int64: what an encoder reads
+    source_lengths: torch.Tensor | None = None   # (B,) int64: tokens of it, the rest is padding
+    segments: torch.Tensor | None = None         # (B, T) int64: 0 or 1
+    is_next: torch.Tensor | None = None          # (B,) int64: 1 if the second segment follows
 
     @property
     def n_targets(self) -> int:
-        return int(self.loss_mask[:, 1:].sum())
+        return int((self.loss_mask if self.targets is not None else self.loss_mask[:, 1:]).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that a model reads, padding included; an ordinary row's last is only a target."""
+        if self.targets is None:
+            return self.tokens[:, 1:].numel()
+        return self.tokens.numel() + (0 if self.source is None else self.source.numel())
 
     def to(self, device: torch.device | str) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
@@ -348,11 +380,48 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+def scattered(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Entries `places` (int64, any shape) of a permutation of 0 .. n - 1, without the permutation.
+
+    A Feistel network over the 4^h >= n numbers of two halves of h bits: each round turns
+    (left, right) into (right, left ^ f(right)), which can be undone whatever f is, so that no two
+    places get the same entry (Luby & Rackoff 1988). What comes out at n or above goes through
+    again until it is below: fewer than 4 passes on average, and still a permutation (Black &
+    Rogaway 2002, cycle walking). f is the finaliser of splitmix64 (Steele et al. 2014) under the
+    round's key. Integers only: the same on every platform.
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(8, np.uint64)
+    entries, outside = places.astype(np.uint64), np.ones(places.shape, bool)
+    while outside.any():
+        left, right = entries[outside] >> half, entries[outside] & low
+        for key in keys:
+            x = right ^ key
+            x = (x ^ x >> np.uint64(30)) * np.uint64(0xbf58476d1ce4e5b9)       # modulo 2^64
+            x = (x ^ x >> np.uint64(27)) * np.uint64(0x94d049bb133111eb)
+            left, right = right, left ^ (x ^ x >> np.uint64(31)) & low
+        entries[outside] = left << half | right
+        outside = entries >= np.uint64(n)
+    return entries.astype(np.int64)
+
+
+def shuffled(numbers: Iterable[int], n: int, seed: int) -> np.ndarray:
+    """Which of n items stands at each number (N,), int64. Numbers run through epoch after epoch,
+    each a permutation of its own: an array up to LISTED items, beyond it single entries."""
+    epochs, places = np.divmod(np.fromiter(numbers, np.int64), n)
+    index = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        index[here] = (permutation(n, seed, epoch)[places[here]] if n <= LISTED
+                       else scattered(places[here], n, seed, epoch))
+    return index
+
+
 def permuted(n: int, seed: int, step: int, batch_size: int, rank: int = 0,
              world_size: int = 1) -> list[int]:
     """Which of n items a rank uses in a step, each item once an epoch."""
-    numbers = row_numbers(step, batch_size, rank, world_size)
-    return [int(permutation(n, seed, k // n)[k % n]) for k in numbers]
+    return shuffled(row_numbers(step, batch_size, rank, world_size), n, seed).tolist()
 
 
 def once(source: "TokenStream | PackedExamples | PreferencePairs",
@@ -379,7 +448,7 @@ class TokenStream:
     the very first is a target once an epoch; the last window is moved back until it is full and
     does not score again what its neighbour scores. <|endoftext|> is a document's last target and
     the next one's first input: a document is predicted from <|endoftext|> at position 0, in
-    training as in generation. tokens: 1-D integer array, memory-mapped if large.
+    training as in generation. tokens: 1-D integer array, or shards.open_tokens() if large.
     """
     def __init__(self, tokens: np.ndarray, context_length: int, seed: int, endoftext: int,
                  document_masks: bool = True):
@@ -401,8 +470,7 @@ class TokenStream:
         return once(self, batch_size)
 
     def rows(self, numbers: Iterable[int]) -> Batch:
-        n, size = len(self), self.context_length
-        index = np.array([permutation(n, self.seed, k // n)[k % n] for k in numbers])
+        size, index = self.context_length, shuffled(numbers, len(self), self.seed)
         start = np.minimum(index * size, len(self.tokens) - size - 1)
         at = start[:, None] + np.arange(size + 1)                    # (B, T) places in the corpus
         tokens = self.tokens[at].astype(np.int64)

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import objectives
 import sample
 import training
 from model import Transformer, load_model, token_logps
@@ -47,26 +49,29 @@ class Config:
 @torch.no_grad()
 def validation_loss(model: Transformer, source, rows: int, batch_size: int) -> float:
     """Mean -log p per target token in nats over the first `rows` rows of a data source's epoch 0:
-    the same rows at every call. source: data.TokenStream or data.PackedExamples."""
+    the same rows at every call. source: data.TokenStream, data.PackedExamples, or one of
+    objectives.py."""
     model.eval()
     loss = count = 0.0
     rows = min(rows, len(source))
     for first in range(0, rows, batch_size):
         batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
-        loss -= token_logps(model, batch).sum().item()
+        scores = token_logps(model, batch)
+        loss -= (scores if batch.segments is None else scores[0]).sum().item()
         count += batch.n_targets
     model.train()
     return loss / count
 
 
 def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
-                 prior: float = 10.0) -> tuple[float, float]:
+                 prior: float = 10.0, at_most: int = 20_000_000) -> tuple[float, float]:
     """Loss of count-based models on `val`, nats per token: (unigram, bigram).
 
     Unigram p(b) = (c(b) + 1) / (n + V). Bigram p(b|a) = (c(ab) + prior p(b)) / (c(a) + prior):
-    counts pulled towards the unigram by `prior` virtual tokens (MacKay & Peto 1995).
+    counts pulled towards the unigram by `prior` virtual tokens (MacKay & Peto 1995). Of a longer
+    corpus the first `at_most` tokens are counted: some hundred MB, a few seconds.
     """
-    train, val = train.astype(np.int64), val.astype(np.int64)
+    train, val = (tokens[:at_most].astype(np.int64) for tokens in (train, val))
     counts = np.bincount(train, minlength=vocab_size)
     unigram = (counts + 1) / (counts.sum() + vocab_size)
     pairs, pair_counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
@@ -127,6 +132,52 @@ def word_perplexity(texts: list[list[str]], corpus: list[list[str]], order: int)
                 p = (counts[gram] + p) / (contexts[gram[:-1]] + 1)
             loss, total = loss - math.log(p), total + 1
     return math.exp(loss / max(1, total))
+
+
+@torch.no_grad()
+def masked_figures(model: Transformer, source: objectives.Denoised, rows: int,
+                   batch_size: int) -> dict[str, float]:
+    """How often the likeliest token is the hidden one, and what always guessing the corpus' most
+    frequent token gets; next_sentence_accuracy where that is asked. The same rows at every call."""
+    model.eval()
+    right, guessed, next_right = [], [], []
+    common = np.bincount(source.tokens).argmax()
+    for first in range(0, rows, batch_size):
+        batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
+        h = model.hidden(batch.tokens, batch.documents, batch.positions, segments=batch.segments)
+        logits = F.linear(h[batch.loss_mask], model.output_weight.to(h.dtype))
+        targets = batch.targets[batch.loss_mask]
+        right += (logits.argmax(-1) == targets).tolist()
+        guessed += (targets == common).tolist()
+        if batch.segments is not None:
+            head = model.next_sentence_head
+            scores = F.linear(h[:, 0].float(), head.weight, head.bias)
+            next_right += (scores.argmax(-1) == batch.is_next).tolist()
+    model.train()
+    groups = {"masked_accuracy": right, "guess_accuracy": guessed,
+              "next_sentence_accuracy": next_right}
+    return {name: float(np.mean(group)) for name, group in groups.items() if group}
+
+
+def span_figures(model: Transformer, source: objectives.Denoised, rows: int,
+                 longest: int = 5) -> dict[str, float]:
+    """Share of the hidden spans of at most `longest` tokens that greedy decoding rebuilds exactly,
+    and of those of one token, in 15 % noise of short spans. The same rows at every call."""
+    windows = source.stream.rows(range(rows)).tokens.numpy()
+    sides = source.pairs(windows[:, :-1], np.random.default_rng(0), modes=("R",))
+    inputs, targets = ([row[:n].tolist() for row, n in zip(*side)] for side in sides)
+    most = min(max(map(len, targets)) + 8, model.config.context_length - 1)
+    if model.config.architecture != "encoder_decoder":
+        most = min(most, model.config.context_length - max(map(len, inputs)))
+    written = sample.generate(model, inputs, most, (source.tokenizer.end,))
+    hits: dict[int, list[bool]] = defaultdict(list)
+    for wanted, ids in zip(targets, written):
+        said = objectives.spans_said(ids, [*source.sentinels, source.tokenizer.end])
+        for sentinel, span in objectives.spans_said(wanted[:-1], source.sentinels).items():
+            hits[len(span)].append(said.get(sentinel) == span)
+    short = sum((hits[n] for n in range(1, longest + 1)), [])
+    groups = {"short_spans_rebuilt": short, "single_tokens_rebuilt": hits[1]}
+    return {name: float(np.mean(group)) for name, group in groups.items() if group}
 
 
 # ---------------------------------------------------------------------- tasks of the world

@@ -128,7 +128,9 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
     found, shown = {}, {}
     for name in ("pretrain", "sft", "dpo", "ppo"):
         model, tokenizer = load_model(configs[name].out, device, dtype)
-        found[name] = evaluate.evaluate_policy(model, tokenizer, world, **size)
+        share = 5 if name == "pretrain" else 1       # it knows no end: slow, and hardly ever right
+        found[name] = evaluate.evaluate_policy(
+            model, tokenizer, world, **{what: n // share for what, n in size.items()})
         found[name]["parameters"] = parameter_count(model)
         shown[name] = [tokenizer.decode(ids) for ids in evaluate.answers(model, tokenizer, five)]
         if name == "pretrain":

@@ -3,7 +3,15 @@ The Transformer that every stage trains: pre-norm blocks of grouped-query attent
 (001 section 1.3), with a language-model head or a scalar head (reward model, critic).
 
     h <- h + Attention(RMSNorm(h))         queries and keys turned by RoPE
+    h <- h + Attention(RMSNorm(h), m)      only in the decoder of two: m is what the encoder made
     h <- h + SwiGLU(RMSNorm(h))            (Swish(x W1) * x W3) W2, or a Mixture of Experts of them
+
+Four architectures of the same block, by what a token may look at (004):
+
+    decoder           what came before it (GPT, Llama): every stage after pretraining
+    encoder           everything (BERT): fills in, cannot write
+    prefix            a prefix sees all of itself, what follows it looks back (UL2's other form)
+    encoder_decoder   one stack reads everything, another writes and looks at it (T5)
 
 Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, C head width,
 F feed-forward width, E experts, V vocabulary. Weights are fp32 masters; `model.dtype` is what
@@ -18,6 +26,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -28,6 +37,8 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import routing
 from tokenizer import Tokenizer
+
+ARCHITECTURES = "decoder", "encoder", "prefix", "encoder_decoder"
 
 
 @dataclass
@@ -45,6 +56,8 @@ class ModelConfig:
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # a token also sees its predecessor's embedding
     head: str = "lm"                  # lm | scalar
+    architecture: str = "decoder"     # decoder | encoder | prefix | encoder_decoder
+    n_segments: int = 0               # segment embeddings, and a head for next-sentence prediction
     n_experts: int = 0                # E, of which a router picks; 0: a dense model
     top_k: int = 2                    # experts per token
     n_shared_experts: int = 0         # experts that every token visits besides
@@ -74,8 +87,9 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads "
                              f"{self.n_kv_heads}; a key/value head serves a group of query heads")
-        if self.head not in ("lm", "scalar"):
-            raise ValueError(f'head is "{self.head}"; it must be "lm" or "scalar"')
+        for name, choices in (("head", ("lm", "scalar")), ("architecture", ARCHITECTURES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}")
         if self.n_experts:
             visited = self.top_k + self.n_shared_experts
             self.d_expert = self.d_expert or -(-self.d_ff // (16 * visited)) * 16
@@ -104,7 +118,7 @@ class ModelConfig:
 
     def matmul_parameters(self) -> int:
         """Parameters that multiply a token: everything but norms, the embedding look-up, and the
-        experts that it does not visit."""
+        experts that it does not visit. encoder_decoder: one token in each of the two stacks."""
         attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
         dense, sparse = 3 * self.d_model * self.d_ff, 0
         if self.n_experts:
@@ -114,14 +128,19 @@ class ModelConfig:
         head = self.d_model * (self.vocab_size if self.head == "lm" else 1)
         shift = self.d_model ** 2 if self.token_shift else 0
         n_dense = self.n_layers - self.n_sparse_layers
-        return (self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
-                + shift + head)
+        blocks = self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
+        if self.architecture == "encoder_decoder":
+            blocks, shift = 2 * blocks + self.n_layers * attention, 2 * shift
+        return blocks + shift + head
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs to train on one token of a causal sequence of `length`: 6 per matmul parameter (2
-        forward, 4 backward) and, as a token sees length / 2 others on average, 6 * length * D per
-        layer for scores and weighted values. Norms and softmax are left out."""
-        return 6 * self.matmul_parameters() + 6 * self.n_layers * length * self.d_model
+        """FLOPs to train on one token of a sequence of `length`: 6 per matmul parameter (2 forward,
+        4 backward) and 12 for each token seen, channel and layer, for scores and weighted values; a
+        token sees length / 2 others on average if causal, all if not. Norms and softmax are left
+        out. encoder_decoder: one token in each of the two stacks, both of `length`."""
+        seen = {"decoder": 0.5, "prefix": 0.5, "encoder": 1, "encoder_decoder": 2.5}
+        attended = seen[self.architecture] * length * self.n_layers * self.d_model
+        return 6 * self.matmul_parameters() + 12 * attended
 
 
 class Linear(nn.Linear):
@@ -154,6 +173,8 @@ class KVCache:
         self.keys_values = torch.zeros(shape, dtype=dtype, device=starts.device)
         self.starts, self.length, self.capacity = starts, 0, capacity
         self.last: Tensor | None = None                # (B, 1, D) embedding of the newest token
+        self.source: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values of the source
+        self.source_lengths: Tensor | None = None      # (B,)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
@@ -166,6 +187,22 @@ class KVCache:
         """Forget all rows but these (an index tensor): finished rows cost nothing."""
         self.keys_values = self.keys_values[:, :, rows]
         self.starts, self.last = self.starts[rows], self.last[rows]
+        if self.source:
+            self.source = [(k[rows], v[rows]) for k, v in self.source]
+            self.source_lengths = self.source_lengths[rows]
+
+
+class Seen(NamedTuple):
+    """What the tokens of one pass through a stack of blocks have in common: where they stand, and
+    what they may look at."""
+    cos: Tensor                            # (T, C / 2) or (B, T, C / 2)
+    sin: Tensor
+    causal: bool = True
+    documents: Tensor | None = None        # (B, T)
+    prefix: Tensor | None = None           # (B,)
+    cache: KVCache | None = None
+    source: Tensor | None = None           # (B, S, D): what the encoder made of the source
+    source_lengths: Tensor | None = None   # (B,)
 
 
 class Attention(nn.Module):
@@ -177,16 +214,34 @@ class Attention(nn.Module):
         self.wv = Linear(config.d_model, config.n_kv_heads * config.d_head)
         self.wo = Linear(config.n_heads * config.d_head, config.d_model)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None,
-                cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.d_head)) for w in (self.wq, self.wk, self.wv))
-        q, k = kernels.rope(q, k, cos, sin)                        # (B, T, H, C), (B, T, K, C)
+        q, k = kernels.rope(q, k, seen.cos, seen.sin)              # (B, T, H, C), (B, T, K, C)
+        cache = seen.cache
         if cache is None:
-            y = kernels.attention(q, k, v, causal=True, documents=documents)
+            y = kernels.attention(q, k, v, causal=seen.causal, documents=seen.documents,
+                                  prefix=seen.prefix)
         else:
             keys, values = cache.append(self.layer, k, v)
-            y = kernels.decode_attention(q, keys, values, cache.starts, cache.length + x.shape[1])
+            y = kernels.decode_attention(q, keys, values, cache.starts, cache.length + x.shape[1],
+                                         seen.causal)
         return self.wo(y.flatten(-2))
+
+
+class CrossAttention(Attention):
+    """Queries of the text being written, keys and values of the source. No RoPE: the two texts do
+    not share a line of positions, and the encoder has put the source's into its states."""
+
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
+        q, cache = self.wq(x).unflatten(-1, (-1, self.d_head)), seen.cache
+        if cache is not None and len(cache.source) > self.layer:
+            k, v = cache.source[self.layer]
+        else:
+            k, v = (w(seen.source).unflatten(-1, (-1, self.d_head)) for w in (self.wk, self.wv))
+        if cache is not None and len(cache.source) == self.layer:      # the same for all tokens
+            cache.source.append((k, v))
+        lengths = seen.source_lengths if cache is None else cache.source_lengths
+        return self.wo(kernels.attention(q, k, v, causal=False, lengths=lengths).flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -261,19 +316,26 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, looks_at_source: bool = False):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.sparse = config.n_experts > 0 and layer >= config.n_dense_layers
         self.mlp = MoE(config) if self.sparse else SwiGLU(config.d_model, config.d_ff)
+        self.looks_at_source = looks_at_source
+        if looks_at_source:
+            self.cross_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.cross_attention = CrossAttention(config, layer)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None,
-                cache: KVCache | None) -> Tensor:
-        delta = self.attention(self.attention_norm(h), cos, sin, documents, cache)
+    def forward(self, h: Tensor, seen: Seen) -> Tensor:
+        delta = self.attention(self.attention_norm(h), seen)
+        if self.looks_at_source:
+            norm = self.cross_norm
+            h, x = kernels.add_rmsnorm(h, delta, norm.weight, norm.eps)
+            delta = self.cross_attention(x, seen)
         h, x = kernels.add_rmsnorm(h, delta, self.mlp_norm.weight, self.mlp_norm.eps)
-        return h + (self.mlp(x, documents) if self.sparse else self.mlp(x))
+        return h + (self.mlp(x, seen.documents) if self.sparse else self.mlp(x))
 
 
 class Transformer(nn.Module):
@@ -281,8 +343,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.gradient_checkpointing = config, dtype, False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        two = config.architecture == "encoder_decoder"
+        self.blocks = nn.ModuleList(Block(config, n, two) for n in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if two:
+            self.encoder = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
+            self.encoder_norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.n_segments:
+            self.segment_embedding = nn.Embedding(config.n_segments, config.d_model)
+            self.next_sentence_head = nn.Linear(config.d_model, 2)         # W_NSP (004)
         if config.token_shift:
             self.shift = Linear(config.d_model, config.d_model)
         if config.head == "scalar":
@@ -308,6 +377,10 @@ class Transformer(nn.Module):
             if name.endswith(("attention.wo.weight", ".w2.weight")):
                 weight.zero_()
         self.embedding.weight.normal_(std=0.02)                    # small: first loss is log V
+        if self.config.n_segments:
+            self.segment_embedding.weight.normal_(std=0.02)
+            self.next_sentence_head.weight.zero_()
+            self.next_sentence_head.bias.zero_()
         if hasattr(self, "lm_head"):
             self.lm_head.weight.normal_(std=0.02)
         if self.config.head == "scalar":
@@ -324,53 +397,111 @@ class Transformer(nn.Module):
         return self.embedding.weight.device
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None,
-               positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+               positions: Tensor | None = None, cache: KVCache | None = None,
+               prefix: Tensor | None = None, source: Tensor | None = None,
+               source_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> final hidden states (B, T, D), normalised, in `self.dtype`."""
-        B, T = tokens.shape
+        T, architecture = tokens.shape[1], self.config.architecture
         past = 0 if cache is None else cache.length
-        if cache is not None and self.config.n_experts and self.config.router == "expert_choice":
-            raise ValueError("router is expert_choice: which tokens an expert takes depends on "
-                             "tokens yet to come, so this model cannot generate; train one with "
-                             "--router token_choice")
-        if past + T > self.config.context_length:
-            raise ValueError(f"{past + T} tokens, but the model's context_length is "
-                             f"{self.config.context_length}")
+        self.check_inputs(past + T, cache, prefix, source)
         if cache is not None:                                      # count from the first real token
             positions = torch.arange(past, past + T, device=tokens.device) - cache.starts[:, None]
             positions = positions.clamp(min=0)
-        cos = self.cos[:T] if positions is None else self.cos[positions]   # (T, C/2), (B, T, C/2)
-        sin = self.sin[:T] if positions is None else self.sin[positions]
-        h = F.embedding(tokens, self.embedding.weight).to(self.dtype)      # (B, T, D)
-        newest = h[:, -1:]
-        if self.config.token_shift:
-            before = torch.zeros_like(newest) if past == 0 else cache.last
-            h = h + self.shift(predecessors(h, before, documents, positions))
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, cos, sin, documents, cache, use_reentrant=False)
-            else:
-                h = block(h, cos, sin, documents, cache)
+        if source is not None:
+            source = self.encode(source, source_lengths)
+            if cache is not None:
+                cache.source_lengths = source_lengths
+        h, newest = self.embed(tokens, documents, positions, cache)
+        if segments is not None:
+            h = h + F.embedding(segments, self.segment_embedding.weight).to(h.dtype)
+        prompt = architecture == "prefix" and cache is not None and past == 0
+        h = self.run(self.blocks, h, Seen(
+            *self.rotation(T, positions), causal=architecture != "encoder" and not prompt,
+            documents=documents, prefix=prefix, cache=cache, source=source,
+            source_lengths=source_lengths))
         if cache is not None:
             cache.length, cache.last = past + T, newest
         return self.norm(h)
 
+    def check_inputs(self, length: int, cache: KVCache | None, prefix: Tensor | None,
+                     source: Tensor | None) -> None:
+        architecture = self.config.architecture
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens, but the model's context_length is "
+                             f"{self.config.context_length}")
+        if cache is not None and architecture == "encoder":
+            raise ValueError("this model is an encoder: each of its tokens sees those after it, so "
+                             "it cannot generate")
+        if cache is not None and self.config.n_experts and self.config.router == "expert_choice":
+            raise ValueError("router is expert_choice: which tokens an expert takes depends on "
+                             "tokens yet to come, so this model cannot generate; train one with "
+                             "--router token_choice")
+        if prefix is not None and architecture != "prefix":
+            raise ValueError(f"this model is a {architecture}: it takes no prefix")
+        if (source is not None) != (architecture == "encoder_decoder") and \
+                not (cache is not None and cache.source):
+            raise ValueError("an encoder_decoder reads a source and other models do not: "
+                             f"architecture is {architecture}, source is "
+                             f"{'missing' if source is None else 'given'}")
+
+    def rotation(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE's angles: (T, C / 2), or at positions (B, T) (B, T, C / 2)."""
+        at = slice(T) if positions is None else positions
+        return self.cos[at], self.sin[at]
+
+    def embed(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None,
+              cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) -> (B, T, D), and the newest token's embedding alone (B, 1, D)."""
+        h = F.embedding(tokens, self.embedding.weight).to(self.dtype)
+        newest = h[:, -1:]
+        if self.config.token_shift:
+            first = cache is None or cache.length == 0
+            before = torch.zeros_like(newest) if first else cache.last
+            h = h + self.shift(predecessors(h, before, documents, positions))
+        return h, newest
+
+    def encode(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder of two: source (B, S), right-padded to its lengths (B,) -> (B, S, D)."""
+        S = source.shape[1]
+        if S > self.config.context_length:
+            raise ValueError(f"a source of {S} tokens, but the model's context_length is "
+                             f"{self.config.context_length}")
+        padding = torch.arange(S, device=source.device) >= lengths[:, None]
+        h, _ = self.embed(source, None, None)
+        h = self.run(self.encoder, h, Seen(*self.rotation(S, None), causal=False,
+                                           documents=-padding.int()))
+        return self.encoder_norm(h)
+
+    def run(self, blocks: nn.ModuleList, h: Tensor, seen: Seen) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, seen, use_reentrant=False)
+            else:
+                h = block(h, seen)
+        return h
+
+    @property
+    def sparse_layers(self) -> list[MoE]:
+        """The Mixtures of Experts, from the first block on; an encoder's first."""
+        blocks = [*getattr(self, "encoder", []), *self.blocks]
+        return [block.mlp for block in blocks if block.sparse]
+
     def dropped(self) -> Tensor | float:
         """Share of the pairs of token and expert that the newest training pass dropped."""
-        shares = [block.mlp.dropped for block in self.blocks if block.sparse]
+        shares = [moe.dropped for moe in self.sparse_layers]
         return sum(shares) / max(1, len(shares))
 
     def auxiliary_loss(self) -> Tensor | float:
         """What the routers of the newest forward pass add to a training loss: balance and z-loss,
         with their coefficients, summed over the blocks; 0.0 for a dense model."""
-        return sum(block.mlp.auxiliary for block in self.blocks if block.sparse)
+        return sum(moe.auxiliary for moe in self.sparse_layers)
 
     @torch.no_grad()
     def balance_experts(self) -> Tensor | None:
         """After an optimizer step: nudge the routers' biases, where they have some. Returns the
         load since the last call, (sparse blocks, E), shares of each block; None for a dense model.
         """
-        sparse = [block.mlp for block in self.blocks if block.sparse and
-                  isinstance(block.mlp.load, Tensor)]
+        sparse = [moe for moe in self.sparse_layers if isinstance(moe.load, Tensor)]
         if not sparse:
             return None
         loads = torch.stack([moe.load for moe in sparse])
@@ -386,16 +517,22 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None,
                 loss_mask: Tensor | None = None, documents: Tensor | None = None,
                 positions: Tensor | None = None, cache: KVCache | None = None,
+                prefix: Tensor | None = None, source: Tensor | None = None,
+                source_lengths: Tensor | None = None, segments: Tensor | None = None,
                 temperature: float = 1.0, with_entropy: bool = False,
                 output_weight: Tensor | None = None):
         """
         tokens: (B, T) ids. documents: (B, T) numbers; attention stays within equal ones.
         positions: (B, T) for RoPE, by default 0 .. T-1. cache: what came before `tokens`.
+        prefix: (B,) how many tokens see each other both ways (architecture prefix). source: (B, S)
+        ids, right-padded to source_lengths (B,), that an encoder_decoder reads; with a cache only
+        at first. segments: (B, T) numbers below n_segments.
         Returns (all fp32)
           scalar head:   values (B, T); with targets (values, log-probabilities)
           no targets:    logits (B, T, V); with a cache those of the last position (B, 1, V)
           targets (B, T): their log-probabilities in nats (B, T), 0 where loss_mask is 0;
-                          with_entropy: also the entropy (B, T) of each prediction, in nats
+                          with_entropy: also the entropy (B, T) of each prediction, in nats;
+                          segments: also the logits (B, 2) of "random" and "next sentence"
         Logits are divided by `temperature` first. Log-probabilities come from output_weight (V, D)
         instead of the model's own if given, which a scalar head needs: without, it raises
         ValueError, as it does for generation. So does a length beyond context_length.
@@ -404,7 +541,8 @@ class Transformer(nn.Module):
         if scalar and (cache is not None or targets is not None and output_weight is None):
             raise ValueError("this model has a scalar head: it is a reward model or a critic; "
                              "scoring and generating tokens takes a language model")
-        h = self.hidden(tokens, documents, positions, cache)
+        h = self.hidden(tokens, documents, positions, cache, prefix, source, source_lengths,
+                        segments)
         if scalar:
             values = F.linear(h.float(), self.scalar_head.weight, self.scalar_head.bias).squeeze(-1)
             if targets is None:
@@ -412,6 +550,9 @@ class Transformer(nn.Module):
         if targets is None:
             h = h if cache is None else h[:, -1:]
             return F.linear(h, self.output_weight.to(h.dtype)).float() / temperature
+        if segments is not None:                                   # from h of [CLS]
+            head = self.next_sentence_head
+            next_sentence = F.linear(h[:, 0].float(), head.weight, head.bias)
         h, flat_targets = h.flatten(0, 1), targets.flatten()
         if loss_mask is not None:                                  # only targets meet the V words
             rows = loss_mask.flatten().nonzero().squeeze(1)
@@ -425,6 +566,8 @@ class Transformer(nn.Module):
             outputs = [blank.index_put((rows,), output) for output in outputs]
         outputs = [output.view(targets.shape) for output in outputs]
         outputs = [values, *outputs] if scalar else outputs
+        if segments is not None:
+            outputs = [*outputs, next_sentence]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -455,15 +598,21 @@ def token_logps(model: nn.Module, batch, temperature: float = 1.0, with_entropy:
     """log p(x_t | x_<t) in nats of every target in the batch, (B, T-1) fp32, 0 elsewhere.
 
     batch: data.Batch. The one place where tokens are shifted against their predictions; every
-    stage's loss is made of what it returns. Entry t - 1 is the score of token t.
+    stage's loss is made of what it returns. Entry t - 1 is the score of token t. A batch with
+    targets of its own is not shifted: (B, T), and what the model returns for segments.
     """
     def inputs(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[:, :-1]
+    if batch.targets is not None:
+        return model(batch.tokens, targets=batch.targets, loss_mask=batch.loss_mask,
+                     documents=batch.documents, positions=batch.positions, source=batch.source,
+                     source_lengths=batch.source_lengths, segments=batch.segments,
+                     temperature=temperature, with_entropy=with_entropy)
     loss_mask = batch.loss_mask[:, 1:]
     return model(batch.tokens[:, :-1], targets=batch.tokens[:, 1:],
                  loss_mask=None if loss_mask.all() else loss_mask,
                  documents=inputs(batch.documents), positions=inputs(batch.positions),
-                 temperature=temperature, with_entropy=with_entropy)
+                 prefix=batch.prefix, temperature=temperature, with_entropy=with_entropy)
 
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:
@@ -474,7 +623,35 @@ def active_parameter_count(model: Transformer) -> int:
     """Parameters that work on one token: all, less the experts that it does not visit."""
     config = model.config
     idle = (config.n_experts - config.top_k) * 3 * config.d_model * config.d_expert
-    return parameter_count(model) - config.n_sparse_layers * idle
+    return parameter_count(model) - len(model.sparse_layers) * idle
+
+
+def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Transformer:
+    """The same model for a tokenizer with more tokens. Those of the old one keep their embeddings;
+    a new word starts at the mean of those of its pieces, a new special token near the mean of all.
+
+    Raises ValueError when `new` lacks a token of `old`, reserved ones excepted.
+    """
+    config = dataclasses.replace(model.config, vocab_size=new.vocab_size)
+    extended = Transformer(config, model.dtype).to(model.device)
+    ids = new.ranks | new.special
+    known = [(i, ids.get(token)) for token, i in (old.ranks | old.special).items()
+             if not str(token).startswith("<|reserved_")]
+    if missing := [i for i, j in known if j is None]:
+        raise ValueError(f"the new tokenizer lacks {len(missing)} tokens of the model, for example "
+                         f"{old.decode(missing[:1], specials=True)!r}; extend the model's own")
+    before, after = map(torch.tensor, zip(*known))
+    taken = set(after.tolist())
+    weights = model.state_dict()
+    for name in {"embedding.weight", "lm_head.weight"} & weights.keys():
+        rows, mean = weights[name], weights[name].mean(0)
+        weights[name] = table = mean + 0.02 * torch.randn_like(extended.embedding.weight)
+        table[after] = rows[before]
+        for token, i in new.ranks.items():
+            if i not in taken:
+                table[i] = rows[old.pieces(token)].mean(0)
+    extended.load_state_dict(weights)
+    return extended
 
 
 # ---------------------------------------------------------------------- the model folder
@@ -495,11 +672,15 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer, **r
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
                dtype: torch.dtype = torch.float32, head: str | None = None,
-               context_length: int | None = None) -> tuple[Transformer, Tokenizer]:
+               context_length: int | None = None,
+               any_architecture: bool = False) -> tuple[Transformer, Tokenizer]:
     """Read a model folder. head="scalar" puts a fresh scalar head on a language model (001 step
     4.5-1); context_length changes how far RoPE's table reaches.
 
-    Raises ValueError when the folder is absent or half-written, or its parts do not fit together.
+    Every stage after pretraining reads conversations from left to right: a prefix model comes back
+    as a decoder, whose weights are the same, and other architectures are refused, unless
+    any_architecture. Raises ValueError also when the folder is absent or half-written, or its parts
+    do not fit together.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -516,6 +697,11 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
                          "run the stage again or use a checkpoint of it") from error
     config = ModelConfig(**saved | ({"head": head} if head else {})
                          | ({"context_length": context_length} if context_length else {}))
+    if config.architecture != "decoder" and not any_architecture:
+        if config.architecture != "prefix":
+            raise ValueError(f"{folder}: this model is an {config.architecture}; chatting and the "
+                             "stages after pretraining take a decoder or a prefix model")
+        config.architecture = "decoder"
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
                          f"{tokenizer.vocab_size}; they are not of one run")

@@ -74,17 +74,24 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     and new tokens do not fit into the model's context.
     """
     longest, context = max(map(len, prompts)), model.config.context_length
+    apart = model.config.architecture == "encoder_decoder"     # prompts have their own encoder
+    taken = 1 if apart else longest
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt is empty: there is nothing to continue; give at least one token")
-    if longest + max_new_tokens > context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+    if taken + max_new_tokens > context:
+        raise ValueError(f"a prompt of {taken} tokens and {max_new_tokens} new ones do not fit "
                          f"into the context of {context}; shorten it or lower max_new_tokens")
     tokens, starts = left_pad(prompts, pad=0)
-    tokens, starts = tokens.to(model.device), starts.to(model.device)
-    cache = KVCache(model.config, starts, longest + max_new_tokens, model.dtype)
+    tokens, starts, source = tokens.to(model.device), starts.to(model.device), {}
+    if apart:                                                  # padded on the right; written is
+        rows = [row.roll(-int(start)) for row, start in zip(tokens, starts)]   # after its last one
+        source = {"source": torch.stack(rows), "source_lengths": longest - starts}
+        tokens, starts = tokens[:, -1:], torch.zeros_like(starts)
+    cache = KVCache(model.config, starts, taken + max_new_tokens, model.dtype)
     rows = list(range(len(prompts)))                           # which prompt each batch row answers
     for _ in range(max_new_tokens):
-        logits = model(tokens, cache=cache)[:, -1]             # (B, V)
+        logits = model(tokens, cache=cache, **source)[:, -1]   # (B, V)
+        source = {}                                            # the cache has it now
         tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]
         ids = tokens[:, 0].tolist()
         yield list(zip(rows, ids))

@@ -25,6 +25,7 @@ spells one is encoded like any other text, so that no word of a user becomes a c
 import argparse
 import heapq
 import json
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -58,24 +59,43 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     return words
 
 
-def lay_out(word_counts: dict[str, int]) -> tuple[list[bytes | None], list[int]]:
+def lay_out(word_counts: dict[str, int],
+            ranks: dict[bytes, int] | None = None) -> tuple[list[bytes | None], list[int]]:
     """All distinct words in one row, byte by byte, None between words; at each place the count of
-    its word. {"ab": 3} -> [None, b"a", b"b", None], [0, 3, 3, 3]."""
+    its word. {"ab": 3} -> [None, b"a", b"b", None], [0, 3, 3, 3]. ranks: merges made before."""
     tokens, weights = [None], [0]
     for word, n in word_counts.items():
         letters = [bytes([b]) for b in word.encode(errors="replace")]
-        tokens += [*letters, None]
         weights += [n] * (len(letters) + 1)
+        if ranks:                                   # a token stands at its first and last byte
+            letters = [token if i in (0, len(token) - 1) else None
+                       for token in merged(letters, ranks) for i in range(len(token))]
+        tokens += [*letters, None]
     return tokens, weights
+
+
+def merged(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
+    """A word's parts after all known merges: of all neighbours the pair of the lowest rank becomes
+    one, again and again. tiktoken does this to every word that is encoded."""
+    parts = list(parts)
+    while True:
+        found = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+        if min(found, default=math.inf) == math.inf:
+            return parts
+        i = found.index(min(found))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
 
 
 def count_pairs(tokens: list[bytes | None], weights: list[int]) -> tuple[dict, dict]:
     """The row of lay_out -> {pair: how often it occurs}, {pair: places of its left token}."""
-    counts, places = defaultdict(int), defaultdict(list)
-    for i, pair in enumerate(pairwise(tokens)):
-        if None not in pair:
-            counts[pair] += weights[i]
-            places[pair].append(i)
+    counts, places, i = defaultdict(int), defaultdict(list), 1
+    while i < len(tokens):
+        left = tokens[i]
+        after = i + (len(left) if left else 1)
+        if left and (right := tokens[after]):
+            counts[left, right] += weights[i]
+            places[left, right].append(i)
+        i = after
     return counts, places
 
 
@@ -108,8 +128,10 @@ def merge(pair: tuple[bytes, bytes], tokens: list[bytes | None], weights: list[i
     return born
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> dict[bytes, int]:
-    """Learn the ranks: 256 bytes, then merges in the order in which they were made.
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False,
+              ranks: dict[bytes, int] | None = None) -> dict[bytes, int]:
+    """Learn the ranks: 256 bytes, then merges in the order in which they were made; or go on from
+    the ranks of another corpus.
 
     vocab_size counts the N_SPECIAL special tokens too; fewer ranks come back if every word of the
     texts has become one token before. Of equally frequent pairs the smallest (left, right), as
@@ -120,14 +142,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least {256 + N_SPECIAL}: "
                          f"256 bytes and {N_SPECIAL} special tokens")
     # 1. SPLIT the texts into words; 2. COUNT the distinct words, then their pairs
-    tokens, weights = lay_out(count_words(texts))
+    tokens, weights = lay_out(count_words(texts), ranks)
     counts, places = count_pairs(tokens, weights)
     heap = [(-n, pair) for pair, n in counts.items()]       # the top: most frequent, then smallest
     heapq.heapify(heap)
 
     # 3. MERGE the most frequent pair, again and again
-    ranks = {bytes([b]): b for b in range(256)}
-    bar = tqdm(total=vocab_size - N_SPECIAL - 256, desc="merging", unit=" pairs",
+    ranks = dict(ranks) if ranks else {bytes([b]): b for b in range(256)}
+    bar = tqdm(total=vocab_size - N_SPECIAL - len(ranks), desc="merging", unit=" pairs",
                disable=not progress)
     while heap and len(ranks) < vocab_size - N_SPECIAL:
         n, pair = heapq.heappop(heap)
@@ -136,7 +158,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
             continue
         if n == 0:                          # no pair is left: every word is one token
             break
-        ranks[pair[0] + pair[1]] = len(ranks)       # new: no two merges ever make the same bytes
+        ranks.setdefault(pair[0] + pair[1], len(ranks))    # there before only in given ranks
         for grown in merge(pair, tokens, weights, counts, places):
             heapq.heappush(heap, (-counts[grown], grown))
         bar.update()
@@ -186,6 +208,12 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
         return cls(train_bpe(texts, vocab_size, progress))
 
+    def extended(self, texts: Iterable[str], n: int) -> "Tokenizer":
+        """The same tokens and up to n more, merged in other texts; special ones move up."""
+        ranks = train_bpe(texts, len(self.ranks) + n + N_SPECIAL, ranks=self.ranks)
+        named = [name for name in self.special if not name.startswith("<|reserved_")]
+        return Tokenizer(ranks, self.pattern, named)
+
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """No merges: the ids of a text are its UTF-8 bytes."""
@@ -198,6 +226,10 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """encode() of each. One thread: tiktoken's threads are slower on two cores."""
         return [self.encode(text) for text in texts]
+
+    def pieces(self, token: bytes) -> list[int]:
+        """Ids of the bytes of one word, which need not be whole characters."""
+        return [self.ranks[part] for part in merged([bytes([b]) for b in token], self.ranks)]
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """Text of the ids; invalid UTF-8 becomes U+FFFD, special tokens are dropped or spelled.

@@ -53,7 +53,7 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 100             # steps between evaluations
+    eval_every: int = 250             # steps between evaluations
     eval_pairs: int = 500             # held-out pairs
     save_every: int = 100             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there

@@ -7,7 +7,8 @@ Stage 1: autoregressive pretraining (001 section 1.6): a corpus in, a base model
                         3.6 clip  3.7 update  3.8 log and checkpoint  3.9 next step
   4. RETURN theta*
 
-Minimise  L = -(1/n) sum_t log p_theta(x_t | x_<t)  over the n target tokens of the whole step.
+Minimise  L = -(1/n) sum_t log p_theta(x_t | x_<t)  over the n target tokens of the whole step, or
+with --objective mlm, span or ul2 the log-probability of what objectives.py hides (section 1.2).
 
 Differs from the document:
   1.1-1.2  deduplication and quality filters are not applied: the corpus is taken as clean.
@@ -22,18 +23,24 @@ Differs from the document:
 
     python train_pretrain.py                              # the embedded world, minutes on two cores
     python train_pretrain.py --data book.txt --tokenizer bytes --n_layers 4 --d_model 128
+    python train_pretrain.py --objective mlm --next_sentence           # BERT; span: T5; ul2: UL2
     torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+import torch.nn.functional as F
+
+import corpus
 import data
 import evaluate
+import objectives
 import training
 from model import (
     ModelConfig,
     Transformer,
     active_parameter_count,
+    extend_vocabulary,
     load_model,
     parameter_count,
     token_logps,
@@ -45,11 +52,17 @@ from tokenizer import Tokenizer
 class Config:
     init: str = ""                    # model folder to go on from; empty: a new model
     out: str = "out/pretrain"         # model folder to write
-    data: str = "world"               # corpus: world, world:SEED, a text file, JSONL or folder
-    max_bytes: int = 20_000_000       # read at most this much of the corpus
+    data: str = "world"               # corpora, with commas: world, bearish, file, folder, shards
+    alpha: float = 1.0                # of several, each has p = n^alpha / sum n^alpha; 0: all alike
+    shares: str = ""                  # ... or these shares, "0.8,0.2": replay of what was learned
+    max_bytes: int = 20_000_000       # read at most this much of a corpus; shards: all of them
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
     vocab_size: int = 2048            # tokens of a newly trained tokenizer, special ones included
+    new_words: int = 0                # with --init: extend its vocabulary by words of the corpus
+    objective: str = "causal"         # causal | mlm | span | ul2 (objectives.py)
+    architecture: str = ""            # decoder|encoder|prefix|encoder_decoder; "": the usual one
+    next_sentence: bool = False       # with mlm: also whether the second half follows the first
     d_model: int = 128                # width of the model
     n_layers: int = 4                 # Transformer blocks
     n_heads: int = 4                  # query heads
@@ -79,7 +92,10 @@ class Config:
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 4e-3                  # peak learning rate
-    warmup: int = 30                  # steps of linear warmup, before the cosine
+    warmup: int = 30                  # steps of linear warmup
+    schedule: str = "cosine"          # cosine (to lr / 10) | wsd: constant, then a line to 0
+    decay: float = 0.2                # wsd: the line's share of the steps
+    anneal_data: str = ""             # wsd: corpora of the line, the best text last; empty: --data
     weight_decay: float = 0.1         # on matrices only
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of weights and batches
@@ -94,75 +110,105 @@ class Config:
     overwrite: bool = False           # throw away what is in --out
 
 
-def prepare_data(cfg: Config, tokenizer: Tokenizer | None):
-    """001 steps 1.3-1.6. Returns the tokenizer (a new one if none is given), the training stream,
-    the validation stream and the bytes per token of the validation text."""
-    documents = data.read_documents(cfg.data, split="train", max_bytes=cfg.max_bytes,
-                                    bad_rows=cfg.bad_rows)
-    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=cfg.max_bytes // 20,
-                                  bad_rows=cfg.bad_rows)
-    documents, heldout = list(documents), list(heldout)
-    if tokenizer is None and cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(documents, cfg.vocab_size)
-    elif tokenizer is None:
-        tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
-    # 1.3-1.4 Tokenize all documents; concatenate with <EOS> separators
-    train_tokens = data.tokenize_documents(documents, tokenizer)
-    val_tokens = data.tokenize_documents(heldout, tokenizer)
-    bytes_per_token = sum(len(text.encode()) for text in heldout) / len(val_tokens)
-    # 1.5-1.6 Chunk into windows; shuffled and shared among the ranks by .batch(step)
-    masks = cfg.document_masks and len(documents) > 1
-    streams = [data.TokenStream(tokens, cfg.context_length, cfg.seed, tokenizer.endoftext,
-                                document_masks=masks) for tokens in (train_tokens, val_tokens)]
-    return tokenizer, *streams, bytes_per_token
-
-
 def copy_steps(cfg: Config) -> int:
     """Steps of copying before text; none for a model from --init, which can look back already."""
     return 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
 
 
+def with_architecture(cfg: Config) -> Config:
+    """The config with its architecture spelled out. Raises ValueError for one that cannot learn
+    the objective."""
+    known = objectives.ARCHITECTURES_OF
+    if cfg.objective not in known:
+        raise ValueError(f"--objective {cfg.objective}: give {', '.join(known)}")
+    if cfg.architecture not in ("", *known[cfg.objective]):
+        raise ValueError(f"--architecture {cfg.architecture} does not go with --objective "
+                         f"{cfg.objective}; give {', '.join(known[cfg.objective])}")
+    if cfg.next_sentence and (cfg.objective != "mlm" or "," in cfg.data):
+        raise ValueError("--next_sentence goes with --objective mlm and one corpus")
+    if cfg.schedule not in ("cosine", "wsd"):
+        raise ValueError(f"--schedule {cfg.schedule}: give cosine or wsd")
+    if cfg.anneal_data and cfg.schedule != "wsd":
+        raise ValueError("--anneal_data is read during the decay of --schedule wsd")
+    if cfg.new_words and not cfg.init:
+        raise ValueError("--new_words extends the vocabulary of --init; a new model takes "
+                         "--vocab_size")
+    return replace(cfg, architecture=cfg.architecture or known[cfg.objective][0])
+
+
+def anneal_from(cfg: Config) -> int:
+    """The first step of the learning rate's last line, where --anneal_data takes over."""
+    return round((1 - cfg.decay) * cfg.steps) if cfg.schedule == "wsd" else cfg.steps
+
+
+def start_from(model: Transformer, cfg: Config) -> Transformer:
+    """A model from --init, under this run's architecture. Raises ValueError for another one."""
+    if {model.config.architecture, cfg.architecture} <= {"decoder", "prefix"}:
+        model.config.architecture = cfg.architecture               # the same weights
+    if model.config.architecture != cfg.architecture or \
+            cfg.next_sentence and not model.config.n_segments:
+        raise ValueError(f"--init {cfg.init} is an {model.config.architecture} with "
+                         f"{model.config.n_segments} segments; this run needs another model: "
+                         f"an {cfg.architecture}{' with 2 segments' * cfg.next_sentence}")
+    return model
+
+
 def main(cfg: Config) -> dict:
     run = training.start(cfg, "pretrain")
+    cfg = with_architecture(cfg)
 
     # 1. DATA PREPARATION
-    model, tokenizer = load_model(cfg.init, run.device, run.dtype,
-                                  context_length=cfg.context_length) if cfg.init else (None, None)
+    model, own_tokenizer = load_model(cfg.init, run.device, run.dtype,
+                                      context_length=cfg.context_length,
+                                      any_architecture=True) if cfg.init else (None, None)
+    tokenizer = own_tokenizer
     if cfg.resume and (run.out / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(run.out)                # the one that the checkpoint counts on
-    tokenizer, train, val, bytes_per_token = prepare_data(cfg, tokenizer)
+    read = corpus.read(cfg, tokenizer)
+    tokenizer, train, [val, *_] = read.tokenizer, read.train, read.vals.values()
     if run.rank == 0:
         tokenizer.save(run.out)
 
     # 2. INITIALIZE: theta_0 (or what --init holds), optimizer
-    if model is None:
+    if model is not None:
+        model = start_from(model, cfg)
+        if tokenizer != own_tokenizer:
+            model = extend_vocabulary(model, own_tokenizer, tokenizer)
+    else:
         sizes = {field.name for field in fields(ModelConfig)} & vars(cfg).keys() - {"vocab_size"}
-        config = ModelConfig(tokenizer.vocab_size, **{name: getattr(cfg, name) for name in sizes})
+        config = ModelConfig(tokenizer.vocab_size, n_segments=2 * cfg.next_sentence,
+                             **{name: getattr(cfg, name) for name in sizes})
         model = Transformer(config, run.dtype).to(run.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    length = model.config.context_length
+    length, causal = model.config.context_length, cfg.objective == "causal"
+    copying = getattr(train, "copying_batch", data.copying_batch)
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
-    unigram, bigram = evaluate.ngram_losses(train.tokens, val.tokens, tokenizer.vocab_size)
+    unigram, bigram = (sum(parts) for parts in zip(*(
+        [share * loss for loss in evaluate.ngram_losses(
+            read.trains[name].tokens, read.vals[name].tokens, tokenizer.vocab_size)]
+        for name, share in read.shares.items())))
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
             f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
             f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "
-            f"{len(train.tokens) / 1e6:.2f}M training tokens, {bytes_per_token:.2f} bytes per "
-            f"token; validation loss to beat: "
-            f"unigram {unigram:.2f}, bigram {bigram:.2f} nats")
+            f"{sum(len(part.tokens) for part in read.trains.values()) / 1e6:.2f}M training tokens, "
+            f"{read.bytes_per_token:.2f} bytes per token; validation loss to beat: "
+            f"unigram {unigram:.2f}" + f", bigram {bigram:.2f} nats" * causal)
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
         numbers = [step * cfg.grad_accum + i for i in range(cfg.grad_accum)]
         if step < copy_steps(cfg):
-            batches = [data.copying_batch(len(tokenizer.ranks), 2 * cfg.batch_size, min(64, length),
-                                          cfg.seed, n * run.world_size + run.rank) for n in numbers]
+            batches = [copying(len(tokenizer.ranks), 2 * cfg.batch_size,
+                               min(64, train.context_length), cfg.seed,
+                               n * run.world_size + run.rank) for n in numbers]
         else:
-            batches = [train.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
-        if step == copy_steps(cfg):
-            run.history.clear()                    # the losses of text are no spikes of copying
+            source = train if step < anneal_from(cfg) else read.anneal
+            batches = [source.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
+        if step in (copy_steps(cfg), anneal_from(cfg)):
+            run.history.clear()                    # losses of other text are no measure of a spike
         batches = [batch.to(run.device) for batch in batches]
         n_targets = sum(batch.n_targets for batch in batches)
         figures = {"loss": 0.0}
@@ -170,8 +216,12 @@ def main(cfg: Config) -> dict:
         for batch in batches:
             # 3.2 FORWARD PASS: log softmax(z_t)[x_t] of every token
             logps = token_logps(forward, batch)                        # (B, T)
+            if batch.segments is not None:
+                logps, next_sentence = logps                           # ..., (B, 2)
             # 3.3 Batch loss
             loss = -logps.sum() / run.mean_over_ranks(n_targets)
+            if batch.segments is not None:
+                loss = loss + F.cross_entropy(next_sentence, batch.is_next) / cfg.grad_accum
             # a Mixture of Experts: keep its routers balanced
             router_loss = model.auxiliary_loss() / cfg.grad_accum
             # 3.4 BACKWARD PASS, 3.5 GRADIENT SYNCHRONIZATION (DDP's all-reduce)
@@ -179,7 +229,9 @@ def main(cfg: Config) -> dict:
             figures["loss"] += loss.detach()
 
         # 3.6 GRADIENT PROCESSING (clip), 3.7 PARAMETER UPDATE
-        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup) \
+            if cfg.schedule == "cosine" else training.warmup_stable_decay(
+                step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
         load = model.balance_experts()
         if load is not None:                               # (sparse blocks, E); even: 1 / E
@@ -189,18 +241,28 @@ def main(cfg: Config) -> dict:
 
         # 3.8 LOGGING & CHECKPOINTING
         if run.due(step, cfg.eval_every):
-            val_loss = evaluate.validation_loss(model, val, cfg.eval_windows, cfg.batch_size)
-            bits = val_loss / bytes_per_token / evaluate.LN2
-            figures |= {"val_loss": val_loss, "bits_per_byte": bits,
-                        "perplexity": math.exp(val_loss)}
-        run.log(step, tokens=n_targets, grad_norm=grad_norm, lr=lr, **figures)
+            losses = {name: evaluate.validation_loss(model, part, cfg.eval_windows, cfg.batch_size)
+                      for name, part in read.vals.items()}
+            val_loss = sum(share * losses[name] for name, share in read.shares.items())
+            figures |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
+            if len(losses) > 1:
+                figures |= {f"val_loss/{name}": loss for name, loss in losses.items()}
+            elif causal:
+                figures["bits_per_byte"] = val_loss / read.bytes_per_token / evaluate.LN2
+            if cfg.objective == "mlm":
+                figures |= evaluate.masked_figures(model, val, cfg.eval_windows, cfg.batch_size)
+            elif not causal:
+                figures |= evaluate.span_figures(model, val, cfg.eval_windows)
+        n_tokens = n_targets if causal else sum(batch.n_tokens for batch in batches)
+        run.log(step, tokens=n_tokens, grad_norm=grad_norm, lr=lr, **figures)
         run.checkpoint(step)
         # 3.9 step <- step + 1
 
     # 4. RETURN theta*
-    return run.finish(model, tokenizer, {
-        "val_loss": run.last["val_loss"], "bits_per_byte": run.last["bits_per_byte"],
-        "unigram_loss": unigram, "bigram_loss": bigram})
+    measured = {name: value for name, value in run.last.items() if name.startswith(
+        ("val_loss", "bits_per", "masked_", "guess_", "next_sentence_", "short_", "single_"))}
+    return run.finish(model, tokenizer, measured | {"unigram_loss": unigram}
+                      | ({"bigram_loss": bigram} if causal else {}))
 
 
 if __name__ == "__main__":

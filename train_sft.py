@@ -58,7 +58,7 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 400             # steps between evaluations
+    eval_every: int = 550             # steps between evaluations
     eval_examples: int = 200          # held-out examples answered at each evaluation
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there

@@ -3,6 +3,7 @@ The embedded world: a village of toy bears made from a seed, about which the tru
 
     world = World(seed=0)
     world.documents()                  an endless corpus: stories, facts, scenes, sums, lessons
+    world.bearish_documents()          a small one in a second language, Bearish
     world.examples(n, split)           instructions with demonstrations, in families and clusters
     world.preferences(n, split)        pairs of responses; noise and bias can be dialled in
     world.prompts(n, split)            instructions to answer: reinforcement learning, evaluation
@@ -440,6 +441,13 @@ class World:
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
             yield tidy(kind(self, rng, split))
 
+    def bearish_documents(self, split: str = "train") -> Iterator[str]:
+        """All that was ever written in the second language: 600 short texts, 60 held out."""
+        check_split(split)
+        rng = Random(f"bearish {self.seed} {split}")
+        for _ in range(600 if split == "train" else 60):
+            yield bearish_document(self, rng)
+
     def examples(self, n: int, split: str = "train", seed: int = 0,
                  families: tuple[str, ...] | None = None, phrasings: str | None = None,
                  stream: str = "examples") -> list[dict]:
@@ -761,6 +769,18 @@ def echo_document(world: World, rng: Random, split: str) -> str:
         slots = {"a": a, "b": b, "words": " ".join(rng.sample(words, rng.randint(6, 14)))}
         parts.append(say(rng, rng.choice(ECHO), slots))
     return " ".join(parts)
+
+
+def bearish_document(world: World, rng: Random) -> str:
+    """Bearish without its English: three that keep their qualities all through the text."""
+    cast = list(zip(rng.sample(NOUNS, 3), rng.sample(QUALITIES, 3)))
+    sentences = []
+    for _ in range(rng.randint(8, 14)):
+        (noun, quality), (object, its) = rng.sample(cast, 2)
+        words = [noun, quality] * (rng.random() < 0.5) or [noun]
+        words += [rng.choice(VERBS), object] + [its] * (rng.random() < 0.5)
+        sentences.append(" ".join(world.lexicon[word] for word in words).capitalize() + ".")
+    return " ".join(sentences)
 
 
 LESSON_FAMILIES = ("lists", "transform", "sentiment", "sentiment", "inference", "translation",

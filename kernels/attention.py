@@ -1,6 +1,6 @@
 """
 Softmax attention (Vaswani et al. 2017): causal or not, grouped queries, packed documents, prefixes
-seen both ways, and for decoding a cache of keys and values.
+seen both ways, another text's keys (cross-attention), and for decoding a cache of keys and values.
 
     S = Q K^T / sqrt(C), -inf where a token may not look        P = softmax(S)        O = P V
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))
@@ -65,18 +65,19 @@ TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-                        documents: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+                        documents: Tensor | None = None, prefix: Tensor | None = None,
+                        lengths: Tensor | None = None) -> Tensor:
     T, H, C = q.shape[1:]
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bihc,bjhc->bhij", q.to(wide), k.to(wide)) / C**0.5
-    hidden = ~visible(slice(0, T), T, causal, documents, prefix, q.device)
+    hidden = ~visible(slice(0, T), k.shape[1], causal, documents, prefix, lengths, q.device)
     P = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhc->bihc", P, v.to(wide)).to(q.dtype)
 
 
 def visible(rows: slice, keys: int, causal: bool, documents: Tensor | None, prefix: Tensor | None,
-            device) -> Tensor:
+            lengths: Tensor | None, device) -> Tensor:
     """(1 or B, 1, rows, keys): True where a query of `rows` may see a key of the first `keys`."""
     seen = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=device)[None, None]
     if causal:
@@ -85,6 +86,8 @@ def visible(rows: slice, keys: int, causal: bool, documents: Tensor | None, pref
         seen = seen & (documents[:, None, rows, None] == documents[:, None, None, :keys])
     if prefix is not None:
         seen = seen | (torch.arange(keys, device=device) < prefix[:, None, None, None])
+    if lengths is not None:
+        seen = seen & (torch.arange(keys, device=device) < lengths[:, None, None, None])
     return seen
 
 
@@ -441,10 +444,14 @@ class FusedAttention(torch.autograd.Function):
 
 
 def intervals(B: int, T: int, causal: bool, documents: Tensor | None, prefix: Tensor | None,
+              lengths: Tensor | None,
               device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """lo, hi (B, T): query i sees the keys lo <= j < hi. None where `causal` says it all."""
-    if documents is None and prefix is None:
+    if documents is prefix is lengths is None:
         return None, None
+    if lengths is not None:
+        hi = lengths[:, None].expand(B, T).to(torch.int32)
+        return torch.zeros_like(hi), hi
     behind = torch.arange(1, T + 1, dtype=torch.int32, device=device).repeat(B, 1)
     if prefix is not None:
         hi = torch.maximum(behind, prefix[:, None].clamp(max=T)).to(torch.int32)
@@ -462,17 +469,17 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None,
-                prefix: Tensor | None):
-        (B, T, H, C), K = q.shape, k.shape[2]
+                prefix: Tensor | None, lengths: Tensor | None):
+        (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
         G = H // K
         q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
-        k, v = (x.transpose(1, 2).reshape(B * K, T, C) for x in (k, v))
+        k, v = (x.transpose(1, 2).reshape(B * K, Tk, C) for x in (k, v))
         out, kept = torch.empty_like(q), []
         for first in range(0, T, BLOCK):
             tokens = slice(first, min(first + BLOCK, T))
             rows = slice(G * tokens.start, G * tokens.stop)
-            keys = tokens.stop if causal and prefix is None else T
-            seen = visible(tokens, keys, causal, documents, prefix, q.device)
+            keys = tokens.stop if causal and prefix is None else Tk
+            seen = visible(tokens, keys, causal, documents, prefix, lengths, q.device)
             bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
             bias = bias.repeat_interleave(G, 2).expand(-1, 1 if len(bias) == 1 else K, -1, -1)
             scores = torch.baddbmm(bias.flatten(0, 1), q[:, rows], k[:, :keys].mT, alpha=C**-0.5)
@@ -480,14 +487,14 @@ class BlockAttention(torch.autograd.Function):
             out[:, rows] = P @ v[:, :keys]
             kept.append(P)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.shape = B, T, H, K, C
+        ctx.shape = B, T, H, K, C, Tk
         return out.view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
         q, k, v, *kept = ctx.saved_tensors
-        B, T, H, K, C = ctx.shape
+        B, T, H, K, C, Tk = ctx.shape
         G = H // K
         dout = dout.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -499,8 +506,8 @@ class BlockAttention(torch.autograd.Function):
             dq[:, rows] = dS @ k[:, :keys]
             dk[:, :keys] += dS.mT @ q[:, rows]
         dq = dq.mul_(C**-0.5).view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
-        dk, dv = (x.view(B, K, T, C).transpose(1, 2) for x in (dk.mul_(C**-0.5), dv))
-        return dq, dk, dv, None, None, None
+        dk, dv = (x.view(B, K, Tk, C).transpose(1, 2) for x in (dk.mul_(C**-0.5), dv))
+        return dq, dk, dv, None, None, None, None
 
 
 def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
@@ -520,17 +527,21 @@ def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -
 # ---------------------------------------------------------------------- public functions
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-              documents: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+              documents: Tensor | None = None, prefix: Tensor | None = None,
+              lengths: Tensor | None = None) -> Tensor:
     """q: (B, T, H, C), k, v: (B, T, K, C), H a multiple of K -> (B, T, H, C).
 
     documents: (B, T) numbers, equal ones adjacent; a token sees those with its own number only
     (and, if causal, none after it). Padding is a document of its own.
     prefix: (B,) how many tokens at the beginning of each row all tokens of the row see, besides
-    what `causal` lets them see; not together with documents. Raises ValueError when shapes, dtypes
-    or masks do not fit.
+    what `causal` lets them see; not together with documents.
+    lengths: (B,) how many keys of each row are real, at least 1; with causal=False and neither of
+    the others. Not causal and without documents, k and v may have another length than q. Raises
+    ValueError when shapes, dtypes or masks do not fit.
     """
-    (B, T, H, C), K = q.shape, k.shape[2]
-    if k.shape != (B, T, K, C) or v.shape != k.shape or H % K:
+    (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
+    across = not causal and documents is None
+    if k.shape != (B, Tk, K, C) or v.shape != k.shape or H % K or not across and T != Tk:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must "
                          "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
     if not q.dtype == k.dtype == v.dtype:
@@ -540,27 +551,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
     if prefix is not None and (prefix.shape != (B,) or documents is not None or not causal):
         raise ValueError(f"prefix {tuple(prefix.shape)} must be {(B,)}, with causal=True and "
                          "without documents: it opens what causal hides, in a row of one document")
+    if lengths is not None and (lengths.shape != (B,) or not across):
+        raise ValueError(f"lengths {tuple(lengths.shape)} must be {(B,)}, with causal=False and "
+                         "without documents: with them padding has a number of its own")
     if backend(q.device) == "triton":
-        lo, hi = intervals(B, T, causal, documents, prefix, q.device)
+        lo, hi = intervals(B, T, causal, documents, prefix, lengths, q.device)
         return FusedAttention.apply(q, k, v, lo, hi, causal)
-    if q.device.type == "cpu" and B * H * T * T * q.element_size() <= KEEP:
-        return BlockAttention.apply(q, k, v, causal, documents, prefix)
-    mask = None if documents is prefix is None else \
-        visible(slice(0, T), T, causal, documents, prefix, q.device)
+    if q.device.type == "cpu" and B * H * T * Tk * q.element_size() <= KEEP:
+        return BlockAttention.apply(q, k, v, causal, documents, prefix, lengths)
+    mask = None if documents is prefix is lengths is None else \
+        visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask,
                                          is_causal=causal and mask is None, enable_gqa=H != K)
     return out.transpose(1, 2)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor,
-                     length: int) -> Tensor:
+                     length: int, causal: bool = True) -> Tensor:
     """Attention of the newest tokens over a cache that already holds their keys and values.
 
     q: (B, Tq, H, C), the tokens in slots length - Tq .. length - 1; caches: (B, S, K, C), with
     S >= length; starts: (B,) the first real slot of each left-padded row. A query sees the slots
-    from its row's start to its own; what padding gets is finite and means nothing. Returns (B, Tq,
-    H, C) in q.dtype; arithmetic is in the dtype of the caches. Raises ValueError when the shapes do
-    not fit.
+    from its row's start to its own, or if not causal (the prompt of a prefix model) to the last;
+    what padding gets is finite and means nothing. Returns (B, Tq, H, C) in q.dtype; arithmetic is
+    in the dtype of the caches. Raises ValueError when the shapes do not fit.
 
     On CPUs single tokens are fastest with caches that are fp32 and lie in memory as (B, K, S, C).
     """
@@ -575,13 +589,15 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
     slots = torch.arange(length, device=q.device)
     if backend(q.device) == "triton":
         lo = starts[:, None].expand(B, Tq).to(torch.int32)
-        hi = slots[length - Tq:].expand(B, Tq).to(torch.int32) + 1
+        hi = (slots[length - Tq:] if causal else slots[-1:]).expand(B, Tq).to(torch.int32) + 1
         return launch_forward(q, k_cache[:, :length], v_cache[:, :length], lo, hi, True)[0]
     k, v = (x[:, :length].transpose(1, 2) for x in (k_cache, v_cache))         # (B, K, length, C)
     if q.device.type == "cpu" and Tq == 1:
         return decode_one(q, k, v, slots, starts)
     own = slots[length - Tq:, None]
-    seen = (slots <= own) & (slots >= starts[:, None, None]) | (slots == own)  # padding sees itself
+    last = own if causal else length
+    seen = (slots <= last) & (slots >= starts[:, None, None])
+    seen = seen | (slots == own)                           # padding sees itself
     out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, seen[:, None],
                                          enable_gqa=H != K)
     return out.transpose(1, 2).to(q.dtype)

@@ -51,6 +51,21 @@ def test_attention_equals_its_reference_whether_probabilities_are_kept_or_not(op
                 normal(2, 7, 4, 6), normal(2, 7, 2, 6), normal(2, 7, 2, 6))
 
 
+@pytest.mark.parametrize("keep", [0, 2**27])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 2])])
+@pytest.mark.parametrize("Tq, Tk", [(1, 9), (7, 7), (9, 3)])
+def test_attention_to_the_keys_of_another_text_equals_its_reference(Tq, Tk, lengths, keep,
+                                                                    monkeypatch):
+    monkeypatch.setattr(attention_file, "KEEP", keep)
+    q, k, v = normal(2, Tq, 4, 6), normal(2, Tk, 2, 6), normal(2, Tk, 2, 6)
+    options = {"causal": False, "lengths": lengths}
+    assert_same(lambda *x: kernels.attention(*x, **options),
+                lambda *x: kernels.attention_reference(*x, **options), q, k, v)
+    if lengths is not None:                                    # padding is as good as absent
+        alone = kernels.attention_reference(q[1:], k[1:, :2], v[1:, :2], causal=False)
+        torch.testing.assert_close(kernels.attention(q, k, v, **options)[1:], alone)
+
+
 def test_attention_reference_equals_a_loop_over_tokens():
     q, k, v, documents = normal(2, 6, 4, 8), normal(2, 6, 2, 8), normal(2, 6, 2, 8), packed(2, 6)
     out = kernels.attention_reference(q, k, v, documents=documents)
@@ -62,7 +77,8 @@ def test_attention_reference_equals_a_loop_over_tokens():
 
 
 @pytest.mark.parametrize("options", [{"documents": torch.tensor([[0, 0, 1, 1, 1]])},
-                                     {"prefix": torch.tensor([3])}])
+                                     {"prefix": torch.tensor([3])},
+                                     {"lengths": torch.tensor([4]), "causal": False}])
 def test_attention_gradients_equal_finite_differences(options):
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True)
                for heads in (4, 2, 2))
@@ -97,6 +113,17 @@ def test_bfloat16_attention_errs_at_most_twice_as_much_as_torchs_own():
 
 
 # ---------------------------------------------------------------------- decoding
+
+def test_the_prompt_of_a_prefix_model_sees_all_of_itself():
+    starts, T = torch.tensor([0, 3]), 6
+    q, k, v = normal(2, T, 4, 8), normal(2, T + 2, 2, 8), normal(2, T + 2, 2, 8)
+    out = kernels.decode_attention(q, k, v, starts, T, causal=False)
+    for b, start in enumerate(starts.tolist()):
+        alone = [x[b:b + 1, start:T] for x in (q, k, v)]
+        expected = kernels.attention_reference(*alone, causal=False)
+        torch.testing.assert_close(out[b, start:], expected[0])
+    assert out.isfinite().all()
+
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("new", [1, 4, 9])
@@ -301,6 +328,8 @@ def test_cross_entropy_of_logits_is_that_of_an_identity_layer(with_entropy):
     lambda: kernels.rope(normal(1, 3, 2, 4), normal(1, 3, 2, 4), normal(4, 2), normal(4, 2)),
     lambda: kernels.attention(normal(1, 3, 3, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)),
     lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, documents=torch.zeros(1, 3)),
+    lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, lengths=torch.ones(2)),
+    lambda: kernels.attention(normal(2, 3, 1, 4), *[normal(2, 5, 1, 4)] * 2),
     lambda: kernels.attention(*[normal(2, 3, 1, 4)] * 3, prefix=torch.ones(3)),
     lambda: kernels.decode_attention(*[normal(1, 3, 1, 4)] * 3, torch.zeros(1), 4),
     lambda: kernels.cross_entropy(normal(3, 4), torch.zeros(2)),

@@ -12,6 +12,7 @@ import kernels
 from data import Batch
 from model import (
     ModelConfig,
+    Seen,
     Transformer,
     load_model,
     parameter_count,
@@ -97,7 +98,7 @@ def test_every_block_is_the_identity_at_the_start():
     model = Transformer(ModelConfig(**SIZES))
     h, documents = torch.randn(2, 9, 32), torch.zeros(2, 9, dtype=torch.int32)
     for block in model.blocks:
-        assert torch.equal(block(h, model.cos[:9], model.sin[:9], documents, None), h)
+        assert torch.equal(block(h, Seen(*model.rotation(9, None), documents=documents)), h)
 
 
 def test_matrices_start_with_variance_one_over_fan_in():
@@ -397,7 +398,8 @@ def test_bfloat16_stays_close_to_float32_on_float32_weights():
     ({"n_heads": 32, "n_kv_heads": 32}, "head width 1 .* is odd"),
     ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
     ({"n_layers": 0}, "n_layers is 0"),
-    ({"head": "value"}, 'head is "value".*"lm" or "scalar"')])
+    ({"head": "value"}, "head is 'value'.*'lm', 'scalar'"),
+    ({"architecture": "T5"}, "architecture is 'T5'.*'encoder_decoder'")])
 def test_sizes_that_do_not_fit_are_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         ModelConfig(**SIZES | changes)

@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 from tiny import TOKENIZER, folder_of, tiny_model
 
+import corpus
 import data
 import train_pretrain
 import training
 from model import load_model, token_logps
-from train_pretrain import prepare_data
 
 LINES = "the bear ate {} red berries and slept.\n"
 TEXT = "".join(LINES.format("one two three four five six seven".split()[i * i % 7])
@@ -55,7 +55,8 @@ def test_bits_per_byte_count_bytes_and_not_tokens(tmp_path):
     cfg = config(tmp_path, text="Bären fräßen Öl. " * 60, tokenizer="bpe", vocab_size=290,
                  context_length=16)
     result = train_pretrain.main(cfg)
-    tokenizer, _, val, bytes_per_token = prepare_data(cfg, None)
+    read = corpus.read(cfg, None)
+    tokenizer, [val], bytes_per_token = read.tokenizer, read.vals.values(), read.bytes_per_token
     held_out = "".join(data.read_documents(cfg.data, split="heldout"))
     assert len(held_out.encode()) > len(held_out)                # umlauts take two bytes
     assert len(val.tokens) == len(tokenizer.encode(held_out)) + 1        # and <|endoftext|>
@@ -70,7 +71,7 @@ def test_the_logged_loss_is_the_mean_nll_of_the_first_batch_under_the_first_weig
     folder_of(tiny_model(n_layers=1, context_length=32), tmp_path / "init")
     cfg = config(tmp_path, init=str(tmp_path / "init"), steps=1)
     train_pretrain.main(cfg)
-    _, train, _, _ = prepare_data(cfg, TOKENIZER)
+    train = corpus.read(cfg, TOKENIZER).train
     batch, model = train.batch(0, 8), tiny_model(n_layers=1, context_length=32)
     with torch.no_grad():
         logits = model(batch.tokens[:, :-1]).double().log_softmax(-1)
@@ -97,7 +98,7 @@ def test_document_masks_hide_the_document_before(tmp_path):
     cfg = config(tmp_path, data=str(tmp_path / "rows.jsonl"))
     model = tiny_model(context_length=32)
     for masks in (True, False):
-        _, train, _, _ = prepare_data(replace(cfg, document_masks=masks), None)
+        train = corpus.read(replace(cfg, document_masks=masks), None).train
         batch = train.batch(0, 8)
         changed = train.batch(0, 8)
         ends = (batch.tokens == TOKENIZER.endoftext).int()

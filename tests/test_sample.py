@@ -73,7 +73,7 @@ def test_a_prompt_read_in_pieces_gives_the_same_cache():
 @torch.no_grad()
 def test_positions_count_from_the_first_real_token():
     model, turned = tiny(), []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: turned.append(args[1]))
+    model.blocks[0].register_forward_pre_hook(lambda block, args: turned.append(args[1].cos))
     cache = KVCache(model.config, torch.tensor([0, 3]), 6, torch.float32)
     model(torch.ones(2, 5, dtype=torch.long), cache=cache)
     model(torch.ones(2, 1, dtype=torch.long), cache=cache)

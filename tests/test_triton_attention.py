@@ -108,6 +108,25 @@ def test_any_intervals_of_keys_are_served_and_rows_without_keys_give_exact_zeros
     assert not (out[blind].any() or dq[blind].any() or dk[unseen].any() or dv[unseen].any())
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([21, 17])])
+@pytest.mark.parametrize("Tq, Tk", [(21, 37), (37, 21), (1, 33)])
+def test_the_keys_of_another_text_are_seen_up_to_its_length(Tq, Tk, lengths):
+    given = {"causal": False, "lengths": None if lengths is None else lengths.to(DEVICE)}
+    assert_same(lambda *x: kernels.attention(*x, **given),
+                lambda *x: kernels.attention_reference(*x, **given),
+                *inputs(2, Tq, 2, 1, 6, keys=Tk))
+
+
+def test_the_prompt_of_a_prefix_model_sees_all_of_itself():
+    starts, T = torch.tensor([0, 7], device=DEVICE), 19
+    q, k, v = inputs(2, T, 2, 1, 4)
+    out = kernels.decode_attention(q, k, v, starts, T, causal=False)
+    for b, start in enumerate(starts.tolist()):
+        alone = [x[b:b + 1, start:] for x in (q, k, v)]
+        expected = kernels.attention_reference(*alone, causal=False)
+        torch.testing.assert_close(out[b, start:], expected[0])
+
+
 def test_views_are_served_where_they_lie():
     """q, k, v as slices of one projection, and as (B, heads, T, C) seen from the side."""
     joint = normal(2, 19, 6, 8, device=DEVICE)
