@@ -207,6 +207,8 @@ def main(cfg: Config) -> dict:
         else:
             source = train if step < anneal_from(cfg) else read.anneal
             batches = [source.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
+        if step in (copy_steps(cfg), anneal_from(cfg)):
+            run.history.clear()                    # losses of other text are no measure of a spike
         batches = [batch.to(run.device) for batch in batches]
         n_targets = sum(batch.n_targets for batch in batches)
         figures = {"loss": 0.0}

@@ -5,17 +5,19 @@ The plumbing every training script shares, so that a script can be about its alg
     run = start(cfg, "sft")               device, precision, ranks, seed, output folder, metrics
     run.track(model=model, optimizer=optimizer)            what a checkpoint holds; resumes
     for step in run.steps(cfg.steps):                      progress bar; Ctrl-C saves and exits
-        run.backward(loss, step)                           a NaN stops here
-        grad_norm = run.update(optimizer, lr)              clip, step, zero
+        run.backward(loss, step)
+        grad_norm = run.update(optimizer, lr)              clip, step, zero; skips what does harm
         run.log(step, loss=loss, tokens=n)                 metrics.jsonl
-        run.checkpoint(step)                               atomic; the last two and the best stay
+        run.checkpoint(step)                               atomic, written while training goes on
     run.finish(model, tokenizer)                           the model folder and curves.png
 
 Nothing here knows about losses or data. The folder it writes is described in README.md.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -26,9 +28,11 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import kernels
@@ -44,10 +49,12 @@ from muon import Muon
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP_CHECKPOINTS = 2
+MAX_SKIPPED = 20                # updates in a row; fp16's loss scale falls from 2^16 below 1 in 17
+SPIKE, SPIKE_WINDOW = 5.0, 100  # is_spike
 UNITS = {"loss": "nats", "val_loss": "nats per token", "kl": "nats per response", "lr": "per step",
          "tokens": "tokens", "tokens_per_s": "tokens/s", "entropy": "nats per token",
          "logp_chosen": "nats per response", "logp_rejected": "nats per response",
-         "response_tokens": "tokens"}
+         "response_tokens": "tokens", "skipped": "updates so far"}
 
 
 # ---------------------------------------------------------------------- the command line
@@ -88,7 +95,7 @@ def command_line(main: Callable, Config: type, description: str) -> None:
     cfg = parse(Config, description=description)
     try:
         main(cfg)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
@@ -114,6 +121,21 @@ def warmup_stable_decay(step: int, steps: int, peak: float, warmup: int = 0,
 def linear_decay(step: int, steps: int, peak: float) -> float:
     """From `peak` at step 0 to 0 after the last step."""
     return peak * (1 - step / steps)
+
+
+def is_spike(loss: float, norm: float, recent: list[tuple[float, float]]) -> bool:
+    """Whether a loss rises above the median of the recent ones SPIKE times as far as the highest
+    of them, and its gradient is SPIKE times as long as their longest.
+
+    recent: (loss, gradient norm) of the last SPIKE_WINDOW updates; with fewer nothing is a spike.
+    Measured against extremes, not a standard deviation: losses have heavy tails, and a hard batch
+    is worth learning from.
+    """
+    if len(recent) < SPIKE_WINDOW:
+        return False
+    losses, norms = zip(*recent)
+    median = statistics.median(losses)
+    return loss - median > SPIKE * (max(losses) - median) and norm > SPIKE * max(norms)
 
 
 def adamw(model: nn.Module, lr: float, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -198,7 +220,12 @@ class Run:
         self.first_step, self.step, self.tokens, self.tracked = 0, 0, 0, {}
         self.pending: dict[str, list] = {}            # logged since the last row of metrics.jsonl
         self.last: dict[str, float] = {}              # the newest value of every figure
-        self.interrupted = False
+        self.loss, self.updated = torch.zeros((), device=self.device), True    # since an update
+        self.history: dict[str, dict] = {}            # of each optimizer, for skips()
+        self.skipped = 0                              # updates so far
+        self.interrupted = 0                          # the signal
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.saved_step = -1                          # that self.writing is about
         self.started = self.last_row = time.perf_counter()
         self.claim_folder()
 
@@ -230,12 +257,12 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
 
-    def mean_over_ranks(self, value: float | list[float]) -> float | list[float]:
+    def mean_over_ranks(self, value: float | list[float] | Tensor) -> float | list[float]:
         """DDP averages gradients over ranks: a summed loss divided by the mean number of target
         tokens per rank is, after that average, divided by the number of all."""
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return value.tolist() if isinstance(value, Tensor) else value
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
@@ -255,9 +282,12 @@ class Run:
     # ---- the loop
 
     def steps(self, total: int) -> Iterator[int]:
-        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, exit."""
+        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, exit (1 or 0).
+
+        Raises what went wrong with writing a checkpoint at the end of the step it is known in.
+        """
         def interrupt(signum, frame):
-            self.interrupted = True
+            self.interrupted = self.interrupted or signum
         handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=total, initial=self.first_step, desc=self.name, unit="step",
                         disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5)
@@ -266,43 +296,75 @@ class Run:
             for step in range(self.first_step, total):
                 yield step
                 self.bar.update()
-                if self.mean_over_ranks(self.interrupted):      # all ranks stop at the same step
-                    self.save_checkpoint(step + 1)
-                    self.barrier()
-                    raise SystemExit(f"{self.name}: stopped after step {step}; everything is saved "
-                                     f"in {self.out}, --resume goes on from there")
+                failed = self.writing and self.writing.done() and self.writing.exception()
+                if self.mean_over_ranks(bool(self.interrupted or failed)):
+                    self.save_checkpoint(step + 1)              # all ranks, at the same step
+                    self.written()
+                    message = (f"stopped after step {step}; everything is saved in {self.out}, "
+                               "--resume goes on from there")
+                    if self.interrupted == signal.SIGINT:
+                        raise SystemExit(f"{self.name}: {message}")
+                    self.say(message)                           # a scheduler's SIGTERM: exit code 0
+                    raise SystemExit(0)
         finally:
             self.bar.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
     def backward(self, loss: Tensor, step: int) -> None:
-        """Back-propagate; a loss that is not finite stops the run before it can do harm."""
+        """Back-propagate; the losses until the next update add up to the one it is judged by."""
         self.step = step
-        self.check_finite("loss", loss)
+        self.loss = loss.detach().float() + (0 if self.updated else self.loss)
+        self.updated = False
         self.scaler.scale(loss).backward()
 
-    def check_finite(self, name: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
-            kept = newest_checkpoint(self.out)
-            raise FloatingPointError(
-                f"step {self.step}: the {name} is {value.item()}; nothing was updated. "
-                f"{f'{kept} is the last good checkpoint' if kept else 'No checkpoint was made yet'}"
-                "; try a lower --lr or --dtype float32")
-
     def update(self, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> Tensor:
-        """Clip to max_norm, set the learning rate, step, zero. Returns the norm before clipping."""
+        """Clip to max_norm, set the learning rate, step, zero. Returns the norm before clipping.
+
+        An update that would do harm is skipped: weights and optimizer stay as they are. Raises
+        FloatingPointError when that was the MAX_SKIPPED-th in a row.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        if not self.scaler.is_enabled():              # which skips such a step and lowers its scale
-            self.check_finite("gradient norm", grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if not self.skips(optimizer, grad_norm):
+            self.scaler.step(optimizer)
+        self.scaler.update()                                  # after an overflow: a lower scale
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def skips(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> bool:
+        """Whether the loss or the gradient is not finite or spikes: the same on all ranks, whose
+        losses are averaged as DDP does gradients. The only place where a step waits for the GPU."""
+        self.updated = True
+        loss, norm = self.mean_over_ranks(torch.stack([self.loss, grad_norm.float()]))
+        name = next((n for n, part in self.tracked.items() if part is optimizer), "")
+        seen = self.history.setdefault(name, {"recent": [], "in_a_row": 0})
+        if not math.isfinite(loss):
+            why = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            why = f"the gradient norm is {norm}"
+        elif is_spike(loss, norm, seen["recent"]):
+            why = f"the loss leaps to {loss:.3g}, the gradient norm to {norm:.3g}"
+        else:
+            seen["recent"] = [*seen["recent"], (loss, norm)][-SPIKE_WINDOW:]
+            seen["in_a_row"] = 0
+            return False
+        self.skipped += 1
+        seen["in_a_row"] += 1
+        if seen["in_a_row"] >= MAX_SKIPPED:
+            self.written()
+            raise FloatingPointError(f"step {self.step}: {why}, and {MAX_SKIPPED} updates in a row "
+                                     f"were skipped for the like; {self.way_back()}")
+        self.say(f"step {self.step}: {why}; this update is skipped")
+        return True
+
+    def way_back(self) -> str:
+        kept = newest_checkpoint(self.out)
+        return (f"{f'{kept} is the last good checkpoint' if kept else 'No checkpoint was made yet'}"
+                "; try a lower --lr or --dtype float32")
 
     def due(self, step: int, every: int) -> bool:
         """True every `every` steps and after the last one."""
@@ -312,6 +374,8 @@ class Run:
         """Add this step's figures; every log_every steps their means become a row of metrics.jsonl.
 
         tokens: how many tokens this rank processed in this step (the row has the total so far).
+        After the first skipped update rows have `skipped`, how many there were so far; a mean then
+        leaves out what is not finite.
         """
         self.tokens += tokens * self.world_size
         self.pending.setdefault("tokens", []).append(tokens * self.world_size)
@@ -321,8 +385,12 @@ class Run:
         if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
             return
         now, interval_tokens = time.perf_counter(), sum(self.pending.pop("tokens"))
-        means = [sum(map(float, values)) / len(values) for values in self.pending.values()]
-        row = {"step": step, **dict(zip(self.pending, self.mean_over_ranks(means)))}
+        keep = math.isfinite if self.skipped > self.last.get("skipped", 0) else lambda value: True
+        values = [[v for v in map(float, values) if keep(v)] for values in self.pending.values()]
+        sums, counts = (self.mean_over_ranks([float(of(v)) for v in values]) for of in (sum, len))
+        row = {"step": step, **{k: s / n for k, s, n in zip(self.pending, sums, counts) if n}}
+        if self.skipped:
+            row["skipped"] = self.skipped
         if interval_tokens:
             row |= {"tokens": self.tokens, "tokens_per_s": interval_tokens / (now - self.last_row)}
         self.pending, self.last_row = {}, now
@@ -336,22 +404,36 @@ class Run:
     # ---- checkpoints
 
     def track(self, **parts) -> None:
-        """Name what a checkpoint holds (things with state_dict); with --resume load the newest.
+        """Name what a checkpoint holds (things with state_dict); with --resume load the newest
+        that is whole.
 
-        Raises ValueError when that checkpoint is damaged or holds other shapes or parts.
+        Raises ValueError when there are checkpoints but all are damaged, or when the newest whole
+        one holds other shapes or parts.
         """
         self.tracked = parts
-        if self.cfg.resume and (folder := newest_checkpoint(self.out)):
-            self.load_checkpoint(folder)
+        damaged = []
+        for folder in reversed(checkpoints(self.out)) if self.cfg.resume else ():
+            try:
+                state = read_checkpoint(folder)
+            except ValueError as error:
+                self.say(f"{error}; going back to the checkpoint before it")
+                damaged.append(str(error))
+                continue
+            self.load_checkpoint(folder, state)
             self.say(f"going on from step {self.first_step} ({folder})")
+            break
+        else:
+            if damaged:
+                raise ValueError(f"no checkpoint is whole: {'; '.join(damaged)}; give --overwrite "
+                                 "to start afresh, or another --out")
         metrics = self.out / "metrics.jsonl"
         if self.rank == 0 and metrics.exists():       # rows after the checkpoint will come again
             rows = [r for r in metrics.read_text().splitlines(keepends=True)
                     if r.endswith("\n") and json.loads(r)["step"] < self.first_step]
-            metrics.write_text("".join(rows))
+            metrics.with_suffix(".tmp").write_text("".join(rows))
+            metrics.with_suffix(".tmp").replace(metrics)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        state = read_checkpoint(folder)
+    def load_checkpoint(self, folder: Path, state: dict) -> None:
         for name, part in self.tracked.items():
             weights = folder / f"{name}.safetensors"
             try:
@@ -360,8 +442,9 @@ class Run:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
                                  f"the options the run was started with ({error})") from error
-        self.first_step, self.tokens = state["step"], state["tokens"]
-        self.pending, self.last = state["pending"], state["last"]
+        self.first_step, self.tokens, self.last = state["step"], state["tokens"], state["last"]
+        self.pending = state["pending"][self.rank % len(state["pending"])]
+        self.history, self.skipped = state["history"], state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
 
@@ -371,48 +454,82 @@ class Run:
             self.save_checkpoint(step + 1)
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Write checkpoints/step_N whole or not at all: temporary folder, fsync, rename."""
-        if self.rank != 0:
+        """Copy everything to CPU memory; a thread writes it to the disk while training goes on.
+
+        Raises what went wrong with the checkpoint before this one, as written() does.
+        """
+        self.written()
+        pending = [{name: [float(v) for v in values] for name, values in self.pending.items()}]
+        if self.world_size > 1:                               # each rank has figures of its own
+            mine, pending = pending[0], [{}] * self.world_size
+            dist.all_gather_object(pending, mine)
+        if self.rank != 0 or self.saved_step == steps_done:
             return
-        final = self.out / "checkpoints" / f"step_{steps_done:06d}"
+        state = {"step": steps_done, "tokens": self.tokens, "last": self.last, "pending": pending,
+                 "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
+                 "history": self.history, "skipped": self.skipped,
+                 "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
+        copy = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+        self.writing = self.writer.submit(self.write_checkpoint, copy)
+        self.saved_step = steps_done
+
+    def written(self) -> None:
+        """Wait until the last checkpoint is on the disk; on all ranks, at the same point.
+
+        Raises, on all of them, what went wrong with it: OSError (a full disk, say), or
+        FloatingPointError when weights are not finite.
+        """
+        error = self.writing and self.writing.exception()
+        if self.mean_over_ranks(error is not None):
+            raise error or OSError("rank 0 could not write its checkpoint, and says why")
+
+    def write_checkpoint(self, state: dict) -> None:
+        """checkpoints/step_N, whole or not at all: temporary folder, fsync, rename, fsync."""
+        final = self.out / "checkpoints" / f"step_{state['step']:06d}"
         folder = final.with_name(final.name + ".tmp")
-        for old in (folder, final):
-            shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(parents=True)
-        modules = {n: p for n, p in self.tracked.items() if isinstance(p, nn.Module)}
-        for name, module in modules.items():
-            weights = {n: w.detach().cpu().contiguous() for n, w in module.state_dict().items()}
-            safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
-        pending = {name: [float(v) for v in values] for name, values in self.pending.items()}
-        torch.save({"step": steps_done, "tokens": self.tokens, "last": self.last,
-                    "pending": pending, "rng": torch.get_rng_state(),
-                    "scaler": self.scaler.state_dict(),
-                    "parts": {n: p.state_dict() for n, p in self.tracked.items()
-                              if n not in modules}}, folder / "state.pt")
-        meta = {"step": steps_done, "val_loss": self.last.get("val_loss"),
-                "config": dataclasses.asdict(self.cfg), "parents": self.parents,
-                "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
-        for file in [*folder.iterdir(), folder]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        weights = {n: state["parts"].pop(n) for n, part in self.tracked.items()
+                   if isinstance(part, nn.Module)}
+        if not all(w.isfinite().all() for part in weights.values() for w in part.values()):
+            raise FloatingPointError(f"after step {state['step'] - 1} the weights are not finite; "
+                                     f"{self.way_back()}")
+        with room_for(folder, tree_leaves([weights, state])):
+            for left in final.parent.glob("*.tmp"):           # by a run that was killed
+                shutil.rmtree(left)
+            folder.mkdir(parents=True)
+            for name, part in weights.items():
+                safetensors.torch.save_file({n: w.contiguous() for n, w in part.items()},
+                                            folder / f"{name}.safetensors")
+            torch.save(state, folder / "state.pt")
+            meta = {"step": state["step"], "val_loss": state["last"].get("val_loss"),
+                    "config": dataclasses.asdict(self.cfg), "parents": self.parents,
+                    "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
+            (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+            for path in (*folder.iterdir(), folder, *self.out.glob("*.json*")):
+                fsync(path)                                   # with the rows it goes on from
+        shutil.rmtree(final, ignore_errors=True)              # a damaged one of the same step
         folder.rename(final)
+        for path in (final.parent, self.out):                 # the names are on the disk, too
+            fsync(path)
         prune_checkpoints(self.out)
 
     def finish(self, model: nn.Module, tokenizer, result: dict | None = None) -> dict:
-        """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s."""
+        """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s.
+
+        Raises OSError when the disk is full, and what written() raises.
+        """
+        self.written()
         rows = read_metrics(self.out)
         speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
         result = {"minutes": (time.perf_counter() - self.started) / 60,
                   "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
         if self.rank == 0:
             plot_curves(rows, self.out / "curves.png", self.name)
-            model_module.save_model(
-                self.out, model, tokenizer, stage=self.name, config=dataclasses.asdict(self.cfg),
-                parents=self.parents, seed=self.cfg.seed, result=result,
-                versions={"python": sys.version.split()[0], "torch": torch.__version__,
-                          "numpy": np.__version__})
+            with room_for(self.out / "model.safetensors.tmp", list(model.parameters())):
+                model_module.save_model(
+                    self.out, model, tokenizer, stage=self.name, parents=self.parents,
+                    config=dataclasses.asdict(self.cfg), seed=self.cfg.seed, result=result,
+                    versions={"python": sys.version.split()[0], "torch": torch.__version__,
+                              "numpy": np.__version__})
         self.barrier()
         return result
 
@@ -427,37 +544,74 @@ def parents(cfg) -> dict[str, str]:
     return {folder: sha256(Path(folder) / "model.safetensors") for folder in folders_read(cfg)}
 
 
+@contextlib.contextmanager
+def room_for(path: Path, parts: list) -> Iterator[None]:
+    """Write the tensors among `parts` to `path` or nothing: an error removes what is there of it.
+
+    Raises OSError with sizes and the way out when the disk is full, else the error itself.
+    """
+    try:
+        yield
+    except Exception as error:                 # torch and safetensors raise their own for this
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        if free > size and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"{path}: no space left on the disk; {size / 1e6:.1f} MB are needed, "
+                      f"{free / 1e6:.1f} MB are free. What was saved before is still there: "
+                      "make room, then go on with --resume") from error
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in a model folder, damaged ones too, in the order of their steps."""
+    folders = Path(out).glob("checkpoints/step_*")
+    return sorted((f for f in folders if f.name[5:].isdecimal()), key=lambda f: int(f.name[5:]))
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint; {} when it cannot be read."""
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint with the most steps in a model folder."""
-    return max(Path(out).glob("checkpoints/step_*[0-9]"), default=None)
+    """The checkpoint with the most steps whose meta.json can be read."""
+    return next(filter(read_meta, reversed(checkpoints(out))), None)
 
 
 def prune_checkpoints(out: Path) -> None:
-    """Keep the newest KEEP_CHECKPOINTS and the one with the lowest validation loss."""
-    folders = sorted(Path(out).glob("checkpoints/step_*[0-9]"))
-    losses = {f: json.loads((f / "meta.json").read_text())["val_loss"] for f in folders}
+    """Keep the newest KEEP_CHECKPOINTS and the one with the lowest validation loss. What has no
+    readable meta.json is neither counted nor removed."""
+    losses = {f: meta.get("val_loss") for f in checkpoints(out) if (meta := read_meta(f))}
     scored = {f: loss for f, loss in losses.items() if loss is not None}
     best = min(scored, key=scored.get, default=None)
-    for folder in folders[:-KEEP_CHECKPOINTS]:
-        if folder != best:
-            shutil.rmtree(folder)
+    for folder in list(losses)[:-KEEP_CHECKPOINTS]:
+        if folder != best:                        # a kill in between must not leave half of it
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))
 
 
 def read_checkpoint(folder: Path) -> dict:
     """state.pt of a checkpoint. Raises ValueError when a file is not what was written."""
-    try:
-        checksums = json.loads((folder / "meta.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        checksums = {"meta.json": "unreadable"}
+    checksums = read_meta(folder).get("sha256", {"meta.json": "unreadable"})
     for name, checksum in checksums.items():
         if not (folder / name).exists() or sha256(folder / name) != checksum:
-            raise ValueError(f"{folder / name} is damaged (its checksum differs); "
-                             f"remove {folder} to go on from the checkpoint before it")
+            raise ValueError(f"{folder / name} is damaged (its checksum differs)")
     return torch.load(folder / "state.pt", weights_only=True)
 
 
 def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------- metrics and pictures

@@ -510,6 +510,27 @@ def test_beta_and_the_curve_survive_a_checkpoint(tmp_path):
         assert [row[name] for row in rows] == [row[name] for row in whole], name
 
 
+def test_a_bad_mini_batch_is_skipped_for_actor_and_critic_and_the_others_count(monkeypatch,
+                                                                               tmp_path):
+    """8 prompts in two mini-batches, two epochs: four updates of each model, of which one is bad"""
+    calls, optimizers, loss, adamw = [], [], train_ppo.ppo_loss, training.adamw
+
+    def broken(*args):
+        calls.append(1)
+        actor_loss, *rest = loss(*args)
+        return actor_loss * (math.nan if len(calls) == 2 else 1), *rest
+    monkeypatch.setattr(train_ppo, "ppo_loss", broken)
+    monkeypatch.setattr(training, "adamw", lambda *args, **options: (
+        optimizers.append(adamw(*args, **options)), optimizers[-1])[1])
+    train_ppo.main(config(tmp_path, steps=1, batch_size=8, minibatch_size=4, epochs=2))
+    assert len(calls) == 4 and len(optimizers) == 2
+    for optimizer in optimizers:
+        assert {state["step"].item() for state in optimizer.state.values()} == {3}
+    (row,) = training.read_metrics(tmp_path / "ppo")
+    assert row["skipped"] == 2 and "reward" in row
+    assert all(math.isfinite(value) for value in row.values())
+
+
 def test_optimizers_are_those_of_the_n_plus_paper(monkeypatch, tmp_path):
     made = []
     real = training.adamw

@@ -155,10 +155,14 @@ def test_text_shorter_than_a_window_is_an_error_that_names_the_option(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_no_model(tmp_path):
     with pytest.raises(ValueError, match="learning rate: nan"):
         train_pretrain.main(config(tmp_path, lr=math.nan))
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan.*lower --lr"):
-        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))
+    with pytest.raises(FloatingPointError, match="step 20: the loss is nan, and 20 updates in a row"
+                                                 ".*No checkpoint was made yet; try a lower --lr"):
+        train_pretrain.main(config(tmp_path, lr=math.inf, steps=30, overwrite=True))
+    with pytest.raises(FloatingPointError, match="after step 2 the weights are not finite"):
+        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))     # 3 steps: too few
     assert not (tmp_path / "base" / "config.json").exists()
-    assert len(training.read_metrics(tmp_path / "base")) == 1    # step 0 was still fine
+    rows = training.read_metrics(tmp_path / "base")
+    assert "loss" in rows[0] and not any("loss" in row for row in rows[1:])    # 0 was still fine
 
 
 def test_a_folder_with_a_model_in_it_is_not_overwritten_unasked(tmp_path):
@@ -189,6 +193,13 @@ def test_copying_comes_first_and_text_follows(tmp_path):
     rows = training.read_metrics(tmp_path / "base")
     random_targets, text_targets = (rows[i + 1]["tokens"] - rows[i]["tokens"] for i in (0, 5))
     assert random_targets == 16 * 32 and text_targets == 8 * 32       # a sixth of the steps copies
+
+
+def test_the_losses_of_text_are_not_held_against_those_of_copying(tmp_path, monkeypatch):
+    known = []
+    monkeypatch.setattr(training, "is_spike", lambda loss, norm, recent: known.append(len(recent)))
+    train_pretrain.main(config(tmp_path, steps=12, copy_steps=250))
+    assert known == [0, 1, *range(10)]                                # 2 steps copy, 10 read text
 
 
 def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_path):
