@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import corpus
 import data
 import evaluate
+import forecast
 import objectives
 import training
 from model import (
@@ -161,10 +162,10 @@ def main(cfg: Config) -> dict:
     model, own_tokenizer = load_model(cfg.init, run.device, run.dtype,
                                       context_length=cfg.context_length,
                                       any_architecture=True) if cfg.init else (None, None)
-    tokenizer = own_tokenizer
-    if cfg.resume and (run.out / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(run.out)                # the one that the checkpoint counts on
-    read = corpus.read(cfg, tokenizer)
+    if cfg.resume and (run.out / "tokenizer.json").exists():       # that of the checkpoint
+        read = corpus.read(replace(cfg, new_words=0), Tokenizer.load(run.out))
+    else:
+        read = corpus.read(cfg, own_tokenizer)
     tokenizer, train, [val, *_] = read.tokenizer, read.train, read.vals.values()
     if run.rank == 0:
         tokenizer.save(run.out)
@@ -195,6 +196,14 @@ def main(cfg: Config) -> dict:
             f"{sum(len(part.tokens) for part in read.trains.values()) / 1e6:.2f}M training tokens, "
             f"{read.bytes_per_token:.2f} bytes per token; validation loss to beat: "
             f"unigram {unigram:.2f}" + f", bigram {bigram:.2f} nats" * causal)
+
+    n_read = cfg.steps * cfg.grad_accum * cfg.batch_size * length
+    run.peak = forecast.matmul_peak(run.device, run.dtype)
+    run.flops_per_token = model.config.flops_per_token(length)
+    if cfg.architecture == "encoder_decoder":
+        run.flops_per_token /= 2                           # which counts one token in each stack
+    run.say(forecast.check(model, cfg.optimizer, cfg.batch_size, n_read, run.peak,
+                           forecast.memory_of(run.device)))
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):

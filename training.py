@@ -223,6 +223,7 @@ class Run:
         self.loss, self.updated = torch.zeros((), device=self.device), True    # since an update
         self.history: dict[str, dict] = {}            # of each optimizer, for skips()
         self.skipped = 0                              # updates so far
+        self.flops_per_token, self.peak = 0.0, 1.0    # set by a stage that wants its MFU logged
         self.interrupted = 0                          # the signal
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.saved_step = -1                          # that self.writing is about
@@ -236,9 +237,11 @@ class Run:
 
     def claim_folder(self) -> None:
         """Refuse a folder with an earlier run in it unless told what to do with that run."""
-        if self.out.resolve() in [Path(folder).resolve() for folder in folders_read(self.cfg)]:
-            raise ValueError(f"--out {self.out} is a folder that this stage reads; "
-                             "give another one to write")
+        for name in ("init", "reward_model", "data", "anneal_data", "prompts", "tokenizer"):
+            for path in filter(None, getattr(self.cfg, name, "").split(",")):
+                if self.out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                    raise ValueError(f"--out {self.out} is or holds what this stage reads "
+                                     f"(--{name} {path}); give another one to write")
         if self.rank == 0:
             if self.out.is_dir() and any(self.out.iterdir()) and not self.cfg.resume:
                 if not self.cfg.overwrite:
@@ -393,6 +396,9 @@ class Run:
             row["skipped"] = self.skipped
         if interval_tokens:
             row |= {"tokens": self.tokens, "tokens_per_s": interval_tokens / (now - self.last_row)}
+        if self.flops_per_token:
+            row["mfu"] = (row["tokens_per_s"] / self.world_size * self.flops_per_token / self.peak)
+            row["memory_gb"] = peak_memory(self.device) / 1e9
         self.pending, self.last_row = {}, now
         self.last |= row
         if self.rank == 0:
@@ -532,6 +538,18 @@ class Run:
                               "numpy": np.__version__})
         self.barrier()
         return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most so far: allocated on the GPU, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                               # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def folders_read(cfg) -> list[str]:

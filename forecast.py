@@ -1,0 +1,112 @@
+"""
+What a training run will take, said before it starts: parameters, tokens, FLOPs, memory, time.
+
+    FLOPs    6 per matmul parameter and token, and attention (ModelConfig.flops_per_token)
+    memory   fp32 master weights, their gradients and the optimizer's state, the weights' copies in
+             the model's precision, and what the forward pass keeps for the backward pass
+    time     FLOPs / (the matmul speed measured here * the share of it that training reaches)
+
+Memory and time are estimates: memory within a fifth of what is kept (a test counts it), time within
+a factor of two, most of it in how far a small model stays below the speed of large matmuls.
+"""
+import os
+import time
+
+import torch
+from torch import nn
+
+from model import ModelConfig
+
+USUAL_MFU = 0.4                       # of the matmul peak, for a model that fills the machine
+
+
+def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
+                     checkpointing: bool = False, keeps_scores: bool = False) -> int:
+    """Bytes that the forward pass of rows * length tokens keeps for the backward pass.
+
+    element: bytes of a number in the residual stream. keeps_scores: attention probabilities are
+    kept, as on CPUs. Per token a block keeps the inputs and outputs of its two norms, queries,
+    keys, values and the output of attention (D each, fewer for grouped keys), the 2 F inputs of
+    SwiGLU and its F outputs; checkpointing keeps each block's input and makes the rest again, one
+    block at a time. encoder_decoder: rows * length tokens in each of the two.
+    """
+    D, heads, grouped = (config.d_model, config.n_heads * config.d_head,
+                         config.n_kv_heads * config.d_head)
+    attention = 2 * D + 2 * heads + 2 * grouped
+    scores = config.n_heads * length if keeps_scores else 0        # half of them if causal
+    mlp = 2 * D + 3 * config.d_ff
+    if config.n_experts:                               # inputs are gathered for each expert
+        mlp = 2 * D + (config.top_k + config.n_shared_experts) * (3 * config.d_expert + D)
+    block = attention + mlp + (scores if config.architecture == "encoder" else scores / 2)
+    kept = config.n_layers * block
+    if config.architecture == "encoder_decoder":
+        block += scores / 2 + attention + scores                   # across; the encoder sees all
+        kept = config.n_layers * (block + attention + mlp + scores / 2)
+    if checkpointing:
+        kept = config.n_layers * D * (2 if config.architecture == "encoder_decoder" else 1) + block
+    return int(rows * length * element * (kept + 3 * D))           # embedding, shift, last norm
+
+
+def state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype) -> int:
+    """Bytes of master weights, gradients and optimizer state in fp32 (AdamW: two numbers a weight,
+    Muon one), and of the weights cast to dtype where that is another one."""
+    n = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cast = 0 if dtype == torch.float32 else n * dtype.itemsize
+    return 4 * n + 4 * trained * (2 if optimizer == "muon" else 3) + cast
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
+    """FLOP/s of the best of three large square matmuls, the measure of MFU."""
+    n = n or (8192 if device.type == "cuda" else 1024)
+    a = torch.full((n, n), 0.01, device=device, dtype=dtype)       # no random numbers are taken
+    best = float("inf")
+    for _ in range(4):                                 # the first one warms up
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory there are in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def in_words(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: float,
+          memory: int) -> str:
+    """A sentence about the run, for the reader. tokens: read in the whole run by this rank; rows:
+    at once. Raises ValueError, naming the flags that help, when it cannot fit into `memory`."""
+    config, length = model.config, model.config.context_length
+    flops = config.flops_per_token(length) * tokens
+    state = state_bytes(model, optimizer, model.dtype)
+
+    def needed(checkpointing: bool) -> int:
+        return state + activation_bytes(config, rows, length, model.dtype.itemsize, checkpointing,
+                                        model.device.type == "cpu")
+
+    total = needed(model.gradient_checkpointing)
+    if total > memory:
+        advice = (f"a smaller --batch_size than {rows} with more --grad_accum, or a shorter "
+                  "--context_length")
+        if state > memory:
+            advice = "a smaller model (--d_model, --n_layers)"
+        elif needed(True) < memory:
+            advice = "--gradient_checkpointing"
+        raise ValueError(f"this run needs about {total / 1e9:.1f} GB ({state / 1e9:.1f} for "
+                         f"weights, gradients and optimizer, {(total - state) / 1e9:.1f} for "
+                         f"activations), but there are {memory / 1e9:.1f} GB: give {advice}")
+    return (f"{tokens / 1e6:.1f}M tokens to train on, {flops:.1e} FLOPs; about "
+            f"{in_words(flops / (peak * USUAL_MFU))} at {USUAL_MFU:.0%} of {peak / 1e12:.2f} "
+            f"TFLOP/s; {total / 1e9:.2f} GB of {memory / 1e9:.0f}")

@@ -1,0 +1,88 @@
+"""forecast.py: memory against what autograd really keeps, and what is refused."""
+import pytest
+import torch
+from tiny import tiny_model
+
+import forecast
+import training
+from model import ModelConfig, Transformer
+
+SIZES = {"vocab_size": 272, "d_model": 64, "n_layers": 3, "n_heads": 4, "context_length": 96}
+
+
+def kept_bytes(model, tokens, **inputs):
+    """Bytes of all tensors that the backward pass of this forward pass holds, parameters apart."""
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), x    # held: an address is not used again
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(tokens, targets=tokens, **inputs).sum()
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"d_ff": 512}, {"token_shift": True},
+                                     {"architecture": "encoder"}])
+def test_activations_are_what_autograd_keeps(changes):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES | changes))
+    tokens = torch.randint(256, (4, 96))
+    real = kept_bytes(model, tokens)
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True)
+    assert estimate == pytest.approx(real, rel=0.2)
+
+
+def test_activations_of_an_encoder_decoder_are_what_autograd_keeps():
+    model = Transformer(ModelConfig(**SIZES, architecture="encoder_decoder"))
+    tokens = torch.randint(256, (4, 96))
+    real = kept_bytes(model, tokens, source=tokens, source_lengths=torch.full((4,), 96))
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True)
+    assert estimate == pytest.approx(real, rel=0.25)
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_only():
+    config = ModelConfig(**SIZES | {"n_layers": 40})
+    whole = forecast.activation_bytes(config, 4, 96, 2)
+    assert forecast.activation_bytes(config, 4, 96, 2, checkpointing=True) < whole / 8
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_is_what_weights_gradients_and_optimizer_take(optimizer):
+    model = tiny_model(vocab_size=2, d_model=64)
+    chosen = training.pick_optimizer(optimizer, model, 1e-3, 0.0, torch.float32)
+    model(torch.ones(1, 4, dtype=torch.long)).sum().backward()
+    chosen.step()
+    real = sum(p.numel() * 8 for p in model.parameters()) + sum(
+        x.numel() * x.element_size() for state in chosen.state.values() for x in state.values()
+        if isinstance(x, torch.Tensor) and x.dim())
+    assert forecast.state_bytes(model, optimizer, torch.float32) == pytest.approx(real, rel=0.02)
+
+
+def test_the_peak_is_at_least_what_a_matmul_reaches_now():
+    peak = forecast.matmul_peak(torch.device("cpu"), torch.float32, 256)
+    assert 1e8 < peak < 1e15
+    assert forecast.memory_of(torch.device("cpu")) > 1e8
+
+
+def test_a_run_is_described_in_tokens_flops_memory_and_time():
+    model = Transformer(ModelConfig(**SIZES))
+    flops = model.config.flops_per_token(96) * 1e6
+    said = forecast.check(model, "adamw", 4, 1e6, 1e9, 2**34)
+    assert f"1.0M tokens to train on, {flops:.1e} FLOPs" in said
+    assert f"about {flops / 0.4e9 / 60:.0f} minutes at 40% of 0.00 TFLOP/s" in said
+
+
+@pytest.mark.parametrize("memory, rows, checkpointing, advice", [
+    (1_000_000, 4, False, "a smaller model .--d_model"),
+    (30_000_000, 16, False, "--gradient_checkpointing"),
+    (30_000_000, 10**4, False, "a smaller --batch_size than 10000"),
+    (30_000_000, 400, True, "a smaller --batch_size than 400")])
+def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, checkpointing, advice):
+    model = Transformer(ModelConfig(**SIZES))
+    model.gradient_checkpointing = checkpointing
+    with pytest.raises(ValueError, match=f"needs about .* but there are .* GB: give {advice}"):
+        forecast.check(model, "adamw", rows, 1e6, 1e12, memory)
+    forecast.check(model, "adamw", rows, 1e6, 1e12, 2**40)
