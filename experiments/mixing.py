@@ -1,0 +1,85 @@
+"""
+Two corpora, one of them small: what do their shares in training decide? The embedded world speaks
+English without end, and Bearish, of which only 600 short texts exist.
+
+  together    p_i ~ n_i^alpha (004): at alpha 1 the model hardly meets Bearish, at 0 it reads it
+              over and over and English half as often
+  later       an English model goes on with Bearish (continued pretraining, 003): warmed up again to
+              the same learning rate or to a quarter of it, with or without a share of English to
+              replay. What it learns, and what it forgets
+
+    python experiments/mixing.py               # 12 minutes on two cores; results/mixing.png
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+import train_pretrain
+import training
+
+ALPHAS = 1.0, 0.5, 0.3, 0.0
+LATER = {"same rate, no replay": (1.0, "1,0"), "a quarter, no replay": (0.25, "1,0"),
+         "same rate, 20 % replay": (1.0, "0.8,0.2"), "a quarter, 20 % replay": (0.25, "0.8,0.2")}
+LR = train_pretrain.Config.lr
+
+
+def train(out: Path, **options) -> dict:
+    """A run, or the result of the same run before."""
+    cfg = train_pretrain.Config(out=str(out), save_every=0, overwrite=True, **options)
+    result = train_pretrain.main(cfg)
+    print(f"{out.name:24s} English {result['val_loss/world']:.3f}, Bearish "
+          f"{result['val_loss/bearish']:.3f} nats per token", flush=True)
+    return result
+
+
+def draw(together: dict[float, dict], later: dict[str, list[dict]], file: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, label in (("world", "English (5.3M tokens)"), ("bearish", "Bearish (small)")):
+        left.plot(list(together), [found[f"val_loss/{name}"] for found in together.values()],
+                  marker="o", label=label)
+    left.set(title="together: shares n^alpha", xlabel="alpha", ylabel="validation loss (nats per "
+             "token)")
+    left.invert_xaxis()
+    for name, rows in later.items():
+        points = [(row["val_loss/bearish"], row["val_loss/world"]) for row in rows
+                  if "val_loss/world" in row]
+        right.plot(*zip(*points), marker=".", label=name)
+    right.set(title="later: what is learned and what is forgotten",
+              xlabel="Bearish, nats per token (training goes to the left)",
+              ylabel="English, nats per token")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600, help="of each run on both corpora")
+    parser.add_argument("--out", default="out/mixing", help="folder for the models")
+    parser.add_argument("--figure", default="results/mixing.png")
+    args = parser.parse_args()
+    out, steps = Path(args.out), args.steps
+    together = {alpha: train(out / f"alpha_{alpha}", data="world,bearish", alpha=alpha, steps=steps)
+                for alpha in ALPHAS}
+    train(out / "english", data="world,bearish", shares="1,0", steps=steps)
+    later = {}
+    for name, (rate, shares) in LATER.items():
+        folder = out / name.replace(" ", "_").replace(",", "").replace("%", "percent")
+        train(folder, init=str(out / "english"), data="bearish,world", shares=shares,
+              lr=rate * LR, steps=steps // 3, eval_every=steps // 24)
+        later[name] = training.read_metrics(folder)
+    draw(together, later, Path(args.figure))
+
+
+if __name__ == "__main__":
+    main()
