@@ -104,25 +104,24 @@ def corrupt_spans(tokens: np.ndarray, noise: np.ndarray, sentinels: np.ndarray, 
     """
     starts = noise & ~np.pad(noise, ((0, 0), (1, 0)))[:, :-1]
     sentinel = sentinels[starts.cumsum(1) - 1]
-    ends = np.full((len(tokens), 1), end), np.ones((len(tokens), 1), bool)
-    inputs = np.concatenate([np.where(starts, sentinel, tokens), ends[0]], 1)
-    kept = np.concatenate([~noise | starts, ends[1]], 1)
+    def ended(ids, chosen):
+        more = (0, 0), (0, 1)
+        return pack_left(np.pad(ids, more, constant_values=end),
+                         np.pad(chosen, more, constant_values=True), pad)
+
     pairs = np.stack([sentinel, tokens], 2).reshape(len(tokens), -1)       # sentinel, token, ...
     said = np.stack([starts, noise], 2).reshape(len(tokens), -1)
-    targets = np.concatenate([pairs, ends[0]], 1)
-    return (pack_left(inputs, kept, pad),
-            pack_left(targets, np.concatenate([said, ends[1]], 1), pad))
+    return ended(np.where(starts, sentinel, tokens), ~noise | starts), ended(pairs, said)
 
 
 def split_prefix(tokens: np.ndarray, end: int, pad: int,
                  rng: np.random.Generator) -> tuple[tuple, tuple]:
     """The S-denoiser: the beginning of each row is the input, the rest the target; any place to cut
     is equally likely. Shapes as those of corrupt_spans."""
-    (B, T), ends = tokens.shape, np.full((len(tokens), 1), end)
-    first = np.arange(T + 1) < rng.integers(1, T, (B, 1))
-    text = np.concatenate([tokens, ends], 1)
-    inputs = np.concatenate([tokens, ends], 1), first | (np.arange(T + 1) == T)
-    return pack_left(*inputs, pad), pack_left(text, ~first, pad)
+    (B, T), t = tokens.shape, np.arange(tokens.shape[1] + 1)
+    first = t < rng.integers(1, T, (B, 1))
+    text = np.pad(tokens, ((0, 0), (0, 1)), constant_values=end)
+    return pack_left(text, first | (t == T), pad), pack_left(text, ~first, pad)
 
 
 def ul2(tokens: np.ndarray, special: dict[str, int], sentinels: np.ndarray, end: int, pad: int,
@@ -142,16 +141,13 @@ def ul2(tokens: np.ndarray, special: dict[str, int], sentinels: np.ndarray, end:
             else:
                 noise = noise_spans(len(at), tokens.shape[1], option[1], option[0], rng)
                 pair = corrupt_spans(tokens[at], noise, sentinels, end, pad)
-            for row, *sides in zip(at, *(map(unpadded, *side) for side in pair)):
-                rows[row] = np.concatenate([[special[f"<|{name}|>"]], sides[0]]), sides[1]
+            for row, read, n_read, written, n_written in zip(at, *pair[0], *pair[1]):
+                rows[row] = [special[f"<|{name}|>"], *read[:n_read]], written[:n_written]
     return tuple(padded([pair[side] for pair in rows], pad) for side in (0, 1))
 
 
-def unpadded(row: np.ndarray, length: int) -> np.ndarray:
-    return row[:length]
-
-
-def padded(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: list, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> (B, T) right-padded, and their lengths."""
     lengths = np.array([len(row) for row in rows])
     out = np.full((len(rows), lengths.max()), pad, np.int64)
     for row, ids in zip(out, rows):
@@ -253,7 +249,6 @@ class Denoised:
             self.sentinels.append(special[name])
         if next_sentence:
             self.cuts = find_cuts(stream.tokens, sentence_ends(tokenizer), tokenizer.endoftext)
-
         self.tokens, self.context_length = stream.tokens, stream.context_length
 
     def __len__(self) -> int:

@@ -142,8 +142,18 @@ def anneal_from(cfg: Config) -> int:
     return round((1 - cfg.decay) * cfg.steps) if cfg.schedule == "wsd" else cfg.steps
 
 
+SIZES = ({field.name for field in fields(ModelConfig)} & {field.name for field in fields(Config)}
+         - {"vocab_size", "architecture"})             # what makes a new model; --init has its own
+
+
 def start_from(model: Transformer, cfg: Config) -> Transformer:
-    """A model from --init, under this run's architecture. Raises ValueError for another one."""
+    """A model from --init, under this run's architecture. Raises ValueError for another one, and
+    for sizes that were asked for and are not the model's."""
+    for name in sorted(SIZES):
+        asked, has = getattr(cfg, name), getattr(model.config, name)
+        if asked != has and asked != getattr(Config, name):
+            raise ValueError(f"--{name} {asked}, but the model in --init {cfg.init} has {has}; "
+                             "leave the option out, or train a new model without --init")
     if {model.config.architecture, cfg.architecture} <= {"decoder", "prefix"}:
         model.config.architecture = cfg.architecture               # the same weights
     if model.config.architecture != cfg.architecture or \
@@ -176,9 +186,9 @@ def main(cfg: Config) -> dict:
         if tokenizer != own_tokenizer:
             model = extend_vocabulary(model, own_tokenizer, tokenizer)
     else:
-        sizes = {field.name for field in fields(ModelConfig)} & vars(cfg).keys() - {"vocab_size"}
-        config = ModelConfig(tokenizer.vocab_size, n_segments=2 * cfg.next_sentence,
-                             **{name: getattr(cfg, name) for name in sizes})
+        config = ModelConfig(tokenizer.vocab_size, architecture=cfg.architecture,
+                             n_segments=2 * cfg.next_sentence,
+                             **{name: getattr(cfg, name) for name in SIZES})
         model = Transformer(config, run.dtype).to(run.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length, causal = model.config.context_length, cfg.objective == "causal"

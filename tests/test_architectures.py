@@ -376,7 +376,15 @@ def test_what_cannot_be_learned_is_refused_by_name(changes, named, tmp_path, cor
 def test_a_model_of_another_architecture_is_refused(tmp_path, corpus):
     folder = folder_of(tiny_model(architecture="encoder"), tmp_path / "encoder")
     with pytest.raises(ValueError, match="is an encoder with 0 segments; .* an encoder_decoder"):
-        train_pretrain.main(config(tmp_path, corpus, init=folder, objective="span"))
+        train_pretrain.main(config(tmp_path, corpus, init=folder, objective="span", n_layers=2))
+
+
+def test_sizes_that_the_given_model_does_not_have_are_refused(tmp_path, corpus):
+    folder = folder_of(tiny_model(), tmp_path / "start")
+    with pytest.raises(ValueError, match="--d_model 48, but the model in --init .* has 32"):
+        train_pretrain.main(config(tmp_path, corpus, init=folder, d_model=48, n_layers=2))
+    train_pretrain.main(config(tmp_path, corpus, init=folder, n_layers=2, n_heads=2, steps=1,
+                               overwrite=True))
 
 
 # ---------------------------------------------------------------------- what is measured
