@@ -9,6 +9,7 @@ from the batch. PPO's rollouts and evaluate.py use this engine too.
     python sample.py --init out/dpo                            # a chat in the terminal
     python sample.py --init out/dpo --prompt "Who lives in the old mill?"
     python sample.py --init out/pretrain --raw --prompt "One morning" --temperature 0.8
+    python sample.py --init out/span --fill "The bear ___ her hat on ___."     # or out/mlm, out/ul2
 """
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import objectives
 import training
 from data import left_pad
 from model import KVCache, Transformer, load_model
@@ -28,6 +30,7 @@ class Config:
     prompt: str = ""                  # answer this once and exit; empty: chat in the terminal
     system: str = ""                  # system message to start with
     raw: bool = False                 # continue the text as it is, without the chat template
+    fill: str = ""                    # fill the gaps ___ of this text (models of gaps, not chat)
     max_new_tokens: int = 128         # longest answer, in tokens
     temperature: float = 0.0          # 0: greedy; 1: the model's own distribution
     top_k: int = 0                    # sample among the k likeliest tokens; 0: all
@@ -135,6 +138,28 @@ def respond(model: Transformer, tokenizer, conversations: list[list[dict]], max_
             generate(model, prompts, max_new_tokens, stop, **options)]
 
 
+@torch.no_grad()
+def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) -> str:
+    """The text with its gaps ___ filled: by a token each from an encoder, by spans from a model
+    that was trained to write them. Raises ValueError for a model or a text without gaps."""
+    special, (first, *rest) = tokenizer.special, map(tokenizer.encode, text.split("___"))
+    encoder = model.config.architecture == "encoder"
+    gaps = [special.get("<|mask|>" if encoder else f"<|sentinel_{i}|>") for i in range(len(rest))]
+    if not rest or None in gaps:
+        raise ValueError(f"{len(gaps)} gaps in {text!r}: mark each with ___, and give a model that "
+                         "was trained on so many (train_pretrain.py --objective mlm, span or ul2)")
+    ids = first + [i for gap, part in zip(gaps, rest) for i in (gap, *part)]
+    if encoder:
+        tokens = torch.tensor([[tokenizer.endoftext, *ids]], device=model.device)
+        guesses = model(tokens)[0, 1:, :len(tokenizer.ranks)].argmax(-1).tolist()
+        return tokenizer.decode(guess if i == gaps[0] else i for i, guess in zip(ids, guesses))
+    mode = [special["<|R|>"]] if "<|R|>" in special else []
+    [written] = generate(model, [mode + ids + [tokenizer.end]], max_new_tokens, (tokenizer.end,))
+    borders = [i for name, i in special.items() if name.startswith(("<|sentinel_", "<|end|>"))]
+    spans = objectives.spans_said(written, borders)
+    return tokenizer.decode(j for i in ids for j in (spans.get(i, ()) if i in gaps else (i,)))
+
+
 def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
                  generator: torch.Generator) -> str:
     """Write the continuation of `prompt` to the terminal as it comes; returns it."""
@@ -153,8 +178,12 @@ def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
 
 def main(cfg: Config) -> None:
     device = training.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device))
+    model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device),
+                                  any_architecture=bool(cfg.fill))
     model.eval()
+    if cfg.fill:
+        print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
+        return
     generator = torch.Generator(device).manual_seed(cfg.seed)
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     if cfg.raw:

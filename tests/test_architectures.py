@@ -237,6 +237,43 @@ def test_rows_that_stop_take_their_source_with_them():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_masked_model_fills_gaps_with_a_token_each(tmp_path):
+    """It has learned one sentence by heart."""
+    file = tmp_path / "one.txt"
+    file.write_text("the cat sat on the mat. " * 200)
+    train_pretrain.main(config(tmp_path, file, objective="mlm", vocab_size=288, steps=100,
+                               d_model=64, n_heads=4, eval_windows=4))
+    model, tokenizer = load_model(tmp_path / "base", any_architecture=True)
+    assert " sat" in map(tokenizer.decode, ([i] for i in range(288)))
+    text = "the cat sat on the mat. the cat___ on the mat. the cat sat on the___."
+    assert sample.fill(model, tokenizer, text) == "the cat sat on the mat. " * 2 + \
+        "the cat sat on the mat."
+
+
+@pytest.mark.parametrize("objective", ["span", "ul2"])
+def test_gaps_become_sentinels_and_what_is_written_for_them_their_text(objective, monkeypatch):
+    tokenizer = objectives.with_special_tokens(TOKENIZER, objective, 40)
+    special, asked = tokenizer.special, []
+    one, two = special["<|sentinel_0|>"], special["<|sentinel_1|>"]
+    written = [one, *tokenizer.encode("sat"), two, *tokenizer.encode("a mat"), tokenizer.end]
+    monkeypatch.setattr(sample, "generate", lambda *arguments: asked.append(arguments) or [written])
+    model = tiny_model(architecture="encoder_decoder", vocab_size=tokenizer.vocab_size)
+    assert sample.fill(model, tokenizer, "it ___ on ___.", 20) == "it sat on a mat."
+    mode = [special["<|R|>"]] if objective == "ul2" else []
+    [prompt] = asked[0][1]
+    assert prompt == [*mode, *tokenizer.encode("it "), one, *tokenizer.encode(" on "), two,
+                      *tokenizer.encode("."), tokenizer.end]
+
+
+def test_texts_and_models_without_gaps_are_refused():
+    tokenizer = objectives.with_special_tokens(TOKENIZER, "span", 40)
+    model = tiny_model(architecture="encoder_decoder", vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match="0 gaps in 'no gap': mark each with ___"):
+        sample.fill(model, tokenizer, "no gap")
+    with pytest.raises(ValueError, match="1 gaps in .*trained on so many"):
+        sample.fill(tiny_model(), TOKENIZER, "a ___ gap")
+
+
 # ---------------------------------------------------------------------- what is refused
 
 def test_a_model_says_what_it_cannot_do(tmp_path):
