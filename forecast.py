@@ -109,4 +109,5 @@ def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: floa
                          f"activations), but there are {memory / 1e9:.1f} GB: give {advice}")
     return (f"{tokens / 1e6:.1f}M tokens to train on, {flops:.1e} FLOPs; about "
             f"{in_words(flops / (peak * USUAL_MFU))} at {USUAL_MFU:.0%} of {peak / 1e12:.2f} "
-            f"TFLOP/s; {total / 1e9:.2f} GB of {memory / 1e9:.0f}")
+            f"TFLOP/s, and {total / 1e9:.2f} of {memory / 1e9:.0f} GB for weights, optimizer and "
+            "activations")
