@@ -8,14 +8,15 @@ weight, gradient and optimizer state, and all of one block's weights only while 
     update     every rank steps its own part
 
 That is 3/2 of the bytes that DDP sends, for 1/n of the memory. A parameter is a DTensor then: the
-rows that this rank keeps, and where the others are. What needs whole matrices asks for them: Muon,
-a checkpoint, the finished model. Files are the same as without sharding, so that a run goes on on
-any number of ranks, sharded or not.
+rows that this rank keeps, and where the others are. Muon needs whole matrices, so each rank works
+on some. Rank 0 collects all there is, one tensor after the other, to write checkpoints and models:
+the same files as without sharding, so that a run goes on on any number of ranks, sharded or not.
 
 Weights are gathered in fp32. The copies in the model's precision are made at use and live until the
 backward pass, as they do without sharding; --gradient_checkpointing makes them again instead.
 """
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -69,10 +70,37 @@ def whole(t: Tensor) -> Tensor:
 
 
 def part(t: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of t, which all ranks have, sharded as `like` is."""
+    """A copy of this rank's part of t, which all ranks have, sharded as `like` is."""
     if not isinstance(like, DTensor) or t.shape != like.shape:     # AdamW counts steps in a scalar
         return t
-    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor]:
+    """f, which takes whole matrices (..., rows, columns) and keeps their shape, of parameters of
+    one shape.
+
+    If they are sharded by rows, n of them are worked on at a time, one by each of n ranks: it sends
+    its rows of matrix i to rank i, so that it has all rows of one matrix, and gets its rows of the
+    results in the same way. Experts are sharded too, but an expert's matrix is on one rank.
+    """
+    if not isinstance(same[0], DTensor):
+        return list(f(torch.stack(same)))
+    mesh, shape, mine = same[0].device_mesh, same[0].shape, [local(t) for t in same]
+    if len(shape) == 3:
+        results = [f(experts) for experts in mine]
+    else:
+        n, own, results = mesh.size(), len(mine[0]), []
+        rows = [len(c) for c in torch.empty(shape[0]).chunk(n)]    # of each rank
+        rows += [0] * (n - len(rows))
+        for first in range(0, len(mine), n):
+            some = [mine[min(i, len(mine) - 1)] for i in range(first, first + n)]  # the last again
+            one, back = mine[0].new_empty(shape), mine[0].new_empty(n * own, shape[1])
+            dist.all_to_all_single(one, torch.cat(some), rows, [own] * n, mesh.get_group())
+            dist.all_to_all_single(back, f(one).contiguous(), [own] * n, rows, mesh.get_group())
+            results += back.unflatten(0, (n, own))
+    return [DTensor.from_local(result, mesh, t.placements, shape=shape, stride=t.stride())
+            for result, t in zip(results, same)]
 
 
 def copied(tree, keep: bool):
@@ -94,8 +122,8 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
         own = target.state_dict()
         state = {name: part(t, own[name]) if name in own else t for name, t in state.items()}
     elif isinstance(target, torch.optim.Optimizer):        # which numbers its parameters in order
-        own = [p for group in target.param_groups for p in group["params"]]
-        state = state | {"state": {n: {key: part(value, own[n]).clone() if isinstance(value, Tensor)
-                                       else value for key, value in entries.items()}
-                                   for n, entries in state["state"].items()}}
+        own = dict(enumerate(p for group in target.param_groups for p in group["params"]))
+        state = state | {"state": {
+            n: tree_map_only(Tensor, lambda t, n=n: part(t, own[n]), entries)
+            for n, entries in state["state"].items()}}
     target.load_state_dict(state)
