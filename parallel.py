@@ -13,7 +13,10 @@ on some. Rank 0 collects all there is, one tensor after the other, to write chec
 the same files as without sharding, so that a run goes on on any number of ranks, sharded or not.
 
 Weights are gathered in fp32. The copies in the model's precision are made at use and live until the
-backward pass, as they do without sharding; --gradient_checkpointing makes them again instead.
+backward pass, as they do without sharding; --gradient_checkpointing makes them again instead. Every
+rank makes the whole model before it lets go of what is not its part: it must fit once, alone.
+
+    torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # or train_sft.py
 """
 import warnings
 from collections.abc import Callable
@@ -50,7 +53,8 @@ def shard(model: nn.Module) -> nn.Module:
     """Share the weights among all ranks, in place; every rank must hold the same ones.
 
     Gradients come out averaged over ranks, as DDP's do. A block is gathered and let go as one; the
-    embedding, the heads and the last norm stay from a forward pass to the end of the backward pass.
+    embedding, the heads and the last norm stay from a forward pass to the end of the next backward
+    pass, so that after a validation loss evaluate.masked_figures finds them.
     """
     warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
