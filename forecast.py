@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from model import ModelConfig
+from parallel import local
 
 USUAL_MFU = 0.4                       # of the matmul peak, for a model that fills the machine
 
@@ -49,10 +50,12 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
 
 def state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype) -> int:
     """Bytes of master weights, gradients and optimizer state in fp32 (AdamW: two numbers a weight,
-    Muon one), and of the weights cast to dtype where that is another one."""
-    n = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    cast = 0 if dtype == torch.float32 else n * dtype.itemsize
+    Muon one), of its own part only where they are sharded, and of the weights cast to dtype where
+    that is another one."""
+    n = sum(local(p).numel() for p in model.parameters())
+    trained = sum(local(p).numel() for p in model.parameters() if p.requires_grad)
+    cast = 0 if dtype == torch.float32 else dtype.itemsize * sum(
+        p.numel() for p in model.parameters())
     return 4 * n + 4 * trained * (2 if optimizer == "muon" else 3) + cast
 
 

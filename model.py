@@ -656,13 +656,16 @@ def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Tra
 
 # ---------------------------------------------------------------------- the model folder
 
-def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer, **record) -> None:
+def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer,
+               weights: dict[str, Tensor] | None = None, **record) -> None:
     """Write tokenizer.json, model.safetensors and, last, config.json = {"model": ..., **record}:
-    a folder with config.json is complete. Each file replaces the former one atomically."""
+    a folder with config.json is complete. Each file replaces the former one atomically. weights:
+    those of the model, where it has only a share of them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+    weights = {name: w.detach().cpu().contiguous()
+               for name, w in (weights or model.state_dict()).items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors.tmp")
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
     config = {"model": dataclasses.asdict(model.config), **record}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import Linear
+from parallel import matrixwise
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
@@ -62,7 +63,8 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
 
     def muon(self, params: list[Tensor]) -> list[Tensor]:
-        """Each parameter's step; matrices of one shape are made orthogonal together."""
+        """Each parameter's step; matrices of one shape are made orthogonal together, if they are
+        sharded one of them on each rank."""
         ahead: dict[tuple, list[Tensor]] = {}
         for p in params:
             state = self.state[p]
@@ -70,8 +72,9 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"].lerp_(p.grad, 1 - self.mu)
             ahead.setdefault(tuple(p.shape), []).append(p.grad.lerp(momentum, self.mu))
-        steps = {shape: iter(orthogonalize(torch.stack(same), self.dtype)
-                             * (0.2 * max(shape[-2:]) ** 0.5)) for shape, same in ahead.items()}
+        steps = {shape: iter(matrixwise(lambda G: orthogonalize(G, self.dtype)
+                                        * (0.2 * max(G.shape[-2:]) ** 0.5), same))
+                 for shape, same in ahead.items()}
         return [next(steps[tuple(p.shape)]) for p in params]
 
     def adamw(self, p: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ Differs from the document:
     python train_pretrain.py --data book.txt --tokenizer bytes --n_layers 4 --d_model 128
     python train_pretrain.py --objective mlm --next_sentence           # BERT; span: T5; ul2: UL2
     torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
+    torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # parallel.py
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -103,6 +104,7 @@ class Config:
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
+    shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
     log_every: int = 10               # steps between rows of metrics.jsonl
     eval_every: int = 300             # steps between validations
     eval_windows: int = 64            # validation windows, the same every time

@@ -57,6 +57,7 @@ class Config:
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
+    shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
     log_every: int = 10               # steps between rows of metrics.jsonl
     eval_every: int = 550             # steps between evaluations
     eval_examples: int = 200          # held-out examples answered at each evaluation

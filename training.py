@@ -40,11 +40,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import kernels
 import model as model_module
+import parallel
 from muon import Muon
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -211,6 +212,7 @@ class Run:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        parallel.check(cfg, self.dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.manual_seed(cfg.seed)
@@ -270,7 +272,10 @@ class Run:
         return (tensor / self.world_size).tolist()
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The callable to train through: `model`, compiled if asked for, in DDP under torchrun."""
+        """The callable to train through: `model`, compiled if asked for, in DDP under torchrun;
+        with --shard fsdp `model` itself, whose parameters an optimizer must take from here on."""
+        if getattr(self.cfg, "shard", "none") == "fsdp":
+            return parallel.shard(model)
         if self.cfg.compile:
             model = torch.compile(model)
         if self.world_size > 1:
@@ -327,9 +332,11 @@ class Run:
         An update that would do harm is skipped: weights and optimizer stay as they are. Raises
         FloatingPointError when that was the MAX_SKIPPED-th in a row.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]
+                      if p.grad is not None]
         self.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        grad_norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not self.skips(optimizer, grad_norm):
@@ -443,13 +450,16 @@ class Run:
         for name, part in self.tracked.items():
             weights = folder / f"{name}.safetensors"
             try:
-                part.load_state_dict(safetensors.torch.load_file(weights) if weights.exists()
-                                     else state["parts"][name])
+                parallel.load(part, safetensors.torch.load_file(weights) if weights.exists()
+                              else state["parts"][name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
                                  f"the options the run was started with ({error})") from error
         self.first_step, self.tokens, self.last = state["step"], state["tokens"], state["last"]
-        self.pending = state["pending"][self.rank % len(state["pending"])]
+        pending = state["pending"]                            # of each rank there was
+        self.pending = pending[self.rank] if len(pending) == self.world_size else {
+            name: [sum(v) / len(v) for v in zip(*(p[name] for p in pending))]
+            for name in pending[0]}
         self.history, self.skipped = state["history"], state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
@@ -460,7 +470,8 @@ class Run:
             self.save_checkpoint(step + 1)
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Copy everything to CPU memory; a thread writes it to the disk while training goes on.
+        """Copy everything to CPU memory, whole if it is sharded; a thread of rank 0 writes it to
+        the disk while training goes on.
 
         Raises what went wrong with the checkpoint before this one, as written() does.
         """
@@ -469,14 +480,15 @@ class Run:
         if self.world_size > 1:                               # each rank has figures of its own
             mine, pending = pending[0], [{}] * self.world_size
             dist.all_gather_object(pending, mine)
-        if self.rank != 0 or self.saved_step == steps_done:
+        if self.saved_step == steps_done:
             return
         state = {"step": steps_done, "tokens": self.tokens, "last": self.last, "pending": pending,
                  "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
                  "history": self.history, "skipped": self.skipped,
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
-        copy = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
-        self.writing = self.writer.submit(self.write_checkpoint, copy)
+        copy = parallel.copied(state, keep=self.rank == 0)
+        if self.rank == 0:
+            self.writing = self.writer.submit(self.write_checkpoint, copy)
         self.saved_step = steps_done
 
     def written(self) -> None:
@@ -528,11 +540,12 @@ class Run:
         speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
         result = {"minutes": (time.perf_counter() - self.started) / 60,
                   "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
+        weights = parallel.copied(model.state_dict(), keep=self.rank == 0)
         if self.rank == 0:
             plot_curves(rows, self.out / "curves.png", self.name)
-            with room_for(self.out / "model.safetensors.tmp", list(model.parameters())):
+            with room_for(self.out / "model.safetensors.tmp", list(weights.values())):
                 model_module.save_model(
-                    self.out, model, tokenizer, stage=self.name, parents=self.parents,
+                    self.out, model, tokenizer, weights, stage=self.name, parents=self.parents,
                     config=dataclasses.asdict(self.cfg), seed=self.cfg.seed, result=result,
                     versions={"python": sys.version.split()[0], "torch": torch.__version__,
                               "numpy": np.__version__})
