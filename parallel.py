@@ -24,9 +24,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
@@ -56,6 +53,8 @@ def shard(model: nn.Module) -> nn.Module:
     embedding, the heads and the last norm stay from a forward pass to the end of the next backward
     pass, so that after a validation loss evaluate.masked_figures finds them.
     """
+    from torch.distributed.device_mesh import init_device_mesh     # a second to import: only here
+    from torch.distributed.fsdp import fully_shard
     warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     for block in (*model.blocks, *getattr(model, "encoder", ())):
@@ -65,18 +64,24 @@ def shard(model: nn.Module) -> nn.Module:
 
 def local(t: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_sharded(t) else t
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(t, "full_tensor")
 
 
 def whole(t: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank; all of them must ask. Others stay as they are."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def part(t: Tensor, like: Tensor) -> Tensor:
     """A copy of this rank's part of t, which all ranks have, sharded as `like` is."""
-    if not isinstance(like, DTensor) or t.shape != like.shape:     # AdamW counts steps in a scalar
+    if not is_sharded(like) or t.shape != like.shape:          # AdamW counts steps in a scalar
         return t
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
@@ -88,8 +93,9 @@ def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor
     its rows of matrix i to rank i, so that it has all rows of one matrix, and gets its rows of the
     results in the same way. Experts are sharded too, but an expert's matrix is on one rank.
     """
-    if not isinstance(same[0], DTensor):
+    if not is_sharded(same[0]):
         return list(f(torch.stack(same)))
+    from torch.distributed.tensor import DTensor
     mesh, shape, mine = same[0].device_mesh, same[0].shape, [local(t) for t in same]
     if len(shape) == 3:
         results = [f(experts) for experts in mine]

@@ -77,7 +77,7 @@ def test_a_run_is_described_in_tokens_flops_memory_and_time():
 
 @pytest.mark.parametrize("memory, rows, checkpointing, advice", [
     (1_000_000, 4, False, "a smaller model .--d_model"),
-    (30_000_000, 16, False, "--gradient_checkpointing"),
+    (30_000_000, 24, False, "--gradient_checkpointing"),
     (30_000_000, 10**4, False, "a smaller --batch_size than 10000"),
     (30_000_000, 400, True, "a smaller --batch_size than 400")])
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, checkpointing, advice):
