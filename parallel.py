@@ -53,8 +53,8 @@ def shard(model: nn.Module) -> nn.Module:
     embedding, the heads and the last norm stay from a forward pass to the end of the next backward
     pass, so that after a validation loss evaluate.masked_figures finds them.
     """
-    from torch.distributed.device_mesh import init_device_mesh     # a second to import: only here
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # a second to import: only where needed
     warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     for block in (*model.blocks, *getattr(model, "encoder", ())):
