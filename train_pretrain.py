@@ -89,7 +89,7 @@ class Config:
     document_masks: bool = True       # attention stays inside a document
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     copy_steps: int = 250             # a new model's first steps copy, at most steps / 6; 0: none
-    steps: int = 2000                 # optimizer steps (T_max), copying included
+    steps: int = 1800                 # optimizer steps (T_max), copying included
     batch_size: int = 8               # windows per micro-batch and rank (B)
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw

@@ -45,7 +45,7 @@ class Config:
     lora_rank: int = 16               # r
     lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r
     lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
-    steps: int = 1100                 # optimizer steps (T_ft)
+    steps: int = 1000                 # optimizer steps (T_ft)
     batch_size: int = 16              # rows per micro-batch and rank
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
@@ -59,7 +59,7 @@ class Config:
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 550             # steps between evaluations
+    eval_every: int = 500             # steps between evaluations
     eval_examples: int = 200          # held-out examples answered at each evaluation
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
