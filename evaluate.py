@@ -150,8 +150,7 @@ def masked_figures(model: Transformer, source: objectives.Denoised, rows: int,
         right += (logits.argmax(-1) == targets).tolist()
         guessed += (targets == common).tolist()
         if batch.segments is not None:
-            head = model.next_sentence_head
-            scores = F.linear(h[:, 0].float(), head.weight, head.bias)
+            scores = model.next_sentence_head(h[:, 0].float())
             next_right += (scores.argmax(-1) == batch.is_next).tolist()
     model.train()
     groups = {"masked_accuracy": right, "guess_accuracy": guessed,

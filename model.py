@@ -551,8 +551,7 @@ class Transformer(nn.Module):
             h = h if cache is None else h[:, -1:]
             return F.linear(h, self.output_weight.to(h.dtype)).float() / temperature
         if segments is not None:                                   # from h of [CLS]
-            head = self.next_sentence_head
-            next_sentence = F.linear(h[:, 0].float(), head.weight, head.bias)
+            next_sentence = self.next_sentence_head(h[:, 0].float())
         h, flat_targets = h.flatten(0, 1), targets.flatten()
         if loss_mask is not None:                                  # only targets meet the V words
             rows = loss_mask.flatten().nonzero().squeeze(1)
@@ -635,8 +634,8 @@ def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Tra
     config = dataclasses.replace(model.config, vocab_size=new.vocab_size)
     extended = Transformer(config, model.dtype).to(model.device)
     ids = new.ranks | new.special
-    known = [(i, ids.get(token)) for token, i in (old.ranks | old.special).items()
-             if not str(token).startswith("<|reserved_")]
+    known = [(old.special[name], ids.get(name)) for name in old.named]
+    known += [(i, ids.get(token)) for token, i in old.ranks.items()]
     if missing := [i for i, j in known if j is None]:
         raise ValueError(f"the new tokenizer lacks {len(missing)} tokens of the model, for example "
                          f"{old.decode(missing[:1], specials=True)!r}; extend the model's own")

@@ -17,8 +17,6 @@ finds in one row, inputs first. Both sides end in <|end|>.
     inputs   The bear <s0> her hat on <s1> . <|end|>
     targets  <s0> had lost <s1> the hill <|end|>
 """
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -230,8 +228,8 @@ def with_special_tokens(tokenizer: Tokenizer, objective: str, window: int) -> To
     spans = [span_sizes(window, rate, span)[1] for span, rate in SETTINGS.get(objective, ())]
     names += [f"sentinel_{i}" for i in range(max(spans, default=0))]
     wanted = [f"<|{name}|>" for name in names if f"<|{name}|>" not in tokenizer.special]
-    named = [name for name in tokenizer.special if not name.startswith("<|reserved_")]
-    return Tokenizer(tokenizer.ranks, tokenizer.pattern, [*named, *wanted]) if wanted else tokenizer
+    names = [*tokenizer.named, *wanted]
+    return Tokenizer(tokenizer.ranks, tokenizer.pattern, names) if wanted else tokenizer
 
 
 class Denoised:
@@ -249,16 +247,17 @@ class Denoised:
             self.sentinels.append(special[name])
         if next_sentence:
             self.cuts = find_cuts(stream.tokens, sentence_ends(tokenizer), tokenizer.endoftext)
-        self.tokens, self.context_length = stream.tokens, stream.context_length
+        self.context_length = stream.context_length
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.stream.tokens
 
     def __len__(self) -> int:
         return len(self.stream)
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> data.Batch:
         return self.rows(data.row_numbers(step, batch_size, rank, world_size))
-
-    def epoch(self, batch_size: int) -> Iterator[data.Batch]:
-        return data.once(self, batch_size)
 
     def rows(self, numbers: range) -> data.Batch:
         rng = np.random.default_rng((self.stream.seed, numbers[0], len(numbers)))

@@ -86,9 +86,9 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                          f"into the context of {context}; shorten it or lower max_new_tokens")
     tokens, starts = left_pad(prompts, pad=0)
     tokens, starts, source = tokens.to(model.device), starts.to(model.device), {}
-    if apart:                                                  # padded on the right; written is
-        rows = [row.roll(-int(start)) for row, start in zip(tokens, starts)]   # after its last one
-        source = {"source": torch.stack(rows), "source_lengths": longest - starts}
+    if apart:                                                  # writes after a prompt's last token
+        read, lengths = map(torch.from_numpy, objectives.padded(prompts, pad=0))
+        source = {"source": read.to(model.device), "source_lengths": lengths.to(model.device)}
         tokens, starts = tokens[:, -1:], torch.zeros_like(starts)
     cache = KVCache(model.config, starts, taken + max_new_tokens, model.dtype)
     rows = list(range(len(prompts)))                           # which prompt each batch row answers

@@ -211,8 +211,12 @@ class Tokenizer:
     def extended(self, texts: Iterable[str], n: int) -> "Tokenizer":
         """The same tokens and up to n more, merged in other texts; special ones move up."""
         ranks = train_bpe(texts, len(self.ranks) + n + N_SPECIAL, ranks=self.ranks)
-        named = [name for name in self.special if not name.startswith("<|reserved_")]
-        return Tokenizer(ranks, self.pattern, named)
+        return Tokenizer(ranks, self.pattern, self.named)
+
+    @property
+    def named(self) -> list[str]:
+        """The special tokens that mean something: all but the reserved places."""
+        return [name for name in self.special if not name.startswith("<|reserved_")]
 
     @classmethod
     def bytes(cls) -> "Tokenizer":

@@ -9,8 +9,8 @@ pretraining runs on the embedded world that differ in one thing each:
 
     python experiments/copy_first.py           # 5 minutes on two cores; results/copy_first.png
 """
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +25,13 @@ import training
 
 VARIANTS = {"all three": {}, "AdamW": {"optimizer": "adamw"},
             "no token shift": {"token_shift": False}, "no copying first": {"copy_steps": 0}}
+
+
+@dataclass
+class Config:
+    steps: int = 800                  # optimizer steps of each run
+    out: str = "out/copy_first"       # folder for the four models
+    figure: str = "results/copy_first.png"   # the picture
 
 
 def draw(folders: dict[str, Path], file: Path) -> None:
@@ -42,22 +49,16 @@ def draw(folders: dict[str, Path], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of each run")
-    parser.add_argument("--out", default="out/copy_first", help="folder for the four models")
-    parser.add_argument("--figure", default="results/copy_first.png")
-    args = parser.parse_args()
-    folders = {name: Path(args.out) / name.replace(" ", "_") for name in VARIANTS}
+def main(cfg: Config) -> None:
+    folders = {name: Path(cfg.out) / name.replace(" ", "_") for name in VARIANTS}
     for name, change in VARIANTS.items():
         result = train_pretrain.main(train_pretrain.Config(
-            out=str(folders[name]), steps=args.steps, eval_every=args.steps // 10, overwrite=True,
+            out=str(folders[name]), steps=cfg.steps, eval_every=cfg.steps // 10, overwrite=True,
             **change))
         print(f"{name:18s} validation loss {result['val_loss']:.3f} nats per token, "
               f"{result['minutes']:.1f} minutes", flush=True)
-    draw(folders, Path(args.figure))
+    draw(folders, Path(cfg.figure))
 
 
 if __name__ == "__main__":
-    main()
+    training.command_line(main, Config, __doc__)

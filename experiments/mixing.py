@@ -10,8 +10,8 @@ English without end, and Bearish, of which only 600 short texts exist.
 
     python experiments/mixing.py               # 12 minutes on two cores; results/mixing.png
 """
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +30,15 @@ LATER = {"same rate, no replay": (1.0, "1,0"), "a quarter, no replay": (0.25, "1
 LR = train_pretrain.Config.lr
 
 
+@dataclass
+class Config:
+    steps: int = 600                  # of each run on both corpora
+    out: str = "out/mixing"           # folder for the models
+    figure: str = "results/mixing.png"   # the picture
+
+
 def train(out: Path, **options) -> dict:
-    """A run, or the result of the same run before."""
+    """A run from scratch, in place of any before."""
     cfg = train_pretrain.Config(out=str(out), save_every=0, overwrite=True, **options)
     result = train_pretrain.main(cfg)
     print(f"{out.name:24s} English {result['val_loss/world']:.3f}, Bearish "
@@ -61,14 +68,8 @@ def draw(together: dict[float, dict], later: dict[str, list[dict]], file: Path) 
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of each run on both corpora")
-    parser.add_argument("--out", default="out/mixing", help="folder for the models")
-    parser.add_argument("--figure", default="results/mixing.png")
-    args = parser.parse_args()
-    out, steps = Path(args.out), args.steps
+def main(cfg: Config) -> None:
+    out, steps = Path(cfg.out), cfg.steps
     together = {alpha: train(out / f"alpha_{alpha}", data="world,bearish", alpha=alpha, steps=steps)
                 for alpha in ALPHAS}
     train(out / "english", data="world,bearish", shares="1,0", steps=steps)
@@ -78,8 +79,8 @@ def main() -> None:
         train(folder, init=str(out / "english"), data="bearish,world", shares=shares,
               lr=rate * LR, steps=steps // 3, eval_every=steps // 24)
         later[name] = training.read_metrics(folder)
-    draw(together, later, Path(args.figure))
+    draw(together, later, Path(cfg.figure))
 
 
 if __name__ == "__main__":
-    main()
+    training.command_line(main, Config, __doc__)
