@@ -956,7 +956,7 @@ def killed_again_and_again(out, cfg, ranks, kills) -> None:
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_bit_for_bit_the_same(tmp_path, corpus):
     """Killed by the clock, and right before this or that file is opened, renamed or removed. So
-    many steps that the three kills by the clock, half a second at most, come before the last one."""
+    many steps that three kills by the clock, half a second at most, come before the last one."""
     cfg = tiny_run("", corpus, n_layers=1, steps=200, log_every=2, save_every=1)
     killed_again_and_again(tmp_path, cfg, ranks=1, kills=9)
 
