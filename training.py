@@ -227,7 +227,7 @@ class Run:
         self.skipped = 0                              # updates so far
         self.flops_per_token, self.peak = 0.0, 1.0    # set by a stage that wants its MFU logged
         self.interrupted = 0                          # the signal
-        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.writing = None                           # the checkpoint on its way to the disk
         self.saved_step = -1                          # that self.writing is about
         self.started = self.last_row = time.perf_counter()
         self.claim_folder()
@@ -488,7 +488,12 @@ class Run:
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
         copy = parallel.copied(state, keep=self.rank == 0)
         if self.rank == 0:
-            self.writing = self.writer.submit(self.write_checkpoint, copy)
+            # A thread for each. One that stayed would keep OpenMP workers of its own, and with more
+            # workers than cores OpenMP lets all of them sleep between operations: the steps after
+            # the first save would take nearly twice as long.
+            writer = ThreadPoolExecutor(1)
+            self.writing = writer.submit(self.write_checkpoint, copy)
+            writer.shutdown(wait=False)
         self.saved_step = steps_done
 
     def written(self) -> None:

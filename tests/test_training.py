@@ -722,6 +722,16 @@ def test_a_save_waits_for_the_one_before_it(tmp_path, slow_disk):
         "step_000001"
 
 
+def test_no_thread_outlives_its_checkpoint(tmp_path):
+    """One that stayed kept OpenMP workers: every step after the first save took nearly twice as long."""
+    threads, run = set(threading.enumerate()), start(tmp_path)
+    saved(run, 1, 2)
+    until = time.monotonic() + 10
+    while set(threading.enumerate()) - threads:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_an_interrupted_run_exits_when_its_checkpoint_is_on_the_disk(tmp_path, slow_disk):
     run = start(tmp_path)
     run.track(model=nn.Linear(2, 2))
