@@ -166,6 +166,7 @@ class KVCache:
     """Keys and values of the tokens so far, for left-padded rows that grow together.
 
     starts: (B,) index of each row's first real token. `length` tokens are stored of `capacity`.
+    The model works in `dtype` while it fills this cache.
     """
 
     def __init__(self, config: ModelConfig, starts: Tensor, capacity: int, dtype: torch.dtype):
@@ -203,6 +204,7 @@ class Seen(NamedTuple):
     cache: KVCache | None = None
     source: Tensor | None = None           # (B, S, D): what the encoder made of the source
     source_lengths: Tensor | None = None   # (B,)
+    tables: dict | None = None             # what the first layer's attention makes of the masks
 
 
 class Attention(nn.Module):
@@ -220,7 +222,7 @@ class Attention(nn.Module):
         cache = seen.cache
         if cache is None:
             y = kernels.attention(q, k, v, causal=seen.causal, documents=seen.documents,
-                                  prefix=seen.prefix)
+                                  prefix=seen.prefix, tables=seen.tables)
         else:
             keys, values = cache.append(self.layer, k, v)
             y = kernels.decode_attention(q, keys, values, cache.starts, cache.length + x.shape[1],
@@ -400,25 +402,26 @@ class Transformer(nn.Module):
                positions: Tensor | None = None, cache: KVCache | None = None,
                prefix: Tensor | None = None, source: Tensor | None = None,
                source_lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> final hidden states (B, T, D), normalised, in `self.dtype`."""
+        """tokens (B, T) -> final hidden states (B, T, D), normalised, in `self.dtype`, or that of
+        the cache."""
         T, architecture = tokens.shape[1], self.config.architecture
         past = 0 if cache is None else cache.length
         self.check_inputs(past + T, cache, prefix, source)
         if cache is not None:                                      # count from the first real token
             positions = torch.arange(past, past + T, device=tokens.device) - cache.starts[:, None]
             positions = positions.clamp(min=0)
+        h, newest = self.embed(tokens, documents, positions, cache)
         if source is not None:
-            source = self.encode(source, source_lengths)
+            source = self.encode(source, source_lengths).to(h.dtype)
             if cache is not None:
                 cache.source_lengths = source_lengths
-        h, newest = self.embed(tokens, documents, positions, cache)
         if segments is not None:
             h = h + F.embedding(segments, self.segment_embedding.weight).to(h.dtype)
         prompt = architecture == "prefix" and cache is not None and past == 0
         h = self.run(self.blocks, h, Seen(
             *self.rotation(T, positions), causal=architecture != "encoder" and not prompt,
             documents=documents, prefix=prefix, cache=cache, source=source,
-            source_lengths=source_lengths))
+            source_lengths=source_lengths, tables={}))
         if cache is not None:
             cache.length, cache.last = past + T, newest
         return self.norm(h)
@@ -452,7 +455,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None,
               cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) -> (B, T, D), and the newest token's embedding alone (B, 1, D)."""
-        h = F.embedding(tokens, self.embedding.weight).to(self.dtype)
+        h = F.embedding(tokens, self.embedding.weight)
+        h = h.to(self.dtype if cache is None else cache.keys_values.dtype)
         newest = h[:, -1:]
         if self.config.token_shift:
             first = cache is None or cache.length == 0
@@ -469,7 +473,7 @@ class Transformer(nn.Module):
         padding = torch.arange(S, device=source.device) >= lengths[:, None]
         h, _ = self.embed(source, None, None)
         h = self.run(self.encoder, h, Seen(*self.rotation(S, None), causal=False,
-                                           documents=-padding.int()))
+                                           documents=-padding.int(), tables={}))
         return self.encoder_norm(h)
 
     def run(self, blocks: nn.ModuleList, h: Tensor, seen: Seen) -> Tensor:

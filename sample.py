@@ -90,7 +90,9 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         read, lengths = map(torch.from_numpy, objectives.padded(prompts, pad=0))
         source = {"source": read.to(model.device), "source_lengths": lengths.to(model.device)}
         tokens, starts = tokens[:, -1:], torch.zeros_like(starts)
-    cache = KVCache(model.config, starts, taken + max_new_tokens, model.dtype)
+    # On CPUs bf16 would cast all weights for a token, and set its matmuls up for every new shape.
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    cache = KVCache(model.config, starts, taken + max_new_tokens, dtype)
     rows = list(range(len(prompts)))                           # which prompt each batch row answers
     for _ in range(max_new_tokens):
         logits = model(tokens, cache=cache, **source)[:, -1]   # (B, V)

@@ -464,25 +464,33 @@ def intervals(B: int, T: int, causal: bool, documents: Tensor | None, prefix: Te
 
 # ---------------------------------------------------------------------- torch
 
+def biases(T: int, Tk: int, H: int, K: int, causal: bool, documents: Tensor | None,
+           prefix: Tensor | None, lengths: Tensor | None, dtype, device) -> list[Tensor]:
+    """(1 or B K, rows, keys) for each block of queries: 0 where a row may look, -inf elsewhere."""
+    blocks = []
+    for first in range(0, T, BLOCK):
+        tokens = slice(first, min(first + BLOCK, T))
+        keys = tokens.stop if causal and prefix is None else Tk
+        seen = visible(tokens, keys, causal, documents, prefix, lengths, device)
+        bias = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        bias = bias.repeat_interleave(H // K, 2).expand(-1, 1 if len(bias) == 1 else K, -1, -1)
+        blocks.append(bias.flatten(0, 1))
+    return blocks
+
+
 class BlockAttention(torch.autograd.Function):
     """Rows are (token, query head of a group) pairs, so that a group shares its keys' matmuls."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None,
-                prefix: Tensor | None, lengths: Tensor | None):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor):
         (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
         G = H // K
         q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
         k, v = (x.transpose(1, 2).reshape(B * K, Tk, C) for x in (k, v))
         out, kept = torch.empty_like(q), []
-        for first in range(0, T, BLOCK):
-            tokens = slice(first, min(first + BLOCK, T))
-            rows = slice(G * tokens.start, G * tokens.stop)
-            keys = tokens.stop if causal and prefix is None else Tk
-            seen = visible(tokens, keys, causal, documents, prefix, lengths, q.device)
-            bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-            bias = bias.repeat_interleave(G, 2).expand(-1, 1 if len(bias) == 1 else K, -1, -1)
-            scores = torch.baddbmm(bias.flatten(0, 1), q[:, rows], k[:, :keys].mT, alpha=C**-0.5)
+        for i, bias in enumerate(biases):
+            rows, keys = slice(G * BLOCK * i, G * BLOCK * i + bias.shape[1]), bias.shape[2]
+            scores = torch.baddbmm(bias, q[:, rows], k[:, :keys].mT, alpha=C**-0.5)
             P = scores.softmax(-1)                             # (B K, rows, keys), fp32 inside
             out[:, rows] = P @ v[:, :keys]
             kept.append(P)
@@ -507,7 +515,7 @@ class BlockAttention(torch.autograd.Function):
             dk[:, :keys] += dS.mT @ q[:, rows]
         dq = dq.mul_(C**-0.5).view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
         dk, dv = (x.view(B, K, Tk, C).transpose(1, 2) for x in (dk.mul_(C**-0.5), dv))
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, *[None] * len(kept)
 
 
 def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
@@ -515,8 +523,7 @@ def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -
     B, K, length, C = k.shape
     queries = q.reshape(B * K, -1, C).to(k.dtype)                              # (B K, G, C)
     k, v = k.reshape(B * K, length, C), v.reshape(B * K, length, C)
-    # a single bf16 row times a matrix is slow in oneDNN, the matrix times a column is not
-    scores = queries @ k.mT if k.dtype == torch.float32 else (k @ queries.mT).mT
+    scores = queries @ k.mT
     scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * C**-0.5
     if starts.any():
         padding = (slots < starts[:, None]).repeat_interleave(K, 0)[:, None]   # (B K, 1, length)
@@ -528,7 +535,7 @@ def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
               documents: Tensor | None = None, prefix: Tensor | None = None,
-              lengths: Tensor | None = None) -> Tensor:
+              lengths: Tensor | None = None, tables: dict | None = None) -> Tensor:
     """q: (B, T, H, C), k, v: (B, T, K, C), H a multiple of K -> (B, T, H, C).
 
     documents: (B, T) numbers, equal ones adjacent; a token sees those with its own number only
@@ -536,8 +543,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
     prefix: (B,) how many tokens at the beginning of each row all tokens of the row see, besides
     what `causal` lets them see; not together with documents.
     lengths: (B,) how many keys of each row are real, at least 1; with causal=False and neither of
-    the others. Not causal and without documents, k and v may have another length than q. Raises
-    ValueError when shapes, dtypes or masks do not fit.
+    the others. Not causal and without documents, k and v may have another length than q.
+    tables: an empty dict that is handed to all layers of one pass, with the same shapes and masks:
+    what the first makes of the masks, the others find there.
+    Raises ValueError when shapes, dtypes or masks do not fit.
     """
     (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
     across = not causal and documents is None
@@ -554,13 +563,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
     if lengths is not None and (lengths.shape != (B,) or not across):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be {(B,)}, with causal=False and "
                          "without documents: with them padding has a number of its own")
+    tables, masks = {} if tables is None else tables, (causal, documents, prefix, lengths)
     if backend(q.device) == "triton":
-        lo, hi = intervals(B, T, causal, documents, prefix, lengths, q.device)
-        return FusedAttention.apply(q, k, v, lo, hi, causal)
+        if not tables:
+            tables["intervals"] = intervals(B, T, *masks, q.device)
+        return FusedAttention.apply(q, k, v, *tables["intervals"], causal)
     if q.device.type == "cpu" and B * H * T * Tk * q.element_size() <= KEEP:
-        return BlockAttention.apply(q, k, v, causal, documents, prefix, lengths)
+        if not tables:
+            tables["biases"] = biases(T, Tk, H, K, *masks, q.dtype, q.device)
+        return BlockAttention.apply(q, k, v, *tables["biases"])
     mask = None if documents is prefix is lengths is None else \
-        visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
+        visible(slice(0, T), Tk, *masks, q.device)
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask,
                                          is_causal=causal and mask is None, enable_gqa=H != K)
     return out.transpose(1, 2)

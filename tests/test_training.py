@@ -723,7 +723,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path, slow_disk):
 
 
 def test_no_thread_outlives_its_checkpoint(tmp_path):
-    """One that stayed kept OpenMP workers: every step after the first save took nearly twice as long."""
+    """One that stayed kept OpenMP workers: steps after the first save took nearly twice as long."""
     threads, run = set(threading.enumerate()), start(tmp_path)
     saved(run, 1, 2)
     until = time.monotonic() + 10
