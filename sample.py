@@ -3,8 +3,8 @@ Decoding (002: greedy, temperature, top-k, top-p) with a KV cache, for one promp
 
 Prompts of different lengths are left-padded so that all rows grow at the same end; positions count
 from each row's first real token, and attention never sees the padding, so a row's tokens are the
-same alone and in a batch. A row stops at its first stop token; rows that have stopped are dropped
-from the batch. PPO's rollouts and evaluate.py use this engine too.
+same alone and in a batch. A row stops at its first stop token; once a quarter of the rows have,
+they are dropped from the batch. PPO's rollouts and evaluate.py use this engine too.
 
     python sample.py --init out/dpo                            # a chat in the terminal
     python sample.py --init out/dpo --prompt "Who lives in the old mill?"
@@ -22,6 +22,8 @@ import objectives
 import training
 from data import left_pad
 from model import KVCache, Transformer, load_model
+
+KEEP = 0.75          # rows that have stopped are carried along until so few are left: less copying
 
 
 @dataclass
@@ -99,11 +101,12 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         source = {}                                            # the cache has it now
         tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]
         ids = tokens[:, 0].tolist()
-        yield list(zip(rows, ids))
-        going = [i for i, token in enumerate(ids) if token not in stop]
+        yield [(row, token) for row, token in zip(rows, ids) if row is not None]
+        rows = [None if token in stop else row for row, token in zip(rows, ids)]
+        going = [i for i, row in enumerate(rows) if row is not None]
         if not going:
             return
-        if len(going) < len(rows):                             # forget the rows that have stopped
+        if len(going) <= KEEP * len(rows):                     # forget the rows that have stopped
             keep = torch.tensor(going, device=model.device)
             cache.keep(keep)
             tokens, rows = tokens[keep], [rows[i] for i in going]

@@ -9,7 +9,7 @@ import torch
 import sample
 from data import left_pad, response_batch
 from model import KVCache, ModelConfig, Transformer, save_model, token_logps
-from sample import filter_logits, generate, next_token, print_stream, respond, stream
+from sample import KEEP, filter_logits, generate, next_token, print_stream, respond, stream
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -153,14 +153,18 @@ def test_the_stop_token_is_the_last_and_rows_stop_independently():
     assert any(len(output) == 12 and output[-1] not in STOP for output in stopped)
 
 
-def test_a_finished_row_costs_nothing_more(monkeypatch):
+def test_finished_rows_are_carried_along_until_a_quarter_has_finished(monkeypatch):
     model, sizes = tiny(), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda tokens, **options: (
         sizes.append(len(tokens)), forward(tokens, **options))[1])
     outputs = generate(model, PROMPTS, 12, STOP)
-    assert sizes == [sum(len(output) > step for output in outputs) for step in range(len(sizes))]
-    assert sizes[-1] < len(PROMPTS)
+    expected = [len(PROMPTS)]
+    for step in range(1, len(sizes)):
+        going = sum(len(output) > step for output in outputs)
+        expected.append(going if going <= KEEP * expected[-1] else expected[-1])
+    assert sizes == expected and sizes[-1] < len(PROMPTS)
+    assert len(sizes) == max(map(len, outputs))
 
 
 def test_streaming_yields_each_token_once_with_its_row():
@@ -286,6 +290,7 @@ def test_sampler_and_scorer_agree_on_the_log_probabilities(monkeypatch):
         return ids
 
     monkeypatch.setattr(sample, "next_token", recorded)
+    monkeypatch.setattr(sample, "KEEP", 1.0)                           # every draw is of a row
     steps = list(stream(model, PROMPTS, 12, STOP, temperature=0.7, generator=seeded()))
     outputs, sampled = [[] for _ in PROMPTS], [[] for _ in PROMPTS]
     for pairs, logps in zip(steps, drawn, strict=True):
