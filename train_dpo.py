@@ -115,9 +115,9 @@ def main(cfg: Config) -> dict:
     run.track(policy=policy, optimizer=optimizer)
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
-    heldout_ref = score_pairs(reference, heldout, cfg.batch_size)          # (N, 2)
+    heldout_ref = score_pairs(reference, heldout, 4 * cfg.batch_size)          # (N, 2)
     if cfg.cache_reference:
-        ref_logps = score_pairs(reference, pairs, cfg.batch_size)          # (N, 2)
+        ref_logps = score_pairs(reference, pairs, 4 * cfg.batch_size)          # (N, 2)
         del reference
 
     # 3. TRAINING LOOP

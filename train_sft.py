@@ -80,7 +80,7 @@ def main(cfg: Config) -> dict:
     # 2. DATA FORMATTING: template, loss mask, mixing weights (3.7 steps 1.1-1.3), packed rows
     examples = data.read_examples(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed,
                                   bad_rows=cfg.bad_rows)
-    heldout = data.read_examples(cfg.data, split="heldout", n=max(1, cfg.n_examples // 10),
+    heldout = data.read_examples(cfg.data, split="heldout", n=min(1000, 1 + cfg.n_examples // 10),
                                  seed=cfg.seed, bad_rows=cfg.bad_rows)
     length = model.config.context_length
     train = data.PackedExamples(examples, tokenizer, length, cfg.seed, cfg.truncate, tau=cfg.tau)
