@@ -51,7 +51,7 @@ class Config:
     truncate: str = "error"           # prompts too long for an answer to fit: error | left | drop
     max_new_tokens: int = 64          # longest response, in tokens
     temperature: float = 1.0          # of the policy: logits are divided by it everywhere
-    steps: int = 24                   # rollout batches (T_PPO)
+    steps: int = 30                   # rollout batches (T_PPO)
     batch_size: int = 64              # prompts per rollout and rank (B)
     minibatch_size: int = 32          # responses per update and rank
     epochs: int = 2                   # passes over a rollout (K_epochs)

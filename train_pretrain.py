@@ -52,6 +52,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Config:
+    preset: str = ""                  # gpt2-124m: that size and recipe, where no option is given
     init: str = ""                    # model folder to go on from; empty: a new model
     out: str = "out/pretrain"         # model folder to write
     data: str = "world"               # corpora, with commas: world, bearish, file, folder, shards
@@ -111,6 +112,15 @@ class Config:
     save_every: int = 500             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
     overwrite: bool = False           # throw away what is in --out
+
+
+# GPT-2's smallest size, trained on 19,000 * 512 * 1024 = 10B tokens. Learning rate, its warmup and
+# decay, clipping, 2^19 tokens a step: the recipe of nanoGPT and llm.c.
+PRESETS = {"gpt2-124m": {
+    "vocab_size": 50_304, "n_layers": 12, "d_model": 768, "n_heads": 12, "context_length": 1024,
+    "token_shift": False, "copy_steps": 0, "steps": 19_000, "batch_size": 16, "grad_accum": 32,
+    "optimizer": "adamw", "lr": 6e-4, "warmup": 700, "compile": True, "eval_every": 250,
+    "eval_windows": 1024, "save_every": 500}}
 
 
 def copy_steps(cfg: Config) -> int:
@@ -287,4 +297,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    training.command_line(main, Config, __doc__, PRESETS)

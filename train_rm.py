@@ -45,7 +45,7 @@ class Config:
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 1900                 # optimizer steps (T_RM)
+    steps: int = 2000                 # optimizer steps (T_RM)
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 7e-4                  # peak learning rate

@@ -61,11 +61,12 @@ UNITS = {"loss": "nats", "val_loss": "nats per token", "kl": "nats per response"
 
 # ---------------------------------------------------------------------- the command line
 
-def parse(Config: type, argv: list[str] | None = None, description: str = ""):
+def parse(Config: type, argv: list[str] | None = None, description: str = "",
+          presets: dict[str, dict] | None = None):
     """Build Config from the command line. A field's trailing comment is its help text.
 
-    Exits with a message for a value of the wrong type and for an unknown option, naming the
-    nearest known one.
+    presets: other defaults, by the names that --preset takes. Exits with a message for a value of
+    the wrong type, an unknown preset and an unknown option, naming the nearest known one.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +78,11 @@ def parse(Config: type, argv: list[str] | None = None, description: str = ""):
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, **flag,
                             metavar=type(field.default).__name__, help=shown.replace("%", "%%"))
     args, unknown = parser.parse_known_args(argv)
+    if presets and args.preset:
+        if args.preset not in presets:
+            parser.error(f"--preset {args.preset}; give {', '.join(presets)}")
+        parser.set_defaults(**presets[args.preset])
+        args, unknown = parser.parse_known_args(argv)      # what was given stands
     if unknown:
         known = [field.name for field in dataclasses.fields(Config)]
         name = unknown[0].split("=")[0].strip("-").replace("-", "_")
@@ -92,9 +98,10 @@ def parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def command_line(main: Callable, Config: type, description: str) -> None:
+def command_line(main: Callable, Config: type, description: str,
+                 presets: dict[str, dict] | None = None) -> None:
     """Run a script: what a user got wrong ends in one clear line, not in a traceback."""
-    cfg = parse(Config, description=description)
+    cfg = parse(Config, description=description, presets=presets)
     try:
         main(cfg)
     except (ValueError, FloatingPointError, OSError) as error:

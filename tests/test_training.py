@@ -92,6 +92,18 @@ def test_what_cannot_be_meant_is_refused_by_name(argv, named, capsys):
     assert exit.value.code == 2 and named in capsys.readouterr().err
 
 
+def test_a_preset_gives_other_defaults_and_what_is_given_stands(capsys):
+    def pretrain(*argv):
+        return training.parse(train_pretrain.Config, argv, presets=train_pretrain.PRESETS)
+
+    cfg = pretrain("--preset", "gpt2-124m", "--steps", "5", "--lr=1e-3")
+    assert (cfg.steps, cfg.lr, cfg.n_layers, cfg.preset) == (5, 1e-3, 12, "gpt2-124m")
+    assert pretrain() == train_pretrain.Config()
+    with pytest.raises(SystemExit):
+        pretrain("--preset", "gpt2")
+    assert "--preset gpt2; give gpt2-124m" in capsys.readouterr().err
+
+
 def test_help_is_made_of_the_comments_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
