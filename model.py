@@ -378,13 +378,16 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention.wo.weight", ".w2.weight")):
                 weight.zero_()
-        self.embedding.weight.normal_(std=0.02)                    # small: first loss is log V
+        # Small, so that the first loss is log V; and as a tied embedding gives its own token the
+        # logit D * std while all blocks are the identity, smaller in wide models.
+        std = min(0.02, 3 / self.config.d_model)
+        self.embedding.weight.normal_(std=std)
         if self.config.n_segments:
             self.segment_embedding.weight.normal_(std=0.02)
             self.next_sentence_head.weight.zero_()
             self.next_sentence_head.bias.zero_()
         if hasattr(self, "lm_head"):
-            self.lm_head.weight.normal_(std=0.02)
+            self.lm_head.weight.normal_(std=std)
         if self.config.head == "scalar":
             self.scalar_head.weight.normal_(std=(self.config.d_model + 1) ** -0.5)
             self.scalar_head.bias.zero_()

@@ -85,11 +85,13 @@ def test_a_forward_pass_multiplies_every_matmul_parameter_once_per_token():
 # ---------------------------------------------------------------------- the start
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_initial_loss_is_log_vocabulary(tied):
+@pytest.mark.parametrize("width", [128, 768])
+def test_initial_loss_is_log_vocabulary(tied, width):
     """Logits have std s = 0.02 sqrt(128) = 0.23, which adds s^2 / 2 = 0.03; tied, the input token
-    also scores itself exp(0.02 * 128) = 13 times as likely: 0.01; 254 targets: noise of 0.02."""
+    also scores itself exp(0.02 * 128) = 13 times as likely: 0.01; 254 targets: noise of 0.02. At
+    width 768 it would score itself exp(0.02 * 768) times as likely, and the loss be 15."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=1000, n_layers=2, d_model=128, tied=tied))
+    model = Transformer(ModelConfig(vocab_size=1000, n_layers=2, d_model=width, tied=tied))
     loss = -token_logps(model, a_batch(some_tokens(2, 128, vocab_size=1000))).mean()
     assert abs(loss.item() - math.log(1000)) < 0.1
 
