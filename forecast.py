@@ -104,7 +104,7 @@ def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: floa
         advice = (f"a smaller --batch_size than {rows} with more --grad_accum, or a shorter "
                   "--context_length")
         if state > memory:
-            advice = "a smaller model (--d_model, --n_layers)"
+            advice = "a smaller model (--d_model, --n_layers of pretraining), or --shard fsdp"
         elif needed(True) < memory:
             advice = "--gradient_checkpointing"
         raise ValueError(f"this run needs about {total / 1e9:.1f} GB ({state / 1e9:.1f} for "
@@ -114,3 +114,15 @@ def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: floa
             f"{in_words(flops / (peak * USUAL_MFU))} at {USUAL_MFU:.0%} of {peak / 1e12:.2f} "
             f"TFLOP/s, and {total / 1e9:.2f} of {memory / 1e9:.0f} GB for weights, optimizer and "
             "activations")
+
+
+def announce(run, model: nn.Module) -> None:
+    """Say what a run over full rows will take, or refuse it (check); its MFU will be logged."""
+    cfg, length = run.cfg, model.config.context_length
+    run.peak, run.flops_per_token = (matmul_peak(run.device, run.dtype),
+                                     model.config.flops_per_token(length))
+    if model.config.architecture == "encoder_decoder":
+        run.flops_per_token /= 2                           # which counts one token in each stack
+    run.say(check(model, cfg.optimizer, cfg.batch_size,
+                  cfg.steps * cfg.grad_accum * cfg.batch_size * length, run.peak,
+                  memory_of(run.device)))

@@ -219,13 +219,7 @@ def main(cfg: Config) -> dict:
             f"{read.bytes_per_token:.2f} bytes per token; validation loss to beat: "
             f"unigram {unigram:.2f}" + f", bigram {bigram:.2f} nats" * causal)
 
-    n_read = cfg.steps * cfg.grad_accum * cfg.batch_size * length
-    run.peak = forecast.matmul_peak(run.device, run.dtype)
-    run.flops_per_token = model.config.flops_per_token(length)
-    if cfg.architecture == "encoder_decoder":
-        run.flops_per_token /= 2                           # which counts one token in each stack
-    run.say(forecast.check(model, cfg.optimizer, cfg.batch_size, n_read, run.peak,
-                           forecast.memory_of(run.device)))
+    forecast.announce(run, model)
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import data
 import evaluate
+import forecast
 import lora
 import training
 from model import load_model, parameter_count, token_logps
@@ -56,6 +57,7 @@ class Config:
     seed: int = 0                     # of batches and adapters
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
+    gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
     log_every: int = 10               # steps between rows of metrics.jsonl
@@ -76,6 +78,7 @@ def main(cfg: Config) -> dict:
         lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     elif cfg.peft != "none":
         raise ValueError(f"--peft {cfg.peft}: give none or lora")
+    model.gradient_checkpointing = cfg.gradient_checkpointing
 
     # 2. DATA FORMATTING: template, loss mask, mixing weights (3.7 steps 1.1-1.3), packed rows
     examples = data.read_examples(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed,
@@ -95,6 +98,8 @@ def main(cfg: Config) -> dict:
     run.say(f"{len(examples)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
             f"{parameter_count(model) / 1e6:.2f}M parameters train; held-out response loss to "
             f"beat: unigram {unigram:.2f}, the model as it is {base_loss:.2f} nats per token")
+
+    forecast.announce(run, model)
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
