@@ -202,6 +202,17 @@ def test_lora_trains_only_a_and_b_and_leaves_adapter_and_merged_model_that_agree
                                    rtol=1e-4, atol=1e-4)
 
 
+def test_recomputed_activations_train_the_same_model_and_the_cost_is_said(tmp_path, capsys):
+    kept = config(tmp_path, out=str(tmp_path / "kept"))
+    recomputed = config(tmp_path, gradient_checkpointing=True)
+    for cfg in (kept, recomputed):
+        train_sft.main(cfg)
+    for name, weight in weights_of(tmp_path / "kept").items():
+        torch.testing.assert_close(weights_of(tmp_path / "sft")[name], weight)
+    assert "tokens to train on" in capsys.readouterr().err
+    assert training.read_metrics(tmp_path / "sft")[-1]["mfu"] > 0
+
+
 def test_full_fine_tuning_moves_every_weight(tmp_path):
     train_sft.main(config(tmp_path, steps=1))
     base, tuned = weights_of(tmp_path / "base"), weights_of(tmp_path / "sft")
