@@ -206,6 +206,7 @@ def start(cfg, name: str) -> "Run":
     Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
     """
     kernels.keep_memory()
+    gc.collect()
     gc.freeze()                       # imports stay: looking through them costs a fifth of world.py
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
