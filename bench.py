@@ -5,6 +5,7 @@ How fast we are beside what others use, measured in one run on this machine.
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
     python bench.py kernels                # every kernel beside its alternatives (bench_kernels.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
+    python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
 
 Every row is measured in fresh processes, alternated with the other rows over several rounds; the
 table shows medians. Training: bf16 by autocast (ours: by the model's own casts), gradient clipping,
@@ -27,13 +28,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import data
 import kernels
 import training
 from model import ModelConfig, Transformer
 from sample import generate
+from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "lifecycle"),
-              "generate": ("hf_llama", "nanogpt", "lifecycle")}
+              "generate": ("hf_llama", "nanogpt", "lifecycle"),
+              "tokenizer": ("hf_tokenizers", "lifecycle")}
+NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers"}
+FIGURES = {"train": ("tokens_per_s", "ms_per_step", "peak_mb"),        # the first is a speed
+           "generate": ("tokens_per_s", "ms_per_step", "peak_mb"),
+           "tokenizer": ("mb_per_s", "seconds", "peak_mb")}
 
 
 @dataclass
@@ -48,7 +56,8 @@ class Config:
     dtype: str = "bfloat16"           # bfloat16 | float32 | float16 (GPU)
     device: str = "auto"              # auto | cpu | cuda
     modes: str = "eager,compile"      # train: comma-separated; generate is eager
-    contenders: str = "all"           # comma-separated: hf_llama, nanogpt, minimind, lifecycle
+    contenders: str = "all"           # comma-separated: hf_llama, nanogpt, minimind, lifecycle ...
+    data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
     rounds: int = 3                   # fresh processes per row
     steps: int = 10                   # train: timed steps per process; generate: one generation
 
@@ -240,6 +249,28 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
             "ms_per_step": 1e3 * seconds / cfg.new_tokens}
 
 
+def tokenizer_row(cfg: Config, name: str, mode: str) -> dict:
+    """Time to learn cfg.vocab_size tokens from 10 MB, one string, as those who time it have it."""
+    text = "".join(data.read_documents(cfg.data, 10_000_000))
+    if name == "lifecycle":
+        def run() -> None:
+            train_bpe([text], cfg.vocab_size)
+    else:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+        rust = Tokenizer(models.BPE())
+        rust.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        trainer = trainers.BpeTrainer(
+            vocab_size=cfg.vocab_size - N_SPECIAL, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+        def run() -> None:
+            rust.train_from_iterator([text], trainer)
+    seconds = median_time(run, warmup=0, repeats=1)
+    return {"mb_per_s": len(text.encode()) / 1e6 / seconds, "seconds": seconds}
+
+
 def median_time(call, warmup: int, repeats: int) -> float:
     """Seconds per call, median. On a GPU the clock stops when the work is done."""
     def timed() -> float:
@@ -265,7 +296,8 @@ def measure(bench: str, cfg: Config, name: str, mode: str) -> dict:
 
 def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
     torch.manual_seed(0)
-    row = {"train": train_row, "generate": generate_row}[bench](Config(**cfg), name, mode)
+    rows = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row}
+    row = rows[bench](Config(**cfg), name, mode)
     peak_mb = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(json.dumps(row | {"peak_mb": peak_mb}))
@@ -279,31 +311,34 @@ def main(bench: str, cfg: Config) -> list[dict]:
     if unknown := set(names) - set(CONTENDERS[bench]):
         raise ValueError(f"--contenders {','.join(unknown)}: {bench} knows "
                          f"{', '.join(CONTENDERS[bench])}")
-    if "hf_llama" in names and not importlib.util.find_spec("transformers"):
-        print("hf_llama is left out: transformers is not installed")
-        names = [name for name in names if name != "hf_llama"]
+    for name in [name for name in names if name in NEEDS]:
+        if not importlib.util.find_spec(NEEDS[name]):
+            print(f"{name} is left out: {NEEDS[name]} is not installed")
+            names = [other for other in names if other != name]
     modes = cfg.modes.split(",") if bench == "train" else ["eager"]
-    sizes = [cfg.batch_size] if cfg.batch_size else [16] if bench == "train" else [1, 16]
-    keys = [(name, mode, size) for size in sizes for mode in modes for name in names]
-    results: dict = {key: [] for key in keys}
+    size = cfg.batch_size or {"train": 16, "tokenizer": 1}.get(bench, 0)
+    keys = [(name, mode, size) for size in ([size] if size else [1, 16]) for mode in modes
+            for name in names]
+    figures, results = FIGURES[bench], {key: [] for key in keys}
+    speed, time_taken, _ = figures
     for done in range(cfg.rounds):
         for name, mode, size in keys:
             row = measure(bench, dataclasses.replace(cfg, batch_size=size), name, mode)
             results[name, mode, size].append(row)
             print(f"round {done + 1}/{cfg.rounds}: {name} {mode} batch {size}: "
-                  f"{row['tokens_per_s']:.0f} tok/s", file=sys.stderr, flush=True)
+                  f"{row[speed]:.1f} {speed}", file=sys.stderr, flush=True)
     rows = [{"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
             | {figure: statistics.median(row[figure] for row in results[name, mode, size])
-               for figure in ("tokens_per_s", "ms_per_step", "peak_mb")}
+               for figure in figures}
             for name, mode, size in keys]
-    print(f"{'':10} {'mode':8} {'batch':>5} {'tok/s':>8} {'ms/step':>8} {'peak MB':>8}  "
+    print(f"{'':13} {'mode':8} {'batch':>5} {speed:>12} {time_taken:>11} {'peak MB':>8}  "
           "lifecycle is")
     for row in rows:
-        ours = [other["tokens_per_s"] for other in rows if other["name"] == "lifecycle"
+        ours = [other[speed] for other in rows if other["name"] == "lifecycle"
                 and all(other[key] == row[key] for key in ("mode", "batch_size"))]
-        ratio = f"{ours[0] / row['tokens_per_s']:.2f}x" if ours else ""
-        print(f"{row['name']:10} {row['mode']:8} {row['batch_size']:5} {row['tokens_per_s']:8.0f} "
-              f"{row['ms_per_step']:8.1f} {row['peak_mb']:8.0f}  {ratio}")
+        ratio = f"{ours[0] / row[speed]:.2f}x" if ours else ""
+        print(f"{row['name']:13} {row['mode']:8} {row['batch_size']:5} {row[speed]:12.1f} "
+              f"{row[time_taken]:11.1f} {row['peak_mb']:8.0f}  {ratio}")
     for row in rows:
         print(json.dumps(row))
     return rows
@@ -312,7 +347,7 @@ def main(bench: str, cfg: Config) -> list[dict]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*json.loads(sys.argv[2]))
-    elif sys.argv[1:2] and sys.argv[1] in ("train", "generate", "kernels"):
+    elif sys.argv[1:2] and sys.argv[1] in (*CONTENDERS, "kernels"):
         try:
             if sys.argv[1] == "kernels":
                 import bench_kernels
@@ -323,4 +358,4 @@ if __name__ == "__main__":
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
     else:
-        sys.exit(f"{__doc__}\nfirst argument: train, generate or kernels")
+        sys.exit(f"{__doc__}\nfirst argument: {', '.join(CONTENDERS)} or kernels")

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+import bench
 import bench_kernels
 import training
 
@@ -41,3 +42,10 @@ def test_a_table_row_counts_from_the_measured_time(tmp_path, capsys):
 def test_an_unknown_operation_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="--ops swigli: give norm, swiglu"):
         bench_kernels.main(bench_kernels.Config(ops="swigli"))
+
+
+def test_a_tokenizer_is_timed_on_the_text_that_was_asked_for(tmp_path):
+    (tmp_path / "book.txt").write_text("the cat sat on the mat\n" * 400)
+    cfg = bench.Config(data=str(tmp_path / "book.txt"), vocab_size=280)
+    row = bench.tokenizer_row(cfg, "lifecycle", "eager")
+    assert row["mb_per_s"] * row["seconds"] == pytest.approx(23 * 400 / 1e6)
