@@ -207,7 +207,7 @@ def start(cfg, name: str) -> "Run":
     """
     kernels.keep_memory()
     gc.collect()
-    gc.freeze()                       # imports stay: looking through them costs a fifth of world.py
+    gc.freeze()                       # imports stay: looking through them costs a sixth of world.py
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return Run(cfg, name)
