@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
 import objectives
+import parallel
 import sample
 import training
 from model import Transformer, load_model, token_logps
@@ -145,7 +145,7 @@ def masked_figures(model: Transformer, source: objectives.Denoised, rows: int,
     for first in range(0, rows, batch_size):
         batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
         h = model.hidden(batch.tokens, batch.documents, batch.positions, segments=batch.segments)
-        logits = F.linear(h[batch.loss_mask], model.output_weight.to(h.dtype))
+        logits = parallel.linear(h[batch.loss_mask], model.output_weight)
         targets = batch.targets[batch.loss_mask]
         right += (logits.argmax(-1) == targets).tolist()
         guessed += (targets == common).tolist()

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import parallel
 import routing
 from tokenizer import Tokenizer
 
@@ -150,7 +151,7 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, parallel.local(self.weight).to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -170,8 +171,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, starts: Tensor, capacity: int, dtype: torch.dtype):
-        shape = (config.n_layers, 2, len(starts), config.n_kv_heads, capacity, config.d_head)
-        self.keys_values = torch.zeros(shape, dtype=dtype, device=starts.device)
+        self.n_layers, self.dtype, self.keys_values = config.n_layers, dtype, None
         self.starts, self.length, self.capacity = starts, 0, capacity
         self.last: Tensor | None = None                # (B, 1, D) embedding of the newest token
         self.source: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values of the source
@@ -179,6 +179,9 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
+        if self.keys_values is None:
+            B, _, K, C = k.shape
+            self.keys_values = k.new_zeros(self.n_layers, 2, B, K, self.capacity, C)
         keys, values = self.keys_values[layer].transpose(2, 3)     # contiguous per head
         keys[:, self.length:self.length + k.shape[1]] = k
         values[:, self.length:self.length + v.shape[1]] = v
@@ -286,7 +289,7 @@ class MoE(nn.Module):
         """x (B, T, D); documents (B, T), negative on padding, which counts in no statistic."""
         flat = x.flatten(0, 1)
         real = None if documents is None else (documents >= 0).flatten()
-        y = kernels.moe_experts(flat, self.w13, self.w2, *self.route(flat.float(), real))
+        y = parallel.moe_experts(flat, self.w13, self.w2, self.route(flat.float(), real))
         if self.config.n_shared_experts:
             y = y + self.shared(flat)
         return y.view(x.shape)
@@ -458,8 +461,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None,
               cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) -> (B, T, D), and the newest token's embedding alone (B, 1, D)."""
-        h = F.embedding(tokens, self.embedding.weight)
-        h = h.to(self.dtype if cache is None else cache.keys_values.dtype)
+        h = parallel.embedding(tokens, self.embedding.weight)
+        h = h.to(self.dtype if cache is None else cache.dtype)
         newest = h[:, -1:]
         if self.config.token_shift:
             first = cache is None or cache.length == 0
@@ -556,7 +559,7 @@ class Transformer(nn.Module):
                 return values
         if targets is None:
             h = h if cache is None else h[:, -1:]
-            return F.linear(h, self.output_weight.to(h.dtype)).float() / temperature
+            return parallel.linear(h, self.output_weight).float() / temperature
         if segments is not None:                                   # from h of [CLS]
             next_sentence = self.next_sentence_head(h[:, 0].float())
         h, flat_targets = h.flatten(0, 1), targets.flatten()
@@ -564,8 +567,7 @@ class Transformer(nn.Module):
             rows = loss_mask.flatten().nonzero().squeeze(1)
             h, flat_targets = h[rows], flat_targets[rows]
         weight = self.output_weight if output_weight is None else output_weight
-        scores = kernels.linear_cross_entropy(h, weight, flat_targets, temperature=temperature,
-                                              with_entropy=with_entropy)
+        scores = parallel.linear_cross_entropy(h, weight, flat_targets, temperature, with_entropy)
         outputs = scores if with_entropy else (scores,)
         if loss_mask is not None:
             blank = torch.zeros(targets.numel(), device=h.device)

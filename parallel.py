@@ -1,66 +1,247 @@
 """
-Sharded training (FSDP; ZeRO stage 3 of Rajbhandari et al. 2020): each of n ranks keeps 1/n of every
-weight, gradient and optimizer state, and all of one block's weights only while it works on it.
+Weights shared among ranks, in two ways that combine.
+
+--shard fsdp (ZeRO stage 3 of Rajbhandari et al. 2020): each of n ranks keeps 1/n of every weight,
+gradient and optimizer state, and all of one block's weights only while it works on it.
 
     forward    a block's weights are gathered, used, let go                       all-gather
     backward   gathered again; gradients averaged, each rank keeps its part       all-gather,
                of them                                                            reduce-scatter
     update     every rank steps its own part
 
-That is 3/2 of the bytes that DDP sends, for 1/n of the memory. A parameter is a DTensor then: the
-rows that this rank keeps, and where the others are. Muon needs whole matrices, so each rank works
-on some. Rank 0 collects all there is, one tensor after the other, to write checkpoints and models:
-the same files as without sharding, so that a run goes on on any number of ranks, sharded or not.
+That is 3/2 of the bytes that DDP sends, for 1/n of the memory.
 
-Weights are gathered in fp32. The copies in the model's precision are made at use and live until the
+--tensor_parallel k (Megatron-LM; Shoeybi et al. 2019): k ranks read the same tokens, and each
+computes with its own part of every matrix, which is never gathered.
+
+    attention  its own heads:      rows of W_q, W_k, W_v, columns of W_o
+    SwiGLU     its own channels:   rows of W_1 and W_3, columns of W_2
+    experts    its own experts
+    words      its own tokens of the vocabulary, in the embedding and in the loss
+
+What goes in is the same on all k ranks (entering: gradients are added up), what comes out are
+addends of the result (leaving: they are added up): four all-reduces of (B, T, D) a block and step.
+
+A parameter is a DTensor then: the part that this rank keeps, and where the others are; --shard fsdp
+cuts it along another dimension than --tensor_parallel. Muon needs whole matrices, so each rank
+works on some. Rank 0 collects all there is, one tensor after the other, to write checkpoints and
+models: the same files as without sharding, so that a run goes on on any number of ranks.
+
+FSDP gathers in fp32. The copies in the model's precision are made at use and live until the
 backward pass, as they do without sharding; --gradient_checkpointing makes them again instead. Every
 rank makes the whole model before it lets go of what is not its part: it must fit once, alone.
 
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # or train_sft.py
+    torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp --tensor_parallel 2 ...   # 4 x 2
 """
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from routing import Routes
+
+LOGITS = 2**24                          # at a time and rank, where the vocabulary is divided
 
 
 def check(cfg, dtype: torch.dtype) -> None:
-    """Raises ValueError for a --shard that is unknown or cannot work with the other options."""
-    shard = getattr(cfg, "shard", "none")
+    """Raises ValueError for a --shard or --tensor_parallel that cannot work with what else is
+    given."""
+    shard, ways = getattr(cfg, "shard", "none"), getattr(cfg, "tensor_parallel", 1)
     if shard not in ("none", "fsdp"):
         raise ValueError(f"--shard {shard}: give none or fsdp")
-    if shard == "none":
+    if shard == "none" and ways == 1:
         return
+    asked = f"--tensor_parallel {ways}" if shard == "none" else "--shard fsdp"
     if not dist.is_initialized():
-        raise ValueError("--shard fsdp shares the weights among ranks: start it by torchrun "
+        raise ValueError(f"{asked} shares the weights among ranks: start it by torchrun "
                          "--nproc_per_node N")
+    ranks = dist.get_world_size()
+    if ways < 1 or ranks % ways:
+        raise ValueError(f"--tensor_parallel {ways} on {ranks} ranks: it must divide their number")
+    if shard == "none" and ranks > ways:
+        raise ValueError(f"--tensor_parallel {ways} on {ranks} ranks makes {ranks // ways} groups "
+                         "of them; give --shard fsdp as well, which joins the groups")
     if dtype == torch.float16:
-        raise ValueError("--shard fsdp with float16: an overflow would be seen by the ranks that "
+        raise ValueError(f"{asked} with float16: an overflow would be seen by the ranks that "
                          "have it alone; give --dtype bfloat16 or float32")
     for option, is_set in (("--compile", cfg.compile),
                            ("--peft lora", getattr(cfg, "peft", "none") == "lora")):
         if is_set:
-            raise ValueError(f"--shard fsdp does not go with {option}; leave one of them out")
+            raise ValueError(f"{asked} does not go with {option}; leave one of them out")
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """Share the weights among all ranks, in place; every rank must hold the same ones.
+def shard(model: nn.Module, fsdp: bool = True, ways: int = 1) -> nn.Module:
+    """Share the weights among all ranks, in place; every rank must hold the same ones. Groups of
+    `ways` consecutive ranks divide its matrices; what is left is shared among the groups (fsdp).
 
-    Gradients come out averaged over ranks, as DDP's do. A block is gathered and let go as one; the
+    Gradients come out averaged over groups, as DDP's do. A block is gathered and let go as one; the
     embedding, the heads and the last norm stay from a forward pass to the end of the next backward
     pass, so that after a validation loss evaluate.masked_figures finds them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # a second to import: only where needed
     warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    for block in (*model.blocks, *getattr(model, "encoder", ())):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size() // ways, ways),
+                            mesh_dim_names=("data", "model"))
+    if ways > 1:
+        divide(model, mesh["model"], mesh["data"].size())
+    if fsdp:
+        for block in (*model.blocks, *getattr(model, "encoder", ())):
+            fully_shard(block, mesh=mesh["data"], shard_placement_fn=across)
+        fully_shard(model, mesh=mesh["data"], shard_placement_fn=across)
+    return model
 
+
+# ---------------------------------------------------------------------- tensor parallelism
+
+def divide(model: nn.Module, mesh, groups: int) -> None:
+    """Leave each rank its part of the matrices, which enter and leave as the docstring above says.
+
+    Raises ValueError for sizes that the ranks cannot share evenly.
+    """
+    from torch.distributed.tensor import Shard, _StridedShard, distribute_tensor
+    config, ways = model.config, mesh.size()
+    shared = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
+              "vocab_size": config.vocab_size, "n_experts": config.n_experts,
+              "n_shared_experts * d_expert": config.n_shared_experts * config.d_expert}
+    across_groups = {"d_model": config.d_model, "d_expert": config.d_expert}
+    for sizes, n in ((shared, ways), (across_groups, groups)):
+        for name, size in sizes.items():
+            if size % n:
+                raise ValueError(f"--tensor_parallel {ways}: {n} ranks cannot share {name} {size} "
+                                 "evenly; it must be a multiple of their number")
+
+    def keep(module: nn.Module, name: str, placement) -> None:
+        whole = getattr(module, name).data
+        part = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+        setattr(module, name, nn.Parameter(part))
+
+    def enter(module: nn.Module, args: tuple) -> tuple:
+        x, *seen = args
+        if seen and getattr(seen[0], "source", None) is not None:      # cross-attention's keys
+            seen = [seen[0]._replace(source=entering(seen[0].source, mesh))]
+        return entering(x, mesh), *seen
+
+    rows, columns = Shard(0), Shard(1)
+    halves = _StridedShard(0, split_factor=2)          # some rows of W1 and the same rows of W3
+    for path, module in list(model.named_modules()):
+        name = path.rpartition(".")[2]
+        if name in ("wq", "wk", "wv", "embedding", "lm_head"):
+            keep(module, "weight", rows)
+        elif name in ("wo", "w2"):
+            keep(module, "weight", columns)
+        elif name == "w13":
+            keep(module, "weight", halves)
+        elif hasattr(module, "router"):                                # experts
+            keep(module, "w13", rows)
+            keep(module, "w2", rows)
+        elif name in ("attention", "cross_attention", "mlp", "shared"):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(lambda module, args, y: leaving(y, mesh))
+
+
+def across(parameter: nn.Parameter):
+    """The dimension that FSDP shares: the first, or one that is not divided already."""
+    from torch.distributed.tensor import Shard
+    divided = parameter.placements[0].dim if is_sharded(parameter) else None
+    return Shard(1 if divided == 0 else 0)
+
+
+def entering(x: Tensor, mesh) -> Tensor:
+    """x, the same on all ranks, each of which goes on with its own weights: in the backward pass
+    their gradients are added up (f of Shoeybi et al. 2019, figure 3)."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    return x.to_local(grad_placements=[Partial()])
+
+
+def leaving(y: Tensor, mesh) -> Tensor:
+    """The sum of all ranks' y; its gradient is that of each (g of the same figure)."""
+    from torch.distributed.tensor import DTensor, Partial
+    return DTensor.from_local(y, mesh, [Partial()], run_check=False).full_tensor()
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight (V, D) by number. Where they are divided, a rank adds 0 for another's."""
+    if not is_sharded(weight):
+        return F.embedding(tokens, weight)
+    own, at, mine = own_rows(tokens, weight)
+    return leaving(F.embedding(at, own) * mine[..., None], weight.device_mesh)
+
+
+def own_rows(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's rows of a divided weight (V, D); where in them the ids stand; whether they do."""
+    own = weight.to_local()
+    at = ids - weight.device_mesh.get_local_rank() * len(own)
+    return own, at.clamp(0, len(own) - 1), (at >= 0) & (at < len(own))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, all of it on every rank; W's rows may be divided."""
+    if not is_sharded(weight):
+        return F.linear(x, weight.to(x.dtype))
+    from torch.distributed.tensor import DTensor, Shard
+    mesh = weight.device_mesh
+    y = F.linear(entering(x, mesh), weight.to_local().to(x.dtype))
+    return DTensor.from_local(y, mesh, [Shard(y.dim() - 1)], run_check=False).full_tensor()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+                         with_entropy: bool = False):
+    """kernels.linear_cross_entropy; where the rows of weight are divided, each rank makes the
+    logits of its own tokens, some rows at a time, and again in the backward pass:
+
+        log p(t) = z_t - m - log sum exp(z - m)      the sum, and z_t, over all ranks; m their max
+        H = m + log sum exp(z - m) - sum exp(z - m) z / sum exp(z - m)
+    """
+    if not is_sharded(weight):
+        return kernels.linear_cross_entropy(hidden, weight, targets, temperature=temperature,
+                                            with_entropy=with_entropy)
+    from torch.distributed.tensor import DTensor, Partial
+    mesh = weight.device_mesh
+    own, at, mine = own_rows(targets, weight)
+
+    def scores(h: Tensor, at: Tensor, mine: Tensor) -> Tensor:
+        z = F.linear(h, own.to(h.dtype)).float() / temperature         # (rows, V / ways)
+        m = DTensor.from_local(z.detach().amax(1), mesh, [Partial("max")]).full_tensor()
+        e = (z - m[:, None]).exp()
+        picked = z.gather(1, at[:, None]).squeeze(1) * mine
+        total, picked, weighted = leaving(torch.stack(
+            (e.sum(1), picked, (e * z).sum(1) if with_entropy else picked)), mesh)
+        lse = m + total.log()
+        return torch.stack((picked - lse, lse - weighted / total))
+
+    n = max(1, LOGITS // len(own))
+    parts = [checkpoint(scores, *part, use_reentrant=False) for part in zip(
+        entering(hidden, mesh).split(n), at.split(n), mine.split(n))]
+    logps, entropies = torch.cat(parts, 1)
+    return (logps, entropies) if with_entropy else logps
+
+
+def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, routes: Routes) -> Tensor:
+    """kernels.moe_experts. Where the experts are divided, every rank has routed all tokens alike,
+    works off its own experts' part of the list, and counts the rest as dropped."""
+    if not is_sharded(w13):
+        return kernels.moe_experts(x, w13, w2, *routes)
+    mesh, own = w13.device_mesh, w13.to_local()
+    first = mesh.get_local_rank() * len(own)
+    offsets = routes.offsets[first:first + len(own) + 1]
+    pairs = torch.arange(len(routes.tokens), device=x.device) + offsets[0]
+    pairs = pairs % len(pairs)                                         # its own come first
+    return leaving(kernels.moe_experts(
+        entering(x, mesh), own, w2.to_local(), routes.tokens[pairs],
+        entering(routes.gates, mesh)[pairs], offsets - offsets[0]), mesh)
+
+
+# ---------------------------------------------------------------------- parts and wholes
 
 def local(t: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
@@ -85,17 +266,40 @@ def part(t: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, each entry counted once."""
+    if not any(map(is_sharded, gradients)):
+        return nn.utils.get_total_norm(gradients)
+    squares = sum(local(g).float().square().sum() / copies(g) for g in gradients)
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def copies(t: Tensor) -> int:
+    """How many ranks hold the same entry."""
+    placed = zip(t.device_mesh.shape, t.placements) if is_sharded(t) else ()
+    return dist.get_world_size() // math.prod(n for n, placement in placed
+                                              if not placement.is_replicate())
+
+
 def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor]:
     """f, which takes whole matrices (..., rows, columns) and keeps their shape, of parameters of
     one shape.
 
     If they are sharded by rows, n of them are worked on at a time, one by each of n ranks: it sends
     its rows of matrix i to rank i, so that it has all rows of one matrix, and gets its rows of the
-    results in the same way. Experts are sharded too, but an expert's matrix is on one rank.
+    results in the same way. Experts are sharded too, but an expert's matrix is on one rank. Divided
+    ones are gathered by all ranks, which share the work and its results.
     """
-    if not is_sharded(same[0]):
+    if not any(map(is_sharded, same)):
         return list(f(torch.stack(same)))
     from torch.distributed.tensor import DTensor
+    if any(is_sharded(t) and "model" in t.device_mesh.mesh_dim_names for t in same):
+        results, n = [whole(t) for t in same], dist.get_world_size()
+        for i, G in enumerate(results):
+            results[i] = (f(G) if i % n == dist.get_rank() else G).contiguous()
+            dist.broadcast(results[i], i % n)
+        return [part(result, t) for result, t in zip(results, same)]
     mesh, shape, mine = same[0].device_mesh, same[0].shape, [local(t) for t in same]
     if len(shape) == 3:
         results = [f(experts) for experts in mine]

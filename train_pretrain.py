@@ -25,7 +25,7 @@ Differs from the document:
     python train_pretrain.py --data book.txt --tokenizer bytes --n_layers 4 --d_model 128
     python train_pretrain.py --objective mlm --next_sentence           # BERT; span: T5; ul2: UL2
     torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
-    torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # parallel.py
+    torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp --tensor_parallel 2 ...  # 4 x 2
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -106,6 +106,7 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
+    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix
     log_every: int = 10               # steps between rows of metrics.jsonl
     eval_every: int = 300             # steps between validations
     eval_windows: int = 64            # validation windows, the same every time
@@ -228,10 +229,10 @@ def main(cfg: Config) -> dict:
         if step < copy_steps(cfg):
             batches = [copying(len(tokenizer.ranks), 2 * cfg.batch_size,
                                min(64, train.context_length), cfg.seed,
-                               n * run.world_size + run.rank) for n in numbers]
+                               n * run.replicas + run.replica) for n in numbers]
         else:
             source = train if step < anneal_from(cfg) else read.anneal
-            batches = [source.batch(n, cfg.batch_size, run.rank, run.world_size) for n in numbers]
+            batches = [source.batch(n, cfg.batch_size, run.replica, run.replicas) for n in numbers]
         if step in (copy_steps(cfg), anneal_from(cfg)):
             run.history.clear()                    # losses of other text are no measure of a spike
         batches = [batch.to(run.device) for batch in batches]

@@ -60,6 +60,7 @@ class Config:
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
+    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix
     log_every: int = 10               # steps between rows of metrics.jsonl
     eval_every: int = 500             # steps between evaluations
     eval_examples: int = 200          # held-out examples answered at each evaluation
@@ -104,7 +105,7 @@ def main(cfg: Config) -> dict:
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
-        batches = [train.batch(step * cfg.grad_accum + i, cfg.batch_size, run.rank, run.world_size)
+        batches = [train.batch(step * cfg.grad_accum + i, cfg.batch_size, run.replica, run.replicas)
                    .to(run.device) for i in range(cfg.grad_accum)]
         n_targets = sum(batch.n_targets for batch in batches)
         figures = {"loss": 0.0}

@@ -149,13 +149,16 @@ def is_spike(loss: float, norm: float, recent: list[tuple[float, float]]) -> boo
 
 def adamw(model: nn.Module, lr: float, betas=(0.9, 0.95), eps: float = 1e-8,
           weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over what is trainable; weight decay on matrices only, not on norms and biases."""
+    """AdamW over what is trainable; weight decay on matrices only, not on norms and biases. All
+    parameters in one call, unless some are on other meshes than others (--tensor_parallel)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}]
-    fused = trainable[0].device.type in ("cpu", "cuda")
+    together = {"fused": trainable[0].device.type in ("cpu", "cuda")}
+    if len({getattr(p, "device_mesh", None) for p in trainable}) > 1:
+        together = {"foreach": False}
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps,
-                             fused=fused)
+                             **together)
 
 
 def pick_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float,
@@ -223,6 +226,8 @@ class Run:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         parallel.check(cfg, self.dtype)
+        self.ways = getattr(cfg, "tensor_parallel", 1)         # ranks that read the same tokens
+        self.replica, self.replicas = self.rank // self.ways, self.world_size // self.ways
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.manual_seed(cfg.seed)
@@ -283,9 +288,11 @@ class Run:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The callable to train through: `model`, compiled if asked for, in DDP under torchrun;
-        with --shard fsdp `model` itself, whose parameters an optimizer must take from here on."""
-        if getattr(self.cfg, "shard", "none") == "fsdp":
-            return parallel.shard(model)
+        with --shard fsdp or --tensor_parallel `model` itself, whose parameters an optimizer must
+        take from here on."""
+        fsdp = getattr(self.cfg, "shard", "none") == "fsdp"
+        if fsdp or self.ways > 1:
+            return parallel.shard(model, fsdp, self.ways)
         if self.cfg.compile:
             model = torch.compile(model)
         if self.world_size > 1:
@@ -294,7 +301,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers for one step and rank, the same after a resume."""
-        seed = self.cfg.seed * 1_000_003 + step * 1_009 + self.rank
+        seed = self.cfg.seed * 1_000_003 + step * 1_009 + self.replica
         return torch.Generator(self.device).manual_seed(seed)
 
     # ---- the loop
@@ -345,8 +352,10 @@ class Run:
         parameters = [p for group in optimizer.param_groups for p in group["params"]
                       if p.grad is not None]
         self.scaler.unscale_(optimizer)
-        grad_norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
+        grad_norm = parallel.total_norm([p.grad for p in parameters])
+        shrink = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        for p in parameters:
+            parallel.local(p.grad).mul_(shrink)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not self.skips(optimizer, grad_norm):
@@ -397,8 +406,8 @@ class Run:
         After the first skipped update rows have `skipped`, how many there were so far; a mean then
         leaves out what is not finite.
         """
-        self.tokens += tokens * self.world_size
-        self.pending.setdefault("tokens", []).append(tokens * self.world_size)
+        self.tokens += tokens * self.replicas
+        self.pending.setdefault("tokens", []).append(tokens * self.replicas)
         for name, value in figures.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self.pending.setdefault(name, []).append(value)

@@ -20,6 +20,7 @@ import torch
 import parallel
 import train_pretrain
 import training
+from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {                                  # what equals one process
@@ -28,6 +29,14 @@ MODELS = {                                  # what equals one process
 OTHERS = {                                  # what equals DDP: routers are balanced on each rank
     "experts": {"n_experts": 4, "balance": "bias", "gradient_checkpointing": True},
     "bert": {"objective": "mlm"}}           # its figures are of hidden states
+EVEN = {"n_kv_heads": 2}                    # what two ranks can divide
+DIVIDED = {                                 # what equals one process on ranks with the same tokens
+    "even": {}, "even_adamw": {"optimizer": "adamw", "tied": False, "gradient_checkpointing": True},
+    "even_experts": {"n_experts": 4, "n_shared_experts": 1, "balance": "bias", "d_expert": 16},
+    "t5": {"objective": "span"}, "even_bert": {"objective": "mlm"}}
+BOTH = {                                    # what two groups of two ranks equal
+    "even": "even", "even_adamw": "even_adamw",                    # one process
+    "even_experts": "even_experts_none", "t5": "t5_none"}          # two ranks under DDP
 
 RANK = """import json, math, os, signal, sys, training, train_pretrain
 from parallel import local
@@ -87,18 +96,30 @@ def out(tmp_path_factory) -> Path:
 
     under_torchrun(2, [options(f"{name}_{shard}", 2, shard=shard, **model)
                        for name, model in (MODELS | OTHERS).items() for shard in ("none", "fsdp")]
+                   + [options(f"{name}_divided", 4, tensor_parallel=2, **EVEN, **model)
+                      for name, model in DIVIDED.items()]
+                   + [options(same, 2, **EVEN, **DIVIDED[name])
+                      for name, same in BOTH.items() if same.endswith("_none")]
+                   + [options("stopped_divided", 4, tensor_parallel=2, **EVEN)]
                    + [options("stopped", 2, shard="fsdp"), options("skips", 2, shard="fsdp")]
                    + [options("stopped_2", 2, shard="fsdp", resume=resume)
                       for resume in (False, True)])
     for name in ("resumed_1", "resumed_4"):
         shutil.copytree(out / "stopped", out / name)
+    for name in ("redivided_1", "redivided_4"):
+        shutil.copytree(out / "stopped_divided", out / name)
+    both = {"shard": "fsdp", "tensor_parallel": 2}
     under_torchrun(4, [options("four", 1, shard="fsdp"),
-                       options("resumed_4", 1, shard="fsdp", resume=True)])
+                       options("resumed_4", 1, shard="fsdp", resume=True)]
+                   + [options(f"{name}_both", 2, **both, **EVEN, **DIVIDED[name])
+                      for name in BOTH]
+                   + [options("redivided_4", 2, resume=True, **both, **EVEN)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "plot_curves", lambda *args: None)
-        for name, model in MODELS.items():
+        for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}).items():
             train_pretrain.main(train_pretrain.Config(**options(name, 4, **model)))
-        train_pretrain.main(train_pretrain.Config(**options("resumed_1", 4, resume=True)))
+        for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
+            train_pretrain.main(train_pretrain.Config(**options(name, 4, resume=True, **model)))
     return out
 
 
@@ -130,6 +151,23 @@ def test_four_sharded_ranks_train_as_one_process(out):
     same_to_rounding(out / "muon", out / "four")
 
 
+@pytest.mark.parametrize("name", DIVIDED)
+def test_two_ranks_that_divide_each_matrix_train_as_one_process(out, name):
+    """The same batch on both: heads, channels, experts and words of the vocabulary are shared."""
+    same_to_rounding(out / name, out / f"{name}_divided")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_two_groups_of_two_ranks_train_as_two_whole_processes_or_one(out, name):
+    """Each group divides the matrices and reads half the batch; FSDP shares what is left."""
+    same_to_rounding(out / BOTH[name], out / f"{name}_both")
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_divided_run_goes_on_whole_and_divided_otherwise(out, ranks):
+    same_to_rounding(out / "even", out / f"redivided_{ranks}")
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_run_stopped_on_two_sharded_ranks_goes_on_on_another_number_of_them(out, ranks):
     """Between two rows, the later of which has what both ranks had seen; on 1, without shards."""
@@ -154,6 +192,15 @@ def test_each_rank_holds_its_share_of_the_weights_and_of_the_optimizers_state(ou
             assert held == all_of_it
 
 
+def test_of_divided_matrices_each_rank_holds_its_part(out):
+    """All but the norms and the shift, which are 1 % here and whole in each group."""
+    for folder, ranks in (("even_divided", 2), ("redivided_4", 4)):
+        for rank in range(ranks):
+            held, all_of_it = json.loads((out / folder / f"held_{rank}_of_{ranks}.json")
+                                         .read_text())
+            assert all_of_it / ranks <= held < 1.06 * all_of_it / ranks
+
+
 def test_a_nan_on_one_rank_is_skipped_by_all(out):
     rows = training.read_metrics(out / "skips")
     assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 1, 1]
@@ -163,13 +210,32 @@ def test_a_nan_on_one_rank_is_skipped_by_all(out):
 
 @pytest.mark.parametrize("options, dtype, named", [
     ({"shard": "ddp"}, torch.float32, "--shard ddp: give none or fsdp"),
-    ({}, torch.float32, "start it by torchrun"),
+    ({}, torch.float32, "--shard fsdp shares .* start it by torchrun"),
+    ({"shard": "none", "tensor_parallel": 2}, torch.float32, "--tensor_parallel 2 .* by torchrun"),
+    ({"ranks": 4, "tensor_parallel": 3}, torch.float32, "3 on 4 ranks: it must divide"),
+    ({"ranks": 4, "tensor_parallel": 0}, torch.float32, "0 on 4 ranks: it must divide"),
+    ({"ranks": 4, "shard": "none", "tensor_parallel": 2}, torch.float32,
+     "makes 2 groups of them; give --shard fsdp as well"),
     ({"ranks": 2}, torch.float16, "with float16: .* give --dtype bfloat16 or float32"),
     ({"ranks": 2, "compile": True}, torch.float32, "does not go with --compile"),
     ({"ranks": 2, "peft": "lora"}, torch.float32, "does not go with --peft lora")])
 def test_what_cannot_be_sharded_is_refused(monkeypatch, options, dtype, named):
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: "ranks" in options)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: options["ranks"])
     cfg = SimpleNamespace(**{"shard": "fsdp", "compile": False} | options)
     with pytest.raises(ValueError, match=named):
         parallel.check(cfg, dtype)
-    parallel.check(SimpleNamespace(**vars(cfg) | {"shard": "none"}), dtype)
+    parallel.check(SimpleNamespace(**vars(cfg) | {"shard": "none", "tensor_parallel": 1}), dtype)
+
+
+@pytest.mark.parametrize("sizes, named", [
+    ({"n_heads": 3, "d_model": 12}, "2 ranks cannot share n_heads 3 evenly"),
+    ({"n_kv_heads": 1}, "2 ranks cannot share n_kv_heads 1"),
+    ({"vocab_size": 31}, "2 ranks cannot share vocab_size 31"),
+    ({"n_experts": 3}, "2 ranks cannot share n_experts 3"),
+    ({}, "3 ranks cannot share d_model 16")])
+def test_sizes_that_ranks_cannot_divide_are_refused(sizes, named):
+    config = ModelConfig(**{"vocab_size": 30, "n_layers": 1, "n_heads": 4, "d_model": 16,
+                            "d_ff": 32} | sizes)
+    with pytest.raises(ValueError, match=named):
+        parallel.divide(Transformer(config), SimpleNamespace(size=lambda: 2), groups=3)
