@@ -24,8 +24,8 @@ addends of the result (leaving: they are added up): four all-reduces of (B, T, D
 
 A parameter is a DTensor then: the part that this rank keeps, and where the others are; --shard fsdp
 cuts it along another dimension than --tensor_parallel. Muon needs whole matrices, so each rank
-works on some. Rank 0 collects all there is, one tensor after the other, to write checkpoints and
-models: the same files as without sharding, so that a run goes on on any number of ranks.
+works on some. In a checkpoint each rank writes what it holds (torch.distributed.checkpoint); a run
+goes on from it on any number of ranks, sharded or not. The model at the end is one file as always.
 
 FSDP gathers in fp32. The copies in the model's precision are made at use and live until the
 backward pass, as they do without sharding; --gradient_checkpointing makes them again instead. Every
@@ -37,12 +37,13 @@ rank makes the whole model before it lets go of what is not its part: it must fi
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -260,7 +261,9 @@ def whole(t: Tensor) -> Tensor:
 
 def part(t: Tensor, like: Tensor) -> Tensor:
     """A copy of this rank's part of t, which all ranks have, sharded as `like` is."""
-    if not is_sharded(like) or t.shape != like.shape:          # AdamW counts steps in a scalar
+    if t.dim() == like.dim() + 1 and t.numel() == like.numel():        # of halved()
+        t = t.flatten(0, 1)
+    if not is_sharded(like) or is_sharded(t) or t.shape != like.shape:  # AdamW counts in a scalar
         return t
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).clone()
@@ -317,6 +320,8 @@ def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor
             for result, t in zip(results, same)]
 
 
+# ---------------------------------------------------------------------- what is saved
+
 def copied(tree, keep: bool):
     """`tree` with each tensor copied to CPU memory, whole, one after the other; None instead of it
     on a rank that is not to keep it, which must call this all the same."""
@@ -326,8 +331,68 @@ def copied(tree, keep: bool):
     return tree_map_only(Tensor, copy, tree)
 
 
+def copied_parts(tree):
+    """`tree` with each tensor copied to CPU memory, of the sharded this rank's part."""
+    return tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
+
+
+def save_parts(tree, folder: Path, group: dist.ProcessGroup):
+    """Write the tensors of a tree, all ranks of the group at once: of the sharded ones each its
+    part, of the others its share. Returns the tree with tensors without data in their place."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    tree = tree_map_only(Tensor, halved, tree)
+    save(by_path(tree), storage_writer=FileSystemWriter(folder), process_group=group)
+    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree)
+
+
+def halved(t: Tensor) -> Tensor:
+    """W1 and W3 side by side, divided as divide() does: (2 F, D) as (2, F, D), divided along F, as
+    torch.distributed.checkpoint can describe it. Other tensors as they are."""
+    from torch.distributed.tensor import DTensor, Shard, _StridedShard
+    if not is_sharded(t) or not any(isinstance(p, _StridedShard) for p in t.placements):
+        return t
+    placements = [Shard(1 if isinstance(p, _StridedShard) else p.dim + 1) for p in t.placements]
+    return DTensor.from_local(t.to_local().unflatten(0, (2, -1)), t.device_mesh, placements)
+
+
+def load_parts(tree, targets: dict, folder: Path) -> dict:
+    """The tree that save_parts returned, with its tensors: of those that have the shape of a
+    parameter of the target, as that is sharded here, on however many ranks there are."""
+    from torch.distributed.checkpoint import load
+    warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
+    tree = {name: like(tree[name], target) for name, target in targets.items() if name in tree}
+    load(by_path(tree), checkpoint_id=folder)
+    return tree
+
+
+def by_path(tree) -> dict[str, Tensor]:
+    """The tensors of a tree of dicts and lists, by names that tell where they are."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return {keystr(path): t for path, t in leaves if isinstance(t, Tensor)}
+
+
+def like(state: dict, target: nn.Module | torch.optim.Optimizer) -> dict:
+    """A state of tensors without data -> the same of zeros, sharded as the target's parameters."""
+    def zeros(t: Tensor, p: Tensor | None) -> Tensor:
+        if p is not None and p.shape == t.shape:
+            return torch.zeros_like(p, dtype=t.dtype)
+        return torch.zeros(t.shape, dtype=t.dtype)
+
+    if isinstance(target, nn.Module):
+        own = target.state_dict()
+        return {name: zeros(t, own.get(name)) for name, t in state.items()}
+    return with_state(state, target, zeros)
+
+
+def with_state(state: dict, optimizer: torch.optim.Optimizer, f: Callable) -> dict:
+    """An optimizer's state_dict with f(tensor, the parameter it belongs to) for each tensor."""
+    own = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    return state | {"state": {n: tree_map_only(Tensor, lambda t, n=n: f(t, own.get(n)), entries)
+                              for n, entries in state["state"].items()}}
+
+
 def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """target.load_state_dict(state) for a state of whole tensors.
+    """target.load_state_dict(state) for a state of whole tensors, or of parts like the target's.
 
     Raises what load_state_dict does for a state that does not fit: RuntimeError, ValueError or
     KeyError.
@@ -336,8 +401,5 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
         own = target.state_dict()
         state = {name: part(t, own[name]) if name in own else t for name, t in state.items()}
     elif isinstance(target, torch.optim.Optimizer):        # which numbers its parameters in order
-        own = dict(enumerate(p for group in target.param_groups for p in group["params"]))
-        state = state | {"state": {
-            n: tree_map_only(Tensor, lambda t, n=n: part(t, own[n]), entries)
-            for n, entries in state["state"].items()}}
+        state = with_state(state, target, part)
     target.load_state_dict(state)

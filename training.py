@@ -243,6 +243,7 @@ class Run:
         self.flops_per_token, self.peak = 0.0, 1.0    # set by a stage that wants its MFU logged
         self.interrupted = 0                          # the signal
         self.writing = None                           # the checkpoint on its way to the disk
+        self.writers = None                           # all ranks, where each writes its own part
         self.saved_step = -1                          # that self.writing is about
         self.started = self.last_row = time.perf_counter()
         self.claim_folder()
@@ -292,6 +293,7 @@ class Run:
         take from here on."""
         fsdp = getattr(self.cfg, "shard", "none") == "fsdp"
         if fsdp or self.ways > 1:
+            self.writers = dist.new_group(backend="gloo")
             return parallel.shard(model, fsdp, self.ways)
         if self.cfg.compile:
             model = torch.compile(model)
@@ -443,6 +445,9 @@ class Run:
         one holds other shapes or parts.
         """
         self.tracked = parts
+        if self.rank == 0:
+            for left in self.out.glob("checkpoints/*.tmp"):   # by a run that was killed
+                shutil.rmtree(left)
         damaged = []
         for folder in reversed(checkpoints(self.out)) if self.cfg.resume else ():
             try:
@@ -466,11 +471,14 @@ class Run:
             metrics.with_suffix(".tmp").replace(metrics)
 
     def load_checkpoint(self, folder: Path, state: dict) -> None:
+        parts = state["parts"]
+        if (folder / ".metadata").exists():                   # each rank has written its own
+            parts = parallel.load_parts(parts, self.tracked, folder)
         for name, part in self.tracked.items():
             weights = folder / f"{name}.safetensors"
             try:
                 parallel.load(part, safetensors.torch.load_file(weights) if weights.exists()
-                              else state["parts"][name])
+                              else parts[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
                                  f"the options the run was started with ({error})") from error
@@ -489,8 +497,8 @@ class Run:
             self.save_checkpoint(step + 1)
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Copy everything to CPU memory, whole if it is sharded; a thread of rank 0 writes it to
-        the disk while training goes on.
+        """Copy everything to CPU memory; a thread of rank 0, or of each rank where they share the
+        weights, writes it to the disk while training goes on.
 
         Raises what went wrong with the checkpoint before this one, as written() does.
         """
@@ -505,8 +513,11 @@ class Run:
                  "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
                  "history": self.history, "skipped": self.skipped,
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
-        copy = parallel.copied(state, keep=self.rank == 0)
-        if self.rank == 0:
+        if self.writers:
+            copy = parallel.copied_parts(state)
+        elif self.rank == 0:
+            copy = parallel.copied(state, keep=True)
+        if self.writers or self.rank == 0:
             # A thread for each. One that stayed would keep OpenMP workers of its own, and with more
             # workers than cores OpenMP lets all of them sleep between operations: the steps after
             # the first save would take nearly twice as long.
@@ -523,24 +534,31 @@ class Run:
         """
         error = self.writing and self.writing.exception()
         if self.mean_over_ranks(error is not None):
-            raise error or OSError("rank 0 could not write its checkpoint, and says why")
+            raise error or OSError("another rank could not write its checkpoint, and says why")
 
     def write_checkpoint(self, state: dict) -> None:
         """checkpoints/step_N, whole or not at all: temporary folder, fsync, rename, fsync."""
         final = self.out / "checkpoints" / f"step_{state['step']:06d}"
         folder = final.with_name(final.name + ".tmp")
-        weights = {n: state["parts"].pop(n) for n, part in self.tracked.items()
-                   if isinstance(part, nn.Module)}
-        if not all(w.isfinite().all() for part in weights.values() for w in part.values()):
+        models = [n for n, part in self.tracked.items() if isinstance(part, nn.Module)]
+        weights = [parallel.local(w) for n in models for w in state["parts"][n].values()]
+        damage = torch.tensor(sum(not w.isfinite().all() for w in weights))
+        if self.writers:
+            dist.all_reduce(damage, group=self.writers)
+        if damage:
             raise FloatingPointError(f"after step {state['step'] - 1} the weights are not finite; "
                                      f"{self.way_back()}")
-        with room_for(folder, tree_leaves([weights, state])):
-            for left in final.parent.glob("*.tmp"):           # by a run that was killed
-                shutil.rmtree(left)
-            folder.mkdir(parents=True)
-            for name, part in weights.items():
-                safetensors.torch.save_file({n: w.contiguous() for n, w in part.items()},
-                                            folder / f"{name}.safetensors")
+        with room_for(folder, tree_leaves(state)):
+            if self.writers:
+                state["parts"] = parallel.save_parts(state["parts"], folder, self.writers)
+                if self.rank > 0:
+                    return
+            else:
+                folder.mkdir(parents=True)
+                for name in models:
+                    part = state["parts"].pop(name)
+                    safetensors.torch.save_file({n: w.contiguous() for n, w in part.items()},
+                                                folder / f"{name}.safetensors")
             torch.save(state, folder / "state.pt")
             meta = {"step": state["step"], "val_loss": state["last"].get("val_loss"),
                     "config": dataclasses.asdict(self.cfg), "parents": self.parents,

@@ -201,6 +201,19 @@ def test_of_divided_matrices_each_rank_holds_its_part(out):
             assert all_of_it / ranks <= held < 1.06 * all_of_it / ranks
 
 
+@pytest.mark.parametrize("name, ranks", [("muon_fsdp", 2), ("even_divided", 2), ("even_both", 4)])
+def test_each_rank_writes_its_own_part_of_a_checkpoint(out, name, ranks, tmp_path):
+    [folder] = (out / name / "checkpoints").iterdir()
+    assert not (folder / "model.safetensors").exists()
+    sizes = [(folder / f"__{rank}_0.distcp").stat().st_size for rank in range(ranks)]
+    assert max(sizes) < 1.25 * sum(sizes) / ranks, sizes
+    training.read_checkpoint(folder)
+    damaged = Path(shutil.copytree(folder, tmp_path / folder.name)) / f"__{ranks - 1}_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"__{ranks - 1}_0.distcp is damaged"):
+        training.read_checkpoint(damaged.parent)
+
+
 def test_a_nan_on_one_rank_is_skipped_by_all(out):
     rows = training.read_metrics(out / "skips")
     assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 1, 1]
