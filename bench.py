@@ -1,7 +1,7 @@
 """
 How fast we are beside what others use, measured in one run on this machine.
 
-    python bench.py train                  # a training step of a 5.8M model; about 8 minutes
+    python bench.py train                  # a training step of a 5.8M model; about 10 minutes
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
     python bench.py kernels                # every kernel beside its alternatives (bench_kernels.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
@@ -11,7 +11,8 @@ Every row is measured in fresh processes, alternated with the other rows over se
 table shows medians. Training: bf16 by autocast (ours: by the model's own casts), gradient clipping,
 fused AdamW, random tokens. Contenders: Hugging Face's Llama (if transformers is installed), and our
 own writing of the structure of nanoGPT's model (LayerNorm, learned positions, GELU) and of
-minimind's (RMSNorm, rotary, SwiGLU, separate projections), each with the loss as its code has it.
+minimind's (RMSNorm, rotary, SwiGLU, separate projections) and nanochat's (queries and keys
+normalised, squared ReLU, bounded logits), each with the loss as its code has it.
 After the table one JSON line per row; our own rows are named "lifecycle".
 """
 import dataclasses
@@ -35,7 +36,7 @@ from model import ModelConfig, Transformer
 from sample import generate
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
-CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "lifecycle"),
+CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
               "generate": ("hf_llama", "nanogpt", "lifecycle"),
               "tokenizer": ("hf_tokenizers", "lifecycle")}
 NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers"}
@@ -56,7 +57,7 @@ class Config:
     dtype: str = "bfloat16"           # bfloat16 | float32 | float16 (GPU)
     device: str = "auto"              # auto | cpu | cuda
     modes: str = "eager,compile"      # train: comma-separated; generate is eager
-    contenders: str = "all"           # comma-separated: hf_llama, nanogpt, minimind, lifecycle ...
+    contenders: str = "all"           # comma-separated: hf_llama, nanogpt, nanochat, lifecycle ...
     data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
     rounds: int = 3                   # fresh processes per row
     steps: int = 10                   # train: timed steps per process; generate: one generation
@@ -164,6 +165,55 @@ class MiniMind(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
 
+class NanoChat(nn.Module):
+    """The structure of nanochat's first model: norms without weights, also of the embedding and of
+    queries and keys; rotary halves, squared ReLU, a head of its own, logits bounded by 15."""
+
+    class Block(nn.Module):
+        def __init__(self, D: int, H: int):
+            super().__init__()
+            self.H = H
+            self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=False) for _ in range(4))
+            self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            B, T, D = x.shape
+            y = unit_norm(x)
+            q, k, v = (w(y).view(B, T, self.H, D // self.H) for w in (self.q, self.k, self.v))
+
+            def rotate(y):
+                a, b = y.chunk(2, dim=-1)
+                return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(y.dtype)
+            q, k, v = (y.transpose(1, 2) for y in (unit_norm(rotate(q)), unit_norm(rotate(k)), v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.o(y.transpose(1, 2).reshape(B, T, D))
+            return x + self.down(F.relu(self.up(unit_norm(x))).square())
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        D, C = cfg.d_model, cfg.d_model // cfg.n_heads
+        self.tokens = nn.Embedding(cfg.vocab_size, D)
+        self.blocks = nn.ModuleList(self.Block(D, cfg.n_heads) for _ in range(cfg.n_layers))
+        self.head = nn.Linear(D, cfg.vocab_size, bias=False)
+        angles = torch.outer(torch.arange(cfg.context_length),
+                             10_000.0 ** (-torch.arange(0, C, 2) / C))[:, None]
+        dtype = training.DTYPES[cfg.dtype]
+        self.register_buffer("cos", angles.cos().to(dtype))
+        self.register_buffer("sin", angles.sin().to(dtype))
+        self.apply(small_init)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = unit_norm(self.tokens(tokens))
+        for block in self.blocks:
+            x = block(x, self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]])
+        logits = 15 * torch.tanh(self.head(unit_norm(x)) / 15)
+        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
 def small_init(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
@@ -192,7 +242,7 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
     if name == "lifecycle":
         kernels.keep_memory()                              # the others: as their code does
     model = {"hf_llama": lambda: hf_llama(cfg), "nanogpt": lambda: NanoGPT(cfg),
-             "minimind": lambda: MiniMind(cfg),
+             "minimind": lambda: MiniMind(cfg), "nanochat": lambda: NanoChat(cfg),
              "lifecycle": lambda: lifecycle(cfg, cfg.context_length)}[name]().to(device)
     optimizer = training.adamw(model, lr=3e-4, weight_decay=0.1)
     call = torch.compile(model) if mode == "compile" else model

@@ -11,6 +11,7 @@ a factor of two, most of it in how far a small model stays below the speed of la
 """
 import os
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -87,13 +88,15 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: float,
-          memory: int) -> str:
-    """A sentence about the run, for the reader. tokens: read in the whole run by this rank; rows:
-    at once. Raises ValueError, naming the flags that help, when it cannot fit into `memory`."""
-    config, length = model.config, model.config.context_length
+def check(models: tuple[nn.Module, ...], optimizer: str, rows: int, length: int, tokens: float,
+          peak: float, memory: int, options: Iterable[str] = ()) -> str:
+    """A sentence about the run, for the reader. The first of the models reads `tokens` tokens in
+    the whole run (on this rank), `rows` rows of `length` at once; of the others only the memory
+    counts. Raises ValueError, naming those of the script's options that help, when it cannot fit
+    into `memory`."""
+    model, config = models[0], models[0].config
     flops = config.flops_per_token(length) * tokens
-    state = state_bytes(model, optimizer, model.dtype)
+    state = sum(state_bytes(m, optimizer, m.dtype) for m in models)
 
     def needed(checkpointing: bool) -> int:
         return state + activation_bytes(config, rows, length, model.dtype.itemsize, checkpointing,
@@ -101,12 +104,14 @@ def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: floa
 
     total = needed(model.gradient_checkpointing)
     if total > memory:
-        advice = (f"a smaller --batch_size than {rows} with more --grad_accum, or a shorter "
-                  "--context_length")
         if state > memory:
-            advice = "a smaller model (--d_model, --n_layers of pretraining), or --shard fsdp"
-        elif needed(True) < memory:
+            advice = "a smaller model (--d_model, --n_layers of pretraining)"
+            advice += ", or --shard fsdp" * ("shard" in options)
+        elif "gradient_checkpointing" in options and needed(True) < memory:
             advice = "--gradient_checkpointing"
+        else:
+            advice = f"a smaller --{'mini' * ('minibatch_size' in options)}batch_size"
+            advice += " with more --grad_accum" * ("grad_accum" in options)
         raise ValueError(f"this run needs about {total / 1e9:.1f} GB ({state / 1e9:.1f} for "
                          f"weights, gradients and optimizer, {(total - state) / 1e9:.1f} for "
                          f"activations), but there are {memory / 1e9:.1f} GB: give {advice}")
@@ -116,13 +121,18 @@ def check(model: nn.Module, optimizer: str, rows: int, tokens: float, peak: floa
             "activations")
 
 
-def announce(run, model: nn.Module) -> None:
-    """Say what a run over full rows will take, or refuse it (check); its MFU will be logged."""
-    cfg, length = run.cfg, model.config.context_length
+def announce(run, *models: nn.Module, rows: int = 0, length: float = 0, tokens: float = 0) -> None:
+    """Say what a run will take, or refuse it (check); the MFU of the first model will be logged.
+
+    By default batch_size rows of a whole context are read at once, and grad_accum times that in a
+    step. rows, length, tokens: what else is read at once, and in the whole run.
+    """
+    cfg, config = run.cfg, models[0].config
+    rows, length = rows or cfg.batch_size, round(length) or config.context_length
+    tokens = tokens or cfg.steps * getattr(cfg, "grad_accum", 1) * rows * length
     run.peak, run.flops_per_token = (matmul_peak(run.device, run.dtype),
-                                     model.config.flops_per_token(length))
-    if model.config.architecture == "encoder_decoder":
+                                     config.flops_per_token(length))
+    if config.architecture == "encoder_decoder":
         run.flops_per_token /= 2                           # which counts one token in each stack
-    run.say(check(model, cfg.optimizer, cfg.batch_size,
-                  cfg.steps * cfg.grad_accum * cfg.batch_size * length, run.peak,
-                  memory_of(run.device)))
+    run.say(check(models, getattr(cfg, "optimizer", "adamw"), rows, length, tokens, run.peak,
+                  memory_of(run.device), vars(cfg)))

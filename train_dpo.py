@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import forecast
 import training
 from model import Transformer, load_model, token_logps
 
@@ -113,6 +114,8 @@ def main(cfg: Config) -> dict:
     optimizer = training.pick_optimizer(cfg.optimizer, policy, cfg.lr, 0.0, run.dtype,
                                         betas=(0.9, 0.999))
     run.track(policy=policy, optimizer=optimizer)
+    run.say(f"{len(pairs)} pairs, {len(heldout)} held out")
+    forecast.announce(run, policy, reference, rows=2 * cfg.batch_size, length=pairs.lengths.mean())
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
     heldout_ref = score_pairs(reference, heldout, 4 * cfg.batch_size)          # (N, 2)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import data
 import evaluate
+import forecast
 import sample
 import training
 from model import load_model, token_logps
@@ -249,6 +250,10 @@ def main(cfg: Config) -> dict:
     controller = Controller(cfg.beta)
     run.track(actor=actor, critic=critic, actor_optimizer=actor_optimizer,
               critic_optimizer=critic_optimizer, controller=controller)
+    longest = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
+    forecast.announce(run, *models.values(), rows=cfg.minibatch_size, length=longest,
+                      tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * longest)
+    run.flops_per_token = 0.0                  # no MFU: the time goes into generation
 
     # 5. FOR step = 1 TO T_PPO
     for step in run.steps(cfg.steps):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import data
 import evaluate
+import forecast
 import sample
 import training
 from model import load_model
@@ -160,6 +161,7 @@ def main(cfg: Config) -> dict:
     run.track(model=model, optimizer=optimizer)
     longer = evaluate.length_accuracy(heldout)
     run.say(f"{len(pairs)} pairs, {len(heldout)} held out; length alone ranks {longer:.1%} right")
+    forecast.announce(run, model, sft, rows=2 * cfg.batch_size, length=pairs.lengths.mean())
 
     # 2. TRAINING LOOP
     for step in run.steps(cfg.steps):

@@ -1,5 +1,6 @@
 """The benchmarks compare like with like: all contenders compute the same."""
 import json
+import math
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_a_table_row_counts_from_the_measured_time(tmp_path, capsys):
 def test_an_unknown_operation_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="--ops swigli: give norm, swiglu"):
         bench_kernels.main(bench_kernels.Config(ops="swigli"))
+
+
+@pytest.mark.parametrize("contender", [bench.NanoGPT, bench.MiniMind, bench.NanoChat])
+def test_a_contender_starts_at_log_v_and_all_of_it_learns(contender):
+    torch.manual_seed(0)
+    cfg = bench.Config(d_model=32, n_layers=2, n_heads=4, vocab_size=100, context_length=16)
+    model, tokens = contender(cfg), torch.randint(100, (4, 17))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(100), rel=0.03)
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_a_tokenizer_is_timed_on_the_text_that_was_asked_for(tmp_path):

@@ -4,6 +4,9 @@ import torch
 from tiny import tiny_model
 
 import forecast
+import train_dpo
+import train_ppo
+import train_pretrain
 import training
 from model import ModelConfig, Transformer
 
@@ -70,19 +73,42 @@ def test_the_peak_is_at_least_what_a_matmul_reaches_now():
 def test_a_run_is_described_in_tokens_flops_memory_and_time():
     model = Transformer(ModelConfig(**SIZES))
     flops = model.config.flops_per_token(96) * 1e6
-    said = forecast.check(model, "adamw", 4, 1e6, 1e9, 2**34)
+    said = forecast.check((model,), "adamw", 4, 96, 1e6, 1e9, 2**34)
     assert f"1.0M tokens to train on, {flops:.1e} FLOPs" in said
     assert f"about {flops / 0.4e9 / 60:.0f} minutes at 40% of 0.00 TFLOP/s" in said
 
 
-@pytest.mark.parametrize("memory, rows, checkpointing, advice", [
-    (1_000_000, 4, False, "a smaller model .--d_model"),
-    (30_000_000, 24, False, "--gradient_checkpointing"),
-    (30_000_000, 10**4, False, "a smaller --batch_size than 10000"),
-    (30_000_000, 400, True, "a smaller --batch_size than 400")])
-def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, checkpointing, advice):
+PRETRAIN, DPO, PPO = (vars(script.Config()) for script in (train_pretrain, train_dpo, train_ppo))
+
+
+@pytest.mark.parametrize("memory, rows, checkpointing, options, advice", [
+    (1_000_000, 4, False, PRETRAIN, "a smaller model .--d_model.*, or --shard fsdp"),
+    (1_000_000, 4, False, DPO, "a smaller model .--d_model, --n_layers of pretraining.$"),
+    (30_000_000, 24, False, PRETRAIN, "--gradient_checkpointing"),
+    (30_000_000, 24, False, DPO, "a smaller --batch_size$"),
+    (30_000_000, 24, False, PPO, "a smaller --minibatch_size$"),
+    (30_000_000, 10**4, False, PRETRAIN, "a smaller --batch_size with more --grad_accum"),
+    (30_000_000, 400, True, PRETRAIN, "a smaller --batch_size with more --grad_accum")])
+def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, checkpointing, options,
+                                                             advice):
     model = Transformer(ModelConfig(**SIZES))
     model.gradient_checkpointing = checkpointing
     with pytest.raises(ValueError, match=f"needs about .* but there are .* GB: give {advice}"):
-        forecast.check(model, "adamw", rows, 1e6, 1e12, memory)
-    forecast.check(model, "adamw", rows, 1e6, 1e12, 2**40)
+        forecast.check((model,), "adamw", rows, 96, 1e6, 1e12, memory, options)
+    forecast.check((model,), "adamw", rows, 96, 1e6, 1e12, 2**40)
+
+
+def test_a_second_model_takes_memory_but_no_time():
+    """The reference of DPO, frozen: its weights alone, in fp32."""
+    model, frozen = (Transformer(ModelConfig(**SIZES)) for _ in range(2))
+    frozen.requires_grad_(False)
+    alone, beside = (forecast.check(models, "adamw", 4, 96, 1e6, 1e9, 2**40)
+                     for models in ((model,), (model, frozen)))
+    assert alone.split(" TFLOP/s")[0] == beside.split(" TFLOP/s")[0]
+    weights = 4 * sum(p.numel() for p in frozen.parameters())
+    assert forecast.state_bytes(frozen, "adamw", torch.float32) == weights
+    room = (forecast.state_bytes(model, "adamw", torch.float32) + weights // 2
+            + forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True))
+    forecast.check((model,), "adamw", 4, 96, 1e6, 1e9, room)
+    with pytest.raises(ValueError, match="this run needs about"):
+        forecast.check((model, frozen), "adamw", 4, 96, 1e6, 1e9, room)
