@@ -292,17 +292,20 @@ def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor
     If they are sharded by rows, n of them are worked on at a time, one by each of n ranks: it sends
     its rows of matrix i to rank i, so that it has all rows of one matrix, and gets its rows of the
     results in the same way. Experts are sharded too, but an expert's matrix is on one rank. Divided
-    ones are gathered by all ranks, which share the work and its results.
+    matrices are gathered by all ranks, n at a time; each works on one and sends all of its result.
     """
     if not any(map(is_sharded, same)):
         return list(f(torch.stack(same)))
     from torch.distributed.tensor import DTensor
     if any(is_sharded(t) and "model" in t.device_mesh.mesh_dim_names for t in same):
-        results, n = [whole(t) for t in same], dist.get_world_size()
-        for i, G in enumerate(results):
-            results[i] = (f(G) if i % n == dist.get_rank() else G).contiguous()
-            dist.broadcast(results[i], i % n)
-        return [part(result, t) for result, t in zip(results, same)]
+        results, rank, n = [], dist.get_rank(), dist.get_world_size()
+        for first in range(0, len(same), n):
+            some = [whole(t).contiguous() for t in same[first:first + n]]
+            some[rank:rank + 1] = [f(G).contiguous() for G in some[rank:rank + 1]]
+            for i, G in enumerate(some):
+                dist.broadcast(G, i)
+            results += [part(G, t) for G, t in zip(some, same[first:])]
+        return results
     mesh, shape, mine = same[0].device_mesh, same[0].shape, [local(t) for t in same]
     if len(shape) == 3:
         results = [f(experts) for experts in mine]
