@@ -31,7 +31,7 @@ class Config:
     init: str = "out/dpo"             # model folder to read
     prompt: str = ""                  # answer this once and exit; empty: chat in the terminal
     system: str = ""                  # system message to start with
-    raw: bool = False                 # continue the text as it is, without the chat template
+    raw: bool = False                 # continue a text, without the chat template (ul2: mode S)
     fill: str = ""                    # fill the gaps ___ of this text (models of gaps, not chat)
     max_new_tokens: int = 128         # longest answer, in tokens
     temperature: float = 0.0          # 0: greedy; 1: the model's own distribution
@@ -165,6 +165,12 @@ def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) ->
     return tokenizer.decode(j for i in ids for j in (spans.get(i, ()) if i in gaps else (i,)))
 
 
+def beginning(tokenizer, text: str) -> list[int]:
+    """The ids of a text to continue; for a model trained by --objective ul2 in its S mode."""
+    ids, special = tokenizer.encode(text), tokenizer.special
+    return [special["<|S|>"], *ids, tokenizer.end] if "<|S|>" in special else ids
+
+
 def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
                  generator: torch.Generator) -> str:
     """Write the continuation of `prompt` to the terminal as it comes; returns it."""
@@ -184,7 +190,7 @@ def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
 def main(cfg: Config) -> None:
     device = training.pick_device(cfg.device)
     model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device),
-                                  any_architecture=bool(cfg.fill))
+                                  any_architecture=cfg.raw or bool(cfg.fill))
     model.eval()
     if cfg.fill:
         print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
@@ -195,7 +201,7 @@ def main(cfg: Config) -> None:
         if not cfg.prompt:
             raise ValueError("--raw continues a text: give it with --prompt")
         print(cfg.prompt, end="")
-        print_stream(model, tokenizer, tokenizer.encode(cfg.prompt), cfg, generator)
+        print_stream(model, tokenizer, beginning(tokenizer, cfg.prompt), cfg, generator)
         return
     if not cfg.prompt:
         print(f"Talking to {cfg.init}. An empty line or Ctrl-D ends it; /new starts over.")

@@ -67,13 +67,14 @@ from tokenizer import Tokenizer
 PARAMETERS = ("A", "B", "alpha", "beta", "L_inf")
 CHINCHILLA = {"A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28, "L_inf": 1.69}
 PF_DAY = 1e15 * 24 * 3600                                  # FLOPs
+LR_BUDGET = 5e11                                           # FLOPs, at which lr_64 was chosen
 RULE_BUDGET = 2.0e22                                       # what 20 : 1 asks for 13B parameters
 
 # grid: {compute budget in FLOPs: widths of the models}; heldout: (budget, width), not fitted.
 PRESETS = {
-    "cpu": {"grid": {4e11: (16, 24, 32, 48, 64), 8e11: (24, 32, 48, 64, 96),
-                     1.6e12: (32, 48, 64, 96), 3.2e12: (48, 64, 96, 128)},
-            "heldout": (9.6e12, 112), "n_layers": 3, "vocab_size": 1024, "context_length": 128,
+    "cpu": {"grid": {8e11: (24, 32, 48, 64, 96), 1.6e12: (32, 48, 64, 96, 128),
+                     3.2e12: (48, 64, 96, 128)},
+            "heldout": (6.4e12, 112), "n_layers": 3, "vocab_size": 1024, "context_length": 128,
             "batch_size": 16, "lr_64": 0.024, "eval_windows": 512, "max_bytes": 14_000_000},
     "gpu": {"grid": {3e13: (64, 96, 128, 192), 1e14: (96, 128, 192, 256),
                      3e14: (128, 192, 256, 384), 1e15: (192, 256, 384, 512)},
@@ -260,7 +261,8 @@ def plan(cfg: Config, tokenizer: str) -> list[tuple[float, float, train_pretrain
         runs.append((C, N, train_pretrain.Config(
             out=str(Path(cfg.out) / f"C{C:.1e}_d{width}".replace("+", "")), tokenizer=tokenizer,
             max_bytes=preset["max_bytes"], batch_size=preset["batch_size"], copy_steps=0,
-            steps=steps, warmup=steps // 20, lr=preset["lr_64"] * (64 / width) ** 0.5, eval_every=0,
+            steps=steps, warmup=steps // 20, eval_every=0,
+            lr=preset["lr_64"] * (64 / width) ** 0.5 * (LR_BUDGET / C) ** 0.25,
             eval_windows=preset["eval_windows"], save_every=1000, seed=cfg.seed, device=cfg.device,
             dtype=cfg.dtype, **shape)))
     return runs

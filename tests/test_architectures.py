@@ -265,6 +265,23 @@ def test_gaps_become_sentinels_and_what_is_written_for_them_their_text(objective
                       *tokenizer.encode("."), tokenizer.end]
 
 
+@pytest.mark.parametrize("objective, before, after", [("causal", [], []),
+                                                      ("ul2", ["<|S|>"], ["<|end|>"])])
+def test_a_text_is_continued_in_the_mode_that_has_learned_it(objective, before, after):
+    """As ul2 arranges an S row: its beginning is the input, the rest the target."""
+    tokenizer = objectives.with_special_tokens(TOKENIZER, objective, 40)
+    special, text = tokenizer.special, tokenizer.encode("One morning")
+    asked = [*map(special.get, before), *text, *map(special.get, after)]
+    assert sample.beginning(tokenizer, "One morning") == asked
+    if objective == "ul2":
+        rng, tokens = np.random.default_rng(0), np.array([text + text])
+        (read, n), _ = objectives.ul2(tokens, special, np.arange(9), tokenizer.end, tokenizer.pad,
+                                      rng, ("S",))
+        begun = read[0, 1:n[0] - 1].tolist()
+        assert read[0, :n[0]].tolist() == [special["<|S|>"], *begun, tokenizer.end]
+        assert begun == tokens[0, :len(begun)].tolist()
+
+
 def test_texts_and_models_without_gaps_are_refused():
     tokenizer = objectives.with_special_tokens(TOKENIZER, "span", 40)
     model = tiny_model(architecture="encoder_decoder", vocab_size=tokenizer.vocab_size)
