@@ -34,6 +34,7 @@ DIVIDED = {                                 # what equals one process on ranks w
     "even": {}, "even_adamw": {"optimizer": "adamw", "tied": False, "gradient_checkpointing": True},
     "even_experts": {"n_experts": 4, "n_shared_experts": 1, "balance": "bias", "d_expert": 16},
     "t5": {"objective": "span"}, "even_bert": {"objective": "mlm"}}
+FOUR = {"d_model": 24, "n_heads": 4, "n_kv_heads": 4}                  # what four can
 BOTH = {                                    # what two groups of two ranks equal
     "even": "even", "even_adamw": "even_adamw",                    # one process
     "even_experts": "even_experts_none", "t5": "t5_none"}          # two ranks under DDP
@@ -109,14 +110,16 @@ def out(tmp_path_factory) -> Path:
     for name in ("redivided_1", "redivided_4"):
         shutil.copytree(out / "stopped_divided", out / name)
     both = {"shard": "fsdp", "tensor_parallel": 2}
-    under_torchrun(4, [options("four", 1, shard="fsdp"),
+    under_torchrun(4, [options("four", 1, shard="fsdp"), options("four_none", 1),
+                       options("quarters_divided", 4, tensor_parallel=4, **FOUR),
                        options("resumed_4", 1, shard="fsdp", resume=True)]
                    + [options(f"{name}_both", 2, **both, **EVEN, **DIVIDED[name])
                       for name in BOTH]
                    + [options("redivided_4", 2, resume=True, **both, **EVEN)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "plot_curves", lambda *args: None)
-        for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}).items():
+        for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}
+                            | {"quarters": FOUR}).items():
             train_pretrain.main(train_pretrain.Config(**options(name, 4, **model)))
         for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
             train_pretrain.main(train_pretrain.Config(**options(name, 4, resume=True, **model)))
@@ -147,8 +150,11 @@ def test_sharded_ranks_train_as_ranks_with_all_the_weights(out, name):
     same_to_rounding(out / f"{name}_none", out / f"{name}_fsdp")
 
 
-def test_four_sharded_ranks_train_as_one_process(out):
-    same_to_rounding(out / "muon", out / "four")
+@pytest.mark.parametrize("one, four", [("muon", "four_none"), ("muon", "four"),
+                                       ("quarters", "quarters_divided")])
+def test_four_ranks_train_as_one_process(out, one, four):
+    """Under DDP, FSDP, and with a quarter of each matrix."""
+    same_to_rounding(out / one, out / four)
 
 
 @pytest.mark.parametrize("name", DIVIDED)
