@@ -259,8 +259,10 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t
 
 
-def part(t: Tensor, like: Tensor) -> Tensor:
+def part(t: Tensor, like: Tensor | None) -> Tensor:
     """A copy of this rank's part of t, which all ranks have, sharded as `like` is."""
+    if like is None:                                                   # of another model
+        return t
     if t.dim() == like.dim() + 1 and t.numel() == like.numel():        # of halved()
         t = t.flatten(0, 1)
     if not is_sharded(like) or is_sharded(t) or t.shape != like.shape:  # AdamW counts in a scalar
@@ -341,10 +343,16 @@ def copied_parts(tree):
 
 def save_parts(tree, folder: Path, group: dist.ProcessGroup):
     """Write the tensors of a tree, all ranks of the group at once: of the sharded ones each its
-    part, of the others its share. Returns the tree with tensors without data in their place."""
+    part, of the others its share. Returns the tree with tensors without data in their place.
+
+    Raises, on all ranks, what went wrong on the first that could not."""
     from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.api import CheckpointException
     tree = tree_map_only(Tensor, halved, tree)
-    save(by_path(tree), storage_writer=FileSystemWriter(folder), process_group=group)
+    try:
+        save(by_path(tree), storage_writer=FileSystemWriter(folder), process_group=group)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
     return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree)
 
 

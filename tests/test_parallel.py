@@ -56,14 +56,19 @@ def counted(run, model, *args):
 def broken(*args):
     calls.append(1)
     return scores(*args) * (math.nan if os.environ["RANK"] == "1" and len(calls) == 3 else 1)
+def full(descriptor):
+    raise OSError(28, "No space left on device")
 training.plot_curves = lambda *args: None
-training.Run.log, training.Run.finish = stopping, counted
+training.Run.log, training.Run.finish, fsync = stopping, counted, os.fsync
 for options in json.loads(sys.argv[1]):
     train_pretrain.token_logps = broken if options["out"].endswith("skips") else scores
+    os.fsync = full if options["out"].endswith("full") and os.environ["RANK"] == "1" else fsync
     try:
         train_pretrain.main(train_pretrain.Config(**options))
     except SystemExit as end:
         assert end.code == 0
+    except OSError as error:
+        open(options["out"] + os.environ["RANK"], "w").write(str(error))
 """
 
 
@@ -102,7 +107,8 @@ def out(tmp_path_factory) -> Path:
                    + [options(same, 2, **EVEN, **DIVIDED[name])
                       for name, same in BOTH.items() if same.endswith("_none")]
                    + [options("stopped_divided", 4, tensor_parallel=2, **EVEN)]
-                   + [options("stopped", 2, shard="fsdp"), options("skips", 2, shard="fsdp")]
+                   + [options("stopped", 2, shard="fsdp"), options("skips", 2, shard="fsdp"),
+                      options("full", 2, shard="fsdp", steps=2)]
                    + [options("stopped_2", 2, shard="fsdp", resume=resume)
                       for resume in (False, True)])
     for name in ("resumed_1", "resumed_4"):
@@ -218,6 +224,23 @@ def test_each_rank_writes_its_own_part_of_a_checkpoint(out, name, ranks, tmp_pat
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=f"__{ranks - 1}_0.distcp is damaged"):
         training.read_checkpoint(damaged.parent)
+
+
+@pytest.mark.parametrize("other, named", [({"d_model": 24}, "its model is not the one of this run"),
+                                          ({"n_layers": 2}, "its model is not the one"),
+                                          ({"optimizer": "adamw"}, "its optimizer is not the one")])
+def test_a_checkpoint_of_another_run_is_refused(out, other, named, tmp_path):
+    folder = Path(shutil.copytree(out / "stopped", tmp_path / "stopped"))
+    config = training.read_meta(training.newest_checkpoint(folder))["config"]
+    config |= {"out": str(folder), "shard": "none", "resume": True} | other
+    with pytest.raises(ValueError, match=named):
+        train_pretrain.main(train_pretrain.Config(**config))
+
+
+def test_a_full_disk_under_one_rank_is_said_by_all_and_leaves_nothing_half_written(out):
+    for rank in range(2):
+        assert "step_000002.tmp: no space left on the disk" in (out / f"full{rank}").read_text()
+    assert list((out / "full" / "checkpoints").iterdir()) == []
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(out):
