@@ -112,6 +112,7 @@ def check(models: tuple[nn.Module, ...], optimizer: str, rows: int, length: int,
         else:
             advice = f"a smaller --{'mini' * ('minibatch_size' in options)}batch_size"
             advice += " with more --grad_accum" * ("grad_accum" in options)
+            advice += ", or a shorter --context_length" * ("context_length" in options)
         raise ValueError(f"this run needs about {total / 1e9:.1f} GB ({state / 1e9:.1f} for "
                          f"weights, gradients and optimizer, {(total - state) / 1e9:.1f} for "
                          f"activations), but there are {memory / 1e9:.1f} GB: give {advice}")

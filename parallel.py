@@ -410,7 +410,7 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
     """
     if isinstance(target, nn.Module):
         own = target.state_dict()
-        state = {name: part(t, own[name]) if name in own else t for name, t in state.items()}
+        state = {name: part(t, own.get(name)) for name, t in state.items()}
     elif isinstance(target, torch.optim.Optimizer):        # which numbers its parameters in order
         state = with_state(state, target, part)
     target.load_state_dict(state)

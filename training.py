@@ -513,11 +513,8 @@ class Run:
                  "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
                  "history": self.history, "skipped": self.skipped,
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
-        if self.writers:
-            copy = parallel.copied_parts(state)
-        elif self.rank == 0:
-            copy = parallel.copied(state, keep=True)
         if self.writers or self.rank == 0:
+            copy = parallel.copied_parts(state)
             # A thread for each. One that stayed would keep OpenMP workers of its own, and with more
             # workers than cores OpenMP lets all of them sleep between operations: the steps after
             # the first save would take nearly twice as long.

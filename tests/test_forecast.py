@@ -87,7 +87,8 @@ PRETRAIN, DPO, PPO = (vars(script.Config()) for script in (train_pretrain, train
     (30_000_000, 24, False, PRETRAIN, "--gradient_checkpointing"),
     (30_000_000, 24, False, DPO, "a smaller --batch_size$"),
     (30_000_000, 24, False, PPO, "a smaller --minibatch_size$"),
-    (30_000_000, 10**4, False, PRETRAIN, "a smaller --batch_size with more --grad_accum"),
+    (30_000_000, 10**4, False, PRETRAIN,
+     "a smaller --batch_size with more --grad_accum, or a shorter --context_length$"),
     (30_000_000, 400, True, PRETRAIN, "a smaller --batch_size with more --grad_accum")])
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, checkpointing, options,
                                                              advice):
