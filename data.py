@@ -675,10 +675,17 @@ def right_padded(sides: list[tuple], pad: int, width: int, index: list[int]) -> 
     return Batch(*map(torch.from_numpy, (tokens, loss_mask)), None, None, torch.tensor(index))
 
 
-def response_batch(prompts: list[list[int]], responses: list[list[int]], pad: int) -> Batch:
-    """Prompt and response ids, one row each and just wide enough; the responses are targets."""
+def wide_enough(longest: int, step: int, limit: int) -> int:
+    """Tokens in the rows of a batch: a multiple of `step` up to the limit. oneDNN and compiled
+    models prepare every new width, so there should be few."""
+    return max(longest, min(-(-longest // step) * step, limit))
+
+
+def response_batch(prompts: list[list[int]], responses: list[list[int]], pad: int,
+                   context_length: int) -> Batch:
+    """Prompt and response ids, one row each; the responses are targets."""
     sides = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in zip(prompts, responses, strict=True)]
-    width = max(len(ids) for ids, _ in sides)
+    width = wide_enough(max(len(ids) for ids, _ in sides), 16, context_length)
     return right_padded(sides, pad, width, list(range(len(sides))))
 
 
@@ -725,7 +732,7 @@ class PreferencePairs:
         n = len(self)
         index = [int(self.order(k // n, group)[k % n]) for k in numbers]
         sides = [self.sides[i][side] for side in (0, 1) for i in index]
-        width = min(-(-max(self.lengths[index]) // 8) * 8, self.context_length)
+        width = wide_enough(max(self.lengths[index]), 8, self.context_length)
         return right_padded(sides, self.pad, width, index)
 
 

@@ -262,7 +262,8 @@ def kl_to(model: Transformer, reference: Transformer, tokenizer, examples: list[
     total = 0.0
     for first in range(0, len(examples), 64):
         part = slice(first, first + 64)
-        batch = data.response_batch(prompts[part], responses[part], tokenizer.pad).to(model.device)
+        batch = data.response_batch(prompts[part], responses[part], tokenizer.pad,
+                                    model.config.context_length).to(model.device)
         total += (token_logps(model, batch) - token_logps(reference, batch)).sum().item()
     return total / len(examples)
 

@@ -118,9 +118,9 @@ def main(cfg: Config) -> dict:
     forecast.announce(run, policy, reference, rows=2 * cfg.batch_size, length=pairs.lengths.mean())
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
-    heldout_ref = score_pairs(reference, heldout, 4 * cfg.batch_size)          # (N, 2)
+    heldout_ref = score_pairs(reference, heldout, cfg.batch_size)              # (N, 2)
     if cfg.cache_reference:
-        ref_logps = score_pairs(reference, pairs, 4 * cfg.batch_size)          # (N, 2)
+        ref_logps = score_pairs(reference, pairs, cfg.batch_size)              # (N, 2)
         del reference
 
     # 3. TRAINING LOOP
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
         loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
 
         # 3.4 BACKWARD + UPDATE (theta only)
-        run.backward(loss, step)
+        run.backward(loss + policy.auxiliary_loss(), step)                 # of an MoE's routers
         lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
 

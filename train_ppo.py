@@ -176,7 +176,8 @@ def rollout(models: dict, tokenizer, prompts: list[list[int]], beta: float, cfg:
     minibatches = []
     for first in range(0, len(prompts), cfg.minibatch_size):
         part = slice(first, first + cfg.minibatch_size)
-        batch = data.response_batch(prompts[part], responses[part], tokenizer.pad)
+        batch = data.response_batch(prompts[part], responses[part], tokenizer.pad,
+                                    models["actor"].config.context_length)
         batch = batch.to(models["actor"].device)
         mask = batch.loss_mask[:, 1:].float()                              # (b, T-1)
         # Per-token log pi_theta_old, log pi_ref and kl_t
@@ -285,7 +286,8 @@ def main(cfg: Config) -> dict:
                 mean_entropy = masked_mean(entropy, m["mask"])
                 # Total: L = L_actor + c1 L_critic - c2 H; update theta and phi
                 loss = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * mean_entropy
-                run.backward(loss, step)
+                router_loss = actor.auxiliary_loss() + critic.auxiliary_loss()  # of an MoE
+                run.backward(loss + router_loss, step)
                 lr = training.linear_decay(step, cfg.steps, cfg.lr)
                 critic_lr = training.linear_decay(step, cfg.steps, cfg.critic_lr)
                 grad_norm = run.update(actor_optimizer, lr, cfg.max_norm)

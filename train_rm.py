@@ -132,7 +132,8 @@ def shift_to_zero(reward_model, sft, tokenizer, prompts: list[dict], cfg: Config
     generator = torch.Generator(sft.device).manual_seed(cfg.seed)
     answers = sample.generate(sft, ids, cfg.max_new_tokens, (tokenizer.end,), temperature=1.0,
                               generator=generator)
-    batch = data.response_batch(ids, answers, tokenizer.pad).to(sft.device)
+    batch = data.response_batch(ids, answers, tokenizer.pad, sft.config.context_length)
+    batch = batch.to(sft.device)
     mean = response_rewards(reward_model, batch).mean().item()
     reward_model.scalar_head.bias -= mean
     return mean
@@ -174,7 +175,8 @@ def main(cfg: Config) -> dict:
         loss = bradley_terry_loss(r_w, r_l)
         mean_loss = bradley_terry_loss(*mean_value(values, batch.loss_mask).chunk(2))
         # 2.4 Backpropagate, update psi
-        run.backward(loss + cfg.mean_coef * mean_loss + cfg.lm_coef * nll, step)
+        total = loss + cfg.mean_coef * mean_loss + cfg.lm_coef * nll
+        run.backward(total + model.auxiliary_loss(), step)             # of an MoE's routers
         lr = training.warmup_stable_decay(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
         # 2.5 Monitor accuracy on held-out pairs

@@ -16,6 +16,7 @@ row with the running maximum m, sum s of exp(z - m) and sum of exp(z - m) z; dz 
 result, logsumexp and H, so both kernels read a logit once.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -248,4 +249,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
             or targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
                          f"{tuple(targets.shape)}: they must be (N, D), (V, D) and (N,)")
-    return LinearCrossEntropy.apply(hidden, weight, targets, temperature, with_entropy)
+    N = len(hidden)
+    if hidden.device.type == "cpu":        # oneDNN prepares every new shape of matmul, for 2 ms
+        hidden = F.pad(hidden, (0, 0, 0, -N % ROWS))
+        targets = F.pad(targets, (0, -N % ROWS))
+    scores = LinearCrossEntropy.apply(hidden, weight, targets, temperature, with_entropy)
+    return tuple(score[:N] for score in scores) if with_entropy else scores[:N]

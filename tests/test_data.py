@@ -571,10 +571,16 @@ def test_prompts_are_encoded_to_fit_and_cut_only_when_asked():
 
 
 def test_a_response_batch_marks_the_responses_alone():
-    batch = data.response_batch([[1, 2], [3]], [[4], [5, 6, 7]], pad=9)
+    batch = data.response_batch([[1, 2], [3]], [[4], [5, 6, 7]], pad=9, context_length=4)
     assert batch.tokens.tolist() == [[1, 2, 4, 9], [3, 5, 6, 7]]
     assert batch.loss_mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
     assert batch.index.tolist() == [0, 1] and batch.n_targets == 4
+
+
+@pytest.mark.parametrize("longest, width", [(1, 16), (16, 16), (17, 32), (39, 40), (40, 40)])
+def test_rows_are_of_few_widths_and_never_wider_than_the_context(longest, width):
+    batch = data.response_batch([[1]], [[2] * (longest - 1)], pad=9, context_length=40)
+    assert batch.tokens.shape == (1, width)
 
 
 def test_a_copying_row_is_said_again_and_every_other_row_backwards_in_turn():

@@ -372,7 +372,7 @@ def test_rewards_advantages_and_returns_of_a_rollout_follow_from_its_parts():
 def test_the_value_of_a_state_does_not_see_the_action_taken_in_it():
     critic, prompt = tiny_model(3, head="scalar"), prompts_of(1)[0]
     action = len(prompt) + 2                                     # the third token of the response
-    batches = [data.response_batch([prompt], [[65, 66, token, 67, END]], TOKENIZER.pad)
+    batches = [data.response_batch([prompt], [[65, 66, token, 67, END]], TOKENIZER.pad, 0)
                for token in (68, 69)]
     (first,), (second,) = (values_before(critic, batch) for batch in batches)
     assert first.shape == (len(prompt) + 4,)                     # V before token 1, 2, ...

@@ -116,7 +116,7 @@ def test_rows_of_different_lengths_get_the_rewards_they_get_alone():
 
 
 def test_a_row_without_an_answer_is_an_error():
-    batch = data.response_batch([[1, 2], [3]], [[4], []], TOKENIZER.pad)
+    batch = data.response_batch([[1, 2], [3]], [[4], []], TOKENIZER.pad, 64)
     with pytest.raises(ValueError, match="no response token"):
         response_rewards(tiny_model(head="scalar"), batch)
 

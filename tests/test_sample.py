@@ -297,7 +297,7 @@ def test_sampler_and_scorer_agree_on_the_log_probabilities(monkeypatch):
         for (row, token), logp in zip(pairs, logps, strict=True):
             outputs[row].append(token)
             sampled[row].append(logp)
-    scores = token_logps(model, response_batch(PROMPTS, outputs, pad=0), temperature=0.7)
+    scores = token_logps(model, response_batch(PROMPTS, outputs, 0, 0), temperature=0.7)
     for prompt, output, logps, row in zip(PROMPTS, outputs, sampled, scores.tolist()):
         first = len(prompt) - 1
         assert row[first:first + len(output)] == pytest.approx(logps, abs=1e-4)
