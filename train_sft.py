@@ -51,7 +51,7 @@ class Config:
     grad_accum: int = 1               # micro-batches per optimizer step
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
     lr: float = 4e-3                  # peak learning rate
-    warmup: int = 30                  # steps of linear warmup, before a line to 0
+    warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
     max_norm: float = 1.0             # gradient clipping
     seed: int = 0                     # of batches and adapters
@@ -121,7 +121,7 @@ def main(cfg: Config) -> dict:
             figures["loss"] += loss.detach()
 
         # 3.4 UPDATE
-        lr = training.linear_decay(step, cfg.steps, cfg.lr, cfg.warmup)
+        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
 
         # (3.7 step 3.4) PERIODIC EVALUATION
