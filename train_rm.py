@@ -46,10 +46,10 @@ class Config:
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 1000                 # optimizer steps (T_RM)
-    batch_size: int = 32              # pairs per step and rank
+    steps: int = 2000                 # optimizer steps (T_RM)
+    batch_size: int = 16              # pairs per step and rank
     optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
-    lr: float = 1e-3                  # peak learning rate
+    lr: float = 7e-4                  # peak learning rate
     warmup: int = 30                  # steps of linear warmup; the last 30 % decay to 0
     mean_coef: float = 1.0            # weight of the loss on mean values; 0: the document's
     lm_coef: float = 0.3              # weight of the language-model loss; 0: the document's
@@ -60,7 +60,7 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s once, then faster steps
     log_every: int = 10               # steps between rows of metrics.jsonl
-    eval_every: int = 250             # steps between evaluations
+    eval_every: int = 500             # steps between evaluations
     eval_pairs: int = 1000            # held-out pairs ranked at the end
     save_every: int = 500             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
