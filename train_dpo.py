@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
         loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
 
         # 3.4 BACKWARD + UPDATE (theta only)
-        run.backward(loss + policy.auxiliary_loss(), step)                 # of an MoE's routers
+        run.backward(loss, step)
         lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
 

@@ -286,8 +286,7 @@ def main(cfg: Config) -> dict:
                 mean_entropy = masked_mean(entropy, m["mask"])
                 # Total: L = L_actor + c1 L_critic - c2 H; update theta and phi
                 loss = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * mean_entropy
-                router_loss = actor.auxiliary_loss() + critic.auxiliary_loss()  # of an MoE
-                run.backward(loss + router_loss, step)
+                run.backward(loss, step)
                 lr = training.linear_decay(step, cfg.steps, cfg.lr)
                 critic_lr = training.linear_decay(step, cfg.steps, cfg.critic_lr)
                 grad_norm = run.update(actor_optimizer, lr, cfg.max_norm)

@@ -175,8 +175,7 @@ def main(cfg: Config) -> dict:
         loss = bradley_terry_loss(r_w, r_l)
         mean_loss = bradley_terry_loss(*mean_value(values, batch.loss_mask).chunk(2))
         # 2.4 Backpropagate, update psi
-        total = loss + cfg.mean_coef * mean_loss + cfg.lm_coef * nll
-        run.backward(total + model.auxiliary_loss(), step)             # of an MoE's routers
+        run.backward(loss + cfg.mean_coef * mean_loss + cfg.lm_coef * nll, step)
         lr = training.warmup_stable_decay(step, cfg.steps, cfg.lr, cfg.warmup)
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
         # 2.5 Monitor accuracy on held-out pairs

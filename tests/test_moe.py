@@ -2,13 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import folder_of, tiny_model, write_rows
 
 import data
-import train_dpo
-import train_ppo
-import train_rm
-import train_sft
 from model import (
     ModelConfig,
     MoE,
@@ -338,33 +333,3 @@ def test_a_compiler_can_trace_an_moe_without_a_break():
 def test_sizes_that_do_not_fit_are_refused(bad, said):
     with pytest.raises(ValueError, match=said):
         ModelConfig(**SIZES | bad)
-
-
-def router_after(stage, tmp_path, balance_coef):
-    """The first router's weights after one step of a stage, from a model with this coefficient."""
-    torch.manual_seed(0)
-    tmp_path.mkdir()
-    start = tiny_model(n_experts=4, balance_coef=balance_coef)
-    start = {"init": folder_of(start, tmp_path / "start"), "out": str(tmp_path / "out")}
-    rows = write_rows(tmp_path / "rows.jsonl", [
-        {"prompt": f"{i}?", "response": f"{i}", "chosen": f"yes {i}", "rejected": "no"}
-        for i in range(40)])
-    common = {"steps": 1, "batch_size": 4, "device": "cpu", "dtype": "float32"}
-    if stage == "sft":
-        train_sft.main(train_sft.Config(**start, **common, data=rows))
-    elif stage == "rm":
-        train_rm.main(train_rm.Config(**start, **common, data=rows, n_shift=2, max_new_tokens=4))
-    elif stage == "dpo":
-        train_dpo.main(train_dpo.Config(**start, **common, data=rows))
-    else:
-        judge = folder_of(tiny_model(4, head="scalar"), tmp_path / "rm")
-        train_ppo.main(train_ppo.Config(**start, **common, prompts=rows, reward_model=judge,
-                                        minibatch_size=4, max_new_tokens=4))
-    return load_model(start["out"])[0].blocks[0].mlp.router.weight
-
-
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
-def test_every_stage_keeps_the_routers_balanced(stage, tmp_path):
-    without, again, balanced = (router_after(stage, tmp_path / name, coef) for name, coef in
-                                (("a", 0.0), ("b", 0.0), ("c", 10.0)))
-    assert torch.equal(without, again) and not torch.equal(without, balanced)
