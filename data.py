@@ -683,7 +683,8 @@ def wide_enough(longest: int, step: int, limit: int) -> int:
 
 def response_batch(prompts: list[list[int]], responses: list[list[int]], pad: int,
                    context_length: int) -> Batch:
-    """Prompt and response ids, one row each; the responses are targets."""
+    """Prompt and response ids, one row each; the responses are targets. Rows are padded to one of
+    a few widths, up to context_length."""
     sides = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in zip(prompts, responses, strict=True)]
     width = wide_enough(max(len(ids) for ids, _ in sides), 16, context_length)
     return right_padded(sides, pad, width, list(range(len(sides))))
