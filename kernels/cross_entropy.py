@@ -250,8 +250,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
                          f"{tuple(targets.shape)}: they must be (N, D), (V, D) and (N,)")
     N = len(hidden)
-    if hidden.device.type == "cpu":        # oneDNN prepares every new shape of matmul, for 2 ms
-        hidden = F.pad(hidden, (0, 0, 0, -N % ROWS))
-        targets = F.pad(targets, (0, -N % ROWS))
-    scores = LinearCrossEntropy.apply(hidden, weight, targets, temperature, with_entropy)
-    return tuple(score[:N] for score in scores) if with_entropy else scores[:N]
+    if N % ROWS and hidden.device.type == "cpu":   # oneDNN prepares every new shape, for 2 ms
+        scores = linear_cross_entropy(F.pad(hidden, (0, 0, 0, -N % ROWS)), weight,
+                                      F.pad(targets, (0, -N % ROWS)), temperature, with_entropy)
+        return tuple(score[:N] for score in scores) if with_entropy else scores[:N]
+    return LinearCrossEntropy.apply(hidden, weight, targets, temperature, with_entropy)
