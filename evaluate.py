@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import data
+import kernels
 import objectives
 import parallel
 import sample
@@ -296,6 +297,7 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
 
 
 def main(cfg: Config) -> dict:
+    kernels.keep_memory()
     device = training.pick_device(cfg.device)
     dtype = training.pick_dtype(cfg.dtype, device)
     if data.world_named(cfg.data) is None:

@@ -559,7 +559,8 @@ class Transformer(nn.Module):
                 return values
         if targets is None:
             h = h if cache is None else h[:, -1:]
-            return parallel.linear(h, self.output_weight).float() / temperature
+            logits = parallel.linear(h, self.output_weight).float()
+            return logits if temperature == 1.0 else logits / temperature
         if segments is not None:                                   # from h of [CLS]
             next_sentence = self.next_sentence_head(h[:, 0].float())
         h, flat_targets = h.flatten(0, 1), targets.flatten()

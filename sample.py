@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import kernels
 import objectives
 import training
 from data import left_pad
@@ -188,6 +189,7 @@ def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
 
 
 def main(cfg: Config) -> None:
+    kernels.keep_memory()
     device = training.pick_device(cfg.device)
     model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device),
                                   any_architecture=cfg.raw or bool(cfg.fill))

@@ -145,15 +145,21 @@ class FusedRMSNorm(torch.autograd.Function):
 
 # ---------------------------------------------------------------------- torch
 
+def normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y in x.dtype, and r (..., 1) in fp32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * r).mul_(weight).to(x.dtype), r
+
+
 class RMSNorm(torch.autograd.Function):
     """By hand: half the passes over memory that autograd makes, and x is all that is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y, r = normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -178,7 +184,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         return FusedRMSNorm.apply(x.flatten(0, -2), None, weight, eps).view(x.shape)
     if torch.compiler.is_compiling():                      # inductor fuses the formula by itself
         return rmsnorm_reference(x, weight, eps)
-    return RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, weight, eps)
+    return normalized(x, weight, eps)[0]
 
 
 def add_rmsnorm(x: Tensor, delta: Tensor, weight: Tensor,

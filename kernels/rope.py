@@ -89,14 +89,15 @@ class FusedRoPE(torch.autograd.Function):
 
 # ---------------------------------------------------------------------- torch
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x (B, T, H, C) turned by sign times the angles, in fp32 and back to x.dtype."""
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """q and k turned by sign times the angles, in one go, in fp32 and back to their dtype."""
+    x = torch.cat((q, k), 2)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     y = wide * torch.cat((cos, cos), -1).unsqueeze(-2)
     (first, second), (y1, y2) = wide.chunk(2, -1), y.chunk(2, -1)
     y1.addcmul_(second, sin.unsqueeze(-2), value=-sign)
     y2.addcmul_(first, sin.unsqueeze(-2), value=sign)
-    return y.to(x.dtype)
+    return y.to(x.dtype).split((q.shape[2], k.shape[2]), 2)
 
 
 class RoPE(torch.autograd.Function):
@@ -105,13 +106,13 @@ class RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return turned(q, cos, sin, 1), turned(k, cos, sin, 1)
+        return turned(q, k, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
         cos, sin = ctx.saved_tensors
-        return turned(dq, cos, sin, -1), turned(dk, cos, sin, -1), None, None
+        return *turned(dq, dk, cos, sin, -1), None, None
 
 
 # ---------------------------------------------------------------------- public function
@@ -129,4 +130,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         return FusedRoPE.apply(q, k, cos, sin)
     if torch.compiler.is_compiling():                      # inductor fuses the formula by itself
         return rope_reference(q, k, cos, sin)
-    return RoPE.apply(q, k, cos, sin)
+    return RoPE.apply(q, k, cos, sin) if torch.is_grad_enabled() else turned(q, k, cos, sin, 1)
