@@ -635,6 +635,18 @@ def active_parameter_count(model: Transformer) -> int:
     return parameter_count(model) - len(model.sparse_layers) * idle
 
 
+def with_encoder(decoder: Transformer) -> Transformer:
+    """An encoder_decoder whose two stacks both begin as the decoder's (Rothe et al. 2020). At first
+    it writes what the decoder would: its cross-attention is new, and adds nothing yet."""
+    config = dataclasses.replace(decoder.config, architecture="encoder_decoder")
+    model = Transformer(config, decoder.dtype).to(decoder.device)
+    weights = decoder.state_dict() | {"encoder_norm.weight": decoder.norm.weight}
+    weights |= {name.replace("blocks", "encoder", 1): weight
+                for name, weight in weights.items() if name.startswith("blocks.")}
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
 def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Transformer:
     """The same model for a tokenizer with more tokens. Those of the old one keep their embeddings;
     a new word starts at the mean of those of its pieces, a new special token near the mean of all.

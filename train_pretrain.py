@@ -46,6 +46,7 @@ from model import (
     load_model,
     parameter_count,
     token_logps,
+    with_encoder,
 )
 from tokenizer import Tokenizer
 
@@ -169,6 +170,8 @@ def start_from(model: Transformer, cfg: Config) -> Transformer:
                              "leave the option out, or train a new model without --init")
     if {model.config.architecture, cfg.architecture} <= {"decoder", "prefix"}:
         model.config.architecture = cfg.architecture               # the same weights
+    elif (model.config.architecture, cfg.architecture) == ("decoder", "encoder_decoder"):
+        model = with_encoder(model)
     if model.config.architecture != cfg.architecture or \
             cfg.next_sentence and not model.config.n_segments:
         raise ValueError(f"--init {cfg.init} is an {model.config.architecture} with "

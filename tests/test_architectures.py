@@ -417,6 +417,25 @@ def test_a_decoder_becomes_a_prefix_model_that_fills_in(tmp_path, corpus):
     torch.testing.assert_close(known, before(tokens)[..., :len(tokenizer.ranks)])
 
 
+def test_a_decoder_becomes_both_stacks_of_an_encoder_decoder_that_learns(tmp_path, corpus):
+    train_pretrain.main(config(tmp_path, corpus, out=str(tmp_path / "causal"), steps=40))
+    before, _ = load_model(tmp_path / "causal")
+    cfg = config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span", steps=1, lr=0.0)
+    train_pretrain.main(cfg)
+    after, tokenizer = load_model(tmp_path / "base", any_architecture=True)
+    tokens, source = some_ids(2, 9), some_ids(2, 7)
+    written = after(tokens, source=source, source_lengths=torch.tensor([7, 4]))
+    n = len(tokenizer.ranks)
+    torch.testing.assert_close(written[..., :n], before(tokens)[..., :n])      # whatever it reads
+    for block, own in zip(after.encoder, before.blocks):
+        torch.testing.assert_close(block.state_dict(), own.state_dict())
+    # one step moves the new cross-attention's way out, and with it what is written
+    train_pretrain.main(config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span",
+                               steps=2, lr=1e-3, out=str(tmp_path / "moved")))
+    moved_on, _ = load_model(tmp_path / "moved", any_architecture=True)
+    assert all(block.cross_attention.wo.weight.abs().max() > 0 for block in moved_on.blocks)
+
+
 @pytest.mark.parametrize("changes, named", [
     ({"objective": "bert"}, "--objective bert: give causal, mlm, span, ul2"),
     ({"objective": "mlm", "architecture": "decoder"}, "decoder does not go with .*mlm; give encod"),
