@@ -31,7 +31,7 @@ class Corpus(NamedTuple):
     shares: dict[str, float]          # of the corpora in train
     trains: dict                      # {corpus: its source alone}
     vals: dict                        # {corpus: its held-out part}
-    bytes_per_token: float            # of all held-out text
+    bytes_per_token: dict[str, float]  # of each corpus' held-out text
 
 
 def read(cfg, tokenizer: Tokenizer | None) -> Corpus:
@@ -64,23 +64,23 @@ def read(cfg, tokenizer: Tokenizer | None) -> Corpus:
         mixture = Mixture([trains[name] for name in names], parts)
         return source(mixture if len(names) > 1 else trains[names[0]]), dict(zip(names, parts))
 
-    trains, vals, n_bytes, n_tokens = {}, {}, 0, 0
+    trains, vals, bytes_per_token = {}, {}, {}
     for name in every:
         if name in texts:
             tokens = [data.tokenize_documents(split, tokenizer) for split in texts[name]]
             n_documents = len(texts[name][0])
-            n_bytes += sum(len(text.encode()) for text in texts[name][1])
+            n_bytes = sum(len(text.encode()) for text in texts[name][1])
         else:
             tokens = [shards.open_tokens(name, split, tokenizer) for split in ("train", "heldout")]
-            n_documents, n_bytes = tokens[0].n_documents, n_bytes + tokens[1].n_bytes
-        n_tokens += len(tokens[1])
+            n_documents, n_bytes = tokens[0].n_documents, tokens[1].n_bytes
+        bytes_per_token[name] = n_bytes / len(tokens[1])
         masks = cfg.document_masks and n_documents > 1
         trains[name], vals[name] = (data.TokenStream(ids, window, cfg.seed, tokenizer.endoftext,
                                                      document_masks=masks) for ids in tokens)
     train, shares = mixed(names, cfg.shares)
     anneal = mixed(last, "")[0] if last else train
     return Corpus(tokenizer, train, anneal, shares, trains,
-                  {name: source(val) for name, val in vals.items()}, n_bytes / n_tokens)
+                  {name: source(val) for name, val in vals.items()}, bytes_per_token)
 
 
 def names_of(text: str) -> list[str]:

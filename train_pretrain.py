@@ -216,11 +216,13 @@ def main(cfg: Config) -> dict:
         [share * loss for loss in evaluate.ngram_losses(
             read.trains[name].tokens, read.vals[name].tokens, tokenizer.vocab_size)]
         for name, share in read.shares.items())))
+    bytes_per_token = sum(share * read.bytes_per_token[name]
+                          for name, share in read.shares.items())
     run.say(f"{parameter_count(model) / 1e6:.2f}M parameters, "
             f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
             f"({model.config.flops_per_token(length) / 1e6:.1f} MFLOPs in training), "
             f"{sum(len(part.tokens) for part in read.trains.values()) / 1e6:.2f}M training tokens, "
-            f"{read.bytes_per_token:.2f} bytes per token; validation loss to beat: "
+            f"{bytes_per_token:.2f} bytes per token; validation loss to beat: "
             f"unigram {unigram:.2f}" + f", bigram {bigram:.2f} nats" * causal)
 
     forecast.announce(run, model)
@@ -274,10 +276,11 @@ def main(cfg: Config) -> dict:
                       for name, part in read.vals.items()}
             val_loss = sum(share * losses[name] for name, share in read.shares.items())
             figures |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-            if len(losses) > 1:
-                figures |= {f"val_loss/{name}": loss for name, loss in losses.items()}
-            elif causal:
-                figures["bits_per_byte"] = val_loss / read.bytes_per_token / evaluate.LN2
+            bits = {name: loss / read.bytes_per_token[name] / evaluate.LN2
+                    for name, loss in losses.items()} if causal else {}
+            for measure, found in (("val_loss", losses), ("bits_per_byte", bits)):
+                figures |= {f"{measure}/{name}" if len(losses) > 1 else measure: value
+                            for name, value in found.items()}
             if cfg.objective == "mlm":
                 figures |= evaluate.masked_figures(model, val, cfg.eval_windows, cfg.batch_size)
             elif not causal:

@@ -134,11 +134,17 @@ def config(files, data, **changes):
         "device": "cpu", "dtype": "float32", "log_every": 1} | changes)
 
 
-def test_each_corpus_has_its_validation_loss_and_the_whole_their_mean(files):
+def test_each_corpus_has_its_losses_and_the_whole_their_mean(files):
     result = train_pretrain.main(config(files, ["large", "small"], shares="0.25,0.75", steps=20))
     large, small = (result[f"val_loss/{files}/{name}.txt"] for name in ("large", "small"))
     assert result["val_loss"] == pytest.approx(0.25 * large + 0.75 * small)
     assert small < large and "bits_per_byte" not in result
+    # a byte is a token here, but for the <|endoftext|> that the held-out part ends in
+    for name, loss in (("large", large), ("small", small)):
+        path = f"{files}/{name}.txt"
+        n_bytes = sum(len(text.encode()) for text in data.read_documents(path, split="heldout"))
+        bits = loss / math.log(2) * (n_bytes + 1) / n_bytes
+        assert result[f"bits_per_byte/{path}"] == pytest.approx(bits)
 
 
 def test_a_smaller_alpha_serves_the_small_corpus(files):

@@ -56,7 +56,8 @@ def test_bits_per_byte_count_bytes_and_not_tokens(tmp_path):
                  context_length=16)
     result = train_pretrain.main(cfg)
     read = corpus.read(cfg, None)
-    tokenizer, [val], bytes_per_token = read.tokenizer, read.vals.values(), read.bytes_per_token
+    tokenizer, [val] = read.tokenizer, read.vals.values()
+    [bytes_per_token] = read.bytes_per_token.values()
     held_out = "".join(data.read_documents(cfg.data, split="heldout"))
     assert len(held_out.encode()) > len(held_out)                # umlauts take two bytes
     assert len(val.tokens) == len(tokenizer.encode(held_out)) + 1        # and <|endoftext|>

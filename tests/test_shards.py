@@ -441,4 +441,5 @@ def test_the_command_line_writes_shards_that_training_reads(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"train: \d+ documents, [\d,]+ bytes, [\d,]+ tokens in 1 shards", done.stdout)
     read = corpus.read(pretrain_config(tmp_path, tmp_path / "out"), None)
-    assert read.tokenizer.vocab_size == 320 and 1.2 < read.bytes_per_token < 6
+    [bytes_per_token] = read.bytes_per_token.values()
+    assert read.tokenizer.vocab_size == 320 and 1.2 < bytes_per_token < 6
