@@ -317,8 +317,15 @@ class Denoised:
         source's last token. Others: one row, inputs then targets, of which the targets are scored.
         """
         (read, n_read), (written, n_written), index = inputs, targets, torch.arange(len(inputs[0]))
-        pad, t = self.tokenizer.pad, np.arange(read.shape[1] + written.shape[1])
+        limit = longest(self.objective, self.architecture != "encoder_decoder", self.context_length)
+        pad, t = self.tokenizer.pad, np.arange(max(limit, read.shape[1] + written.shape[1]))
+
+        def widened(ids: np.ndarray) -> np.ndarray:                # see data.wide_enough
+            more = data.wide_enough(ids.shape[1], 16, limit) - ids.shape[1]
+            return np.pad(ids, ((0, 0), (0, more)), constant_values=pad)
+
         if self.architecture == "encoder_decoder":
+            read, written = widened(read), widened(written)
             before = np.pad(written, ((0, 0), (1, 0)), constant_values=self.tokenizer.end)[:, :-1]
             mask = t[:written.shape[1]] < n_written[:, None]
             return data.Batch(*map(torch.from_numpy, (before, mask)), None, None, index,
@@ -328,6 +335,7 @@ class Denoised:
         kept = np.concatenate([t[:read.shape[1]] < n_read[:, None],
                                t[:written.shape[1]] < n_written[:, None]], 1)
         tokens, lengths = pack_left(both, kept, pad)
+        tokens = widened(tokens)
         t = t[:tokens.shape[1]]
         mask = (t >= n_read[:, None]) & (t < lengths[:, None])
         prefix = torch.from_numpy(n_read) if self.architecture == "prefix" else None

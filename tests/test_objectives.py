@@ -258,6 +258,19 @@ def a_source(objective, architecture, window, rows=8, next_sentence=False):
 ALL = [*PAIRED, ("mlm", "encoder")]
 
 
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix"])
+def test_batches_of_many_lengths_come_in_few_widths(architecture):
+    source, _ = a_source("ul2", architecture, 100)
+    batches = [source.batch(step, 4) for step in range(50)]
+    sides = [batch.tokens for batch in batches]
+    sides += [batch.source for batch in batches if batch.source is not None]
+    widths = {side.shape[1] for side in sides}
+    assert len(widths) > 2 and all(width % 16 == 0 for width in widths - {max(widths)})
+    for batch in batches:                                          # no side lost its end
+        lengths = (batch.loss_mask * torch.arange(1, batch.tokens.shape[1] + 1)).amax(1)
+        assert (lengths > 0).all() and lengths.max() > batch.tokens.shape[1] - 16
+
+
 @pytest.mark.parametrize("objective, architecture", ALL)
 def test_the_same_numbers_give_the_same_batch_and_another_epoch_hides_other_tokens(objective,
                                                                                    architecture):
