@@ -356,8 +356,7 @@ class Run:
         self.scaler.unscale_(optimizer)
         grad_norm = parallel.total_norm([p.grad for p in parameters])
         shrink = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        for p in parameters:
-            parallel.local(p.grad).mul_(shrink)
+        torch._foreach_mul_([parallel.local(p.grad) for p in parameters], shrink)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not self.skips(optimizer, grad_norm):
