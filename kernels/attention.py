@@ -487,6 +487,7 @@ class BlockAttention(torch.autograd.Function):
         G = H // K
         q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
         k, v = (x.transpose(1, 2).reshape(B * K, Tk, C) for x in (k, v))
+        q, k, v = (x.contiguous() for x in (q, k, v))          # parts of a whole would keep it all
         out, kept = torch.empty_like(q), []
         for i, bias in enumerate(biases):
             rows, keys = slice(G * BLOCK * i, G * BLOCK * i + bias.shape[1]), bias.shape[2]
