@@ -429,7 +429,7 @@ def test_a_decoder_becomes_both_stacks_of_an_encoder_decoder_that_learns(tmp_pat
     torch.testing.assert_close(written[..., :n], before(tokens)[..., :n])      # whatever it reads
     for block, own in zip(after.encoder, before.blocks):
         torch.testing.assert_close(block.state_dict(), own.state_dict())
-    # one step moves the new cross-attention's way out, and with it what is written
+    # training moves the new cross-attention's way out, and with it what is written
     train_pretrain.main(config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span",
                                steps=2, lr=1e-3, out=str(tmp_path / "moved")))
     moved_on, _ = load_model(tmp_path / "moved", any_architecture=True)
