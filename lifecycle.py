@@ -177,7 +177,8 @@ def summarize(results: dict, found: dict, minutes: float) -> dict:
         "sft": pick("sft", "minutes", "tokens_per_s", "val_loss", "base_loss")
         | {"accuracy": sft["accuracy"], "base_accuracy": found["pretrain"]["accuracy"],
            "families": sft["families"], "true_reward": sft["true_reward"]},
-        "rm": pick("rm", "minutes", "tokens_per_s", "accuracy", "ece", "length_accuracy")}}
+        "rm": pick("rm", "minutes", "tokens_per_s", "accuracy", "ece", "length_accuracy",
+                   "likelihood_accuracy")}}
     for name in ("dpo", "ppo"):
         report["stages"][name] = pick(name, "minutes", "tokens_per_s") | {
             key: found[name][key] for key in ("win_rate", "win_rate_95", "true_reward", "kl",
@@ -194,9 +195,9 @@ def stage_rows(report: dict) -> list[tuple[str, str, str]]:
              f"{s['pretrain']['val_loss']:.2f}"),
             ("sft", "exact-match accuracy on unseen instances (base -> SFT)",
              f"{s['sft']['base_accuracy']:.1%} -> {s['sft']['accuracy']:.1%}"),
-            ("rm", "held-out pairs ranked right (length alone -> ours)",
-             f"{s['rm']['length_accuracy']:.1%} -> {s['rm']['accuracy']:.1%}; "
-             f"calibration error {s['rm']['ece']:.3f}")]
+            ("rm", "held-out pairs ranked right (by length, by log p of the SFT model -> ours)",
+             f"{s['rm']['length_accuracy']:.1%}, {s['rm']['likelihood_accuracy']:.1%} -> "
+             f"{s['rm']['accuracy']:.1%}; calibration error {s['rm']['ece']:.3f}")]
     for name in ("dpo", "ppo"):
         x = s[name]
         rows.append((name, "true reward (SFT -> aligned); win rate over SFT; KL to SFT; accuracy",
@@ -269,7 +270,9 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     axis = axes[0, 2]
     plot(axis, curves["rm"], "train_accuracy", label="training", alpha=0.6)
     plot(axis, curves["rm"], "accuracy", label="held out", marker="o")
-    axis.axhline(s["rm"]["length_accuracy"], color="gray", ls=":", label="by length")
+    for name, label, style in (("length", "by length", ":"),
+                               ("likelihood", "by log p of the SFT model", "--")):
+        axis.axhline(s["rm"][f"{name}_accuracy"], color="gray", ls=style, label=label)
     axis.set(title="3 reward model", xlabel="step", ylabel="pairs ranked right", ylim=(0.4, 1))
     axis.legend()
 

@@ -126,7 +126,7 @@ class ModelConfig:
             router = self.n_experts * (2 if self.router_noise else 1) + self.expert_groups
             visited = self.top_k + self.n_shared_experts
             sparse = self.d_model * (router + 3 * visited * self.d_expert)
-        head = self.d_model * (self.vocab_size if self.head == "lm" else 1)
+        head = self.d_model * (self.vocab_size + (self.head == "scalar"))
         shift = self.d_model ** 2 if self.token_shift else 0
         n_dense = self.n_layers - self.n_sparse_layers
         blocks = self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
@@ -361,7 +361,8 @@ class Transformer(nn.Module):
             self.shift = Linear(config.d_model, config.d_model)
         if config.head == "scalar":
             self.scalar_head = nn.Linear(config.d_model, 1)        # W_r, b_r of 001 section 4.4
-        elif not config.tied:
+            self.likelihood = nn.Parameter(torch.zeros(1))         # w_p
+        if not config.tied:
             self.lm_head = Linear(config.d_model, config.vocab_size)
         angles = torch.outer(torch.arange(config.context_length), rope_frequencies(config))
         self.register_buffer("cos", angles.cos(), persistent=False)    # (context_length, C / 2)
@@ -529,8 +530,7 @@ class Transformer(nn.Module):
                 positions: Tensor | None = None, cache: KVCache | None = None,
                 prefix: Tensor | None = None, source: Tensor | None = None,
                 source_lengths: Tensor | None = None, segments: Tensor | None = None,
-                temperature: float = 1.0, with_entropy: bool = False,
-                output_weight: Tensor | None = None):
+                temperature: float = 1.0, with_entropy: bool = False):
         """
         tokens: (B, T) ids. documents: (B, T) numbers; attention stays within equal ones.
         positions: (B, T) for RoPE, by default 0 .. T-1. cache: what came before `tokens`.
@@ -538,19 +538,20 @@ class Transformer(nn.Module):
         ids, right-padded to source_lengths (B,), that an encoder_decoder reads; with a cache only
         at first. segments: (B, T) numbers below n_segments.
         Returns (all fp32)
-          scalar head:   values (B, T); with targets (values, log-probabilities)
+          scalar head:   values W_r h_t + b_r (B, T); with targets (values + w_p times the sum of
+                         the log-probabilities of all targets before t, log-probabilities): what
+                         was read so far, and how likely it was. No gradient passes that sum.
           no targets:    logits (B, T, V); with a cache those of the last position (B, 1, V)
           targets (B, T): their log-probabilities in nats (B, T), 0 where loss_mask is 0;
                           with_entropy: also the entropy (B, T) of each prediction, in nats;
                           segments: also the logits (B, 2) of "random" and "next sentence"
-        Logits are divided by `temperature` first. Log-probabilities come from output_weight (V, D)
-        instead of the model's own if given, which a scalar head needs: without, it raises
-        ValueError, as it does for generation. So does a length beyond context_length.
+        Logits are divided by `temperature` first. A scalar head raises ValueError for generation,
+        and every model for a length beyond context_length.
         """
         scalar = self.config.head == "scalar"
-        if scalar and (cache is not None or targets is not None and output_weight is None):
+        if scalar and cache is not None:
             raise ValueError("this model has a scalar head: it is a reward model or a critic; "
-                             "scoring and generating tokens takes a language model")
+                             "generating tokens takes a language model")
         h = self.hidden(tokens, documents, positions, cache, prefix, source, source_lengths,
                         segments)
         if scalar:
@@ -567,14 +568,16 @@ class Transformer(nn.Module):
         if loss_mask is not None:                                  # only targets meet the V words
             rows = loss_mask.flatten().nonzero().squeeze(1)
             h, flat_targets = h[rows], flat_targets[rows]
-        weight = self.output_weight if output_weight is None else output_weight
-        scores = parallel.linear_cross_entropy(h, weight, flat_targets, temperature, with_entropy)
+        scores = parallel.linear_cross_entropy(h, self.output_weight, flat_targets, temperature,
+                                               with_entropy)
         outputs = scores if with_entropy else (scores,)
         if loss_mask is not None:
             blank = torch.zeros(targets.numel(), device=h.device)
             outputs = [blank.index_put((rows,), output) for output in outputs]
         outputs = [output.view(targets.shape) for output in outputs]
-        outputs = [values, *outputs] if scalar else outputs
+        if scalar:
+            so_far = F.pad(outputs[0].detach(), (1, -1)).cumsum(1)     # of the targets before t
+            outputs = [values + self.likelihood * so_far, *outputs]
         if segments is not None:
             outputs = [*outputs, next_sentence]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -731,8 +734,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
                          f"{tokenizer.vocab_size}; they are not of one run")
     model = Transformer(config, dtype)
     if head == "scalar" and saved["head"] == "lm":
-        weights.pop("lm_head.weight", None)
-        weights |= {"scalar_head." + name: w for name, w in model.scalar_head.state_dict().items()}
+        fresh = model.state_dict()
+        weights |= {name: fresh[name] for name in
+                    ("scalar_head.weight", "scalar_head.bias", "likelihood")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

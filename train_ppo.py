@@ -143,7 +143,8 @@ def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> f
 
 
 def values_before(critic, batch: data.Batch) -> Tensor:
-    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t."""
+    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t. It reads no
+    log p, unlike the reward model it may come from: trained on values alone, it unlearns that."""
     return critic(batch.tokens[:, :-1])
 
 
@@ -238,6 +239,8 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--critic_init {cfg.critic_init}: give rm or sft")
     critic = copy.deepcopy(reward_model) if cfg.critic_init == "rm" else \
         load_model(cfg.init, run.device, run.dtype, head="scalar")[0]
+    for name, weight in critic.named_parameters():                     # its values read no log p
+        weight.requires_grad_(name not in ("likelihood", "lm_head.weight"))
     reward_model.requires_grad_(False)
     models = {"actor": actor, "critic": critic, "reference": reference,
               "reward_model": reward_model}

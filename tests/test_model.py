@@ -56,7 +56,7 @@ def test_parameter_count_is_the_hand_count():
     assert trunk == 26_016
     assert parameter_count(tiny()) == trunk
     assert parameter_count(tiny(tied=False)) == trunk + 40 * 32
-    assert parameter_count(tiny(head="scalar")) == trunk + 32 + 1
+    assert parameter_count(tiny(head="scalar")) == trunk + 32 + 1 + 1       # W_r, b_r, w_p
 
 
 def test_trainable_parameters_are_counted_apart():
@@ -71,7 +71,7 @@ def test_flops_per_token_are_the_hand_count():
     assert config.matmul_parameters() == matmul == 25_856
     assert config.flops_per_token(10) == 6 * matmul + 6 * 2 * 10 * 32 == 158_976
     scalar = ModelConfig(**SIZES, head="scalar")
-    assert scalar.matmul_parameters() == matmul - 32 * 40 + 32
+    assert scalar.matmul_parameters() == matmul + 32
 
 
 def test_a_forward_pass_multiplies_every_matmul_parameter_once_per_token():
@@ -310,10 +310,28 @@ def test_scalar_head_gives_one_number_per_token():
     torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_scalar_head_refuses_to_score_tokens():
-    tokens = some_tokens(2, 9)
-    with pytest.raises(ValueError, match="scalar head.*language model"):
-        tiny(head="scalar")(tokens, targets=tokens)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_value_reads_how_likely_the_targets_before_it_were_but_teaches_no_likelihood(tied):
+    model, tokens = tiny(tied=tied, head="scalar"), some_tokens(2, 9)
+    targets, loss_mask = tokens.roll(-1, 1), torch.rand(2, 9) < 0.5
+    model.likelihood.data.fill_(0.3)
+    values, logps = model(tokens, targets=targets, loss_mask=loss_mask)
+    plain, h = model(tokens), model.hidden(tokens)
+    for b in range(2):
+        so_far = 0.0
+        for t in range(9):
+            torch.testing.assert_close(values[b, t], plain[b, t] + 0.3 * so_far)
+            if loss_mask[b, t]:
+                logp = (model.output_weight @ h[b, t]).log_softmax(-1)[targets[b, t]]
+                torch.testing.assert_close(logps[b, t], logp)
+                so_far += logp
+            else:
+                assert logps[b, t] == 0
+    grads = [torch.autograd.grad(v.sum(), model.embedding.weight, retain_graph=True)[0]
+             for v in (values, plain)]
+    torch.testing.assert_close(*grads)
+    weight, = torch.autograd.grad(values.sum(), model.likelihood)
+    torch.testing.assert_close(weight[0], (values - plain).sum() / 0.3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
@@ -503,7 +521,8 @@ def test_a_language_model_becomes_a_reward_model_with_a_fresh_head(tmp_path, tie
     tokens = some_tokens(2, 9, vocab_size=272)
     assert torch.equal(reward.hidden(tokens), model.hidden(tokens))
     assert reward(tokens).shape == (2, 9) and reward.scalar_head.weight.abs().min() > 0
-    assert reward.scalar_head.bias.item() == 0 and not hasattr(reward, "lm_head")
+    assert reward.scalar_head.bias.item() == 0 and reward.likelihood.item() == 0
+    assert torch.equal(reward.output_weight, model.output_weight)
     save_model(tmp_path / "rm", reward, TOKENIZER)
     again = load_model(tmp_path / "rm", head="scalar")[0]              # now its head is kept
     assert torch.equal(again(tokens), reward(tokens))

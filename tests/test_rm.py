@@ -96,8 +96,22 @@ def test_reward_is_the_scalar_at_the_end_token_of_the_answer():
     torch.testing.assert_close(response_rewards(model, batch), values[:, place], rtol=0, atol=0)
 
 
+def test_the_reward_is_the_documents_plus_a_share_of_the_answers_log_probability():
+    model, sft = tiny_model(head="scalar", tied=False), tiny_model(tied=False)
+    sft.load_state_dict({name: model.state_dict()[name] for name in sft.state_dict()})
+    batch = conversation()
+    documents = response_rewards(model, batch)             # w_p starts at 0
+    model.likelihood.data.fill_(0.25)
+    length = int(batch.loss_mask[0].nonzero()[-1]) + 1
+    logps = slow_logps(sft, batch.tokens[0, :length].tolist())
+    expected = documents + 0.25 * logps[batch.loss_mask[0, 1:length]].sum()
+    torch.testing.assert_close(response_rewards(model, batch), expected.float())
+    assert (expected - documents).abs() > 0.5
+
+
 def test_tokens_after_the_answer_do_not_move_its_reward():
     model = tiny_model(head="scalar")
+    model.likelihood.data.fill_(0.5)
     reward = response_rewards(model, conversation())
     for after in ([TOKENIZER.pad] * 9, TOKENIZER.encode("no, never")):
         torch.testing.assert_close(response_rewards(model, conversation(after=after)), reward)
@@ -107,6 +121,7 @@ def test_tokens_after_the_answer_do_not_move_its_reward():
 
 def test_rows_of_different_lengths_get_the_rewards_they_get_alone():
     model = tiny_model(head="scalar")
+    model.likelihood.data.fill_(0.5)
     sides = [conversation(answer=text) for text in ("a", "a much longer answer", "three")]
     rows = [(b.tokens[0].tolist(), b.loss_mask[0].tolist()) for b in sides]
     together = response_rewards(model, data.right_padded(rows, TOKENIZER.pad, 48, [0, 1, 2]))
@@ -144,20 +159,26 @@ def test_last_and_mean_value_by_hand():
     assert train_rm.mean_value(values, loss_mask).tolist() == [2.5, 8]
 
 
-def test_the_language_model_loss_is_that_of_the_preferred_responses_under_the_sft_projection():
-    sft = tiny_model(tied=False)
-    model = tiny_model(tied=False, head="scalar")          # the same seed: the same trunk
-    sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]),
-             ([1, 2, 9], [0, 0, 1]), ([6, 10], [0, 1])]    # two preferred, then the two rejected
-    batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1])
-    for name, weight in model.named_parameters():
-        if "head" not in name:
-            weight.data.copy_(sft.get_parameter(name))
-    values, nll = train_rm.values_and_nll(model, batch, sft.output_weight)
+def test_log_probs_of_the_response_tokens_stand_at_their_own_places():
+    model, sft = tiny_model(head="scalar", tied=False), tiny_model(tied=False)
+    sft.load_state_dict({name: model.state_dict()[name] for name in sft.state_dict()})
+    sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]), ([1, 2, 9], [0, 0, 1])]
+    batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1, 2])
+    values, logps = train_rm.values_and_logps(model, batch)
+    expected = torch.zeros(3, 6)
+    for b, (ids, mask) in enumerate(sides):
+        for t in range(len(ids)):
+            if mask[t]:
+                expected[b, t] = slow_logps(sft, ids)[t - 1]
+    torch.testing.assert_close(logps, expected)
     torch.testing.assert_close(values, model(batch.tokens))
-    expected = -torch.stack([slow_logps(sft, ids)[t - 1] for ids, mask in sides[:2]
-                             for t in range(len(ids)) if mask[t]]).mean()
-    assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_likelihood_its_weight_stays_at_zero(tmp_path):
+    def weight_after(**changes):
+        train_rm.main(config(tmp_path, steps=2, overwrite=True, **changes))
+        return load_model(tmp_path / "rm")[0].likelihood.item()
+    assert weight_after(likelihood=False) == 0 != weight_after()
 
 
 def test_each_term_has_its_say_only_if_its_coefficient_is_not_zero(tmp_path, monkeypatch):
@@ -210,10 +231,12 @@ def test_the_shift_changes_no_ranking_and_no_weight_but_the_bias(tmp_path):
 # ---------------------------------------------------------------------- a whole run
 
 def test_training_learns_to_rank_unseen_pairs_against_their_length(tmp_path):
-    result = train_rm.main(config(tmp_path, eval_every=1))
+    # a head that begins wrong; likelihood, which likes short answers, would soon be right
+    result = train_rm.main(config(tmp_path, eval_every=1, likelihood=False, seed=1))
     rows = training.read_metrics(tmp_path / "rm")
     assert result["accuracy"] == rows[-1]["accuracy"] == 1.0
     assert result["length_accuracy"] == 0.0                      # the chosen one is always shorter
+    assert result["likelihood_accuracy"] == 1.0
     assert 0 <= result["ece"] == rows[-1]["ece"] <= 0.5
     assert rows[0]["accuracy"] < 0.5
     assert rows[-1]["val_loss"] < 0.45 < 0.6 < rows[0]["val_loss"]
@@ -227,7 +250,8 @@ def test_psi_starts_as_the_sft_model_with_a_fresh_scalar_head(tmp_path):
     assert reward_model.config.head == "scalar"
     kept = dict(reward_model.state_dict())
     head, bias = kept.pop("scalar_head.weight"), kept.pop("scalar_head.bias")
-    assert set(kept) == set(sft.state_dict()) - {"lm_head.weight"}
+    assert kept.pop("likelihood").item() == 0
+    assert set(kept) == set(sft.state_dict())
     assert all(torch.equal(w, sft.state_dict()[name]) for name, w in kept.items())
     assert head.abs().sum() > 0 and bias.item() != 0             # random, and shifted
 
