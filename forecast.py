@@ -23,22 +23,25 @@ USUAL_MFU = 0.4                       # of the matmul peak, for a model that fil
 
 
 def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
-                     checkpointing: bool = False, keeps_scores: bool = False) -> int:
+                     checkpointing: bool = False, keeps_scores: bool = False,
+                     ways: int = 1) -> int:
     """Bytes that the forward pass of rows * length tokens keeps for the backward pass.
 
     element: bytes of a number in the residual stream. keeps_scores: attention probabilities are
     kept, as on CPUs. Per token a block keeps the inputs and outputs of its two norms, queries,
     keys, values and the output of attention (D each, fewer for grouped keys), the 2 F inputs of
     SwiGLU and its F outputs; checkpointing keeps each block's input and makes the rest again, one
-    block at a time. encoder_decoder: rows * length tokens in each of the two.
+    block at a time. encoder_decoder: rows * length tokens in each of the two. ways: ranks that
+    share heads, F and experts (--tensor_parallel).
     """
     D, heads, grouped = (config.d_model, config.n_heads * config.d_head,
                          config.n_kv_heads * config.d_head)
-    attention = 2 * D + 2 * heads + 2 * grouped
-    scores = config.n_heads * length if keeps_scores else 0        # half of them if causal
-    mlp = 2 * D + 3 * config.d_ff
+    attention = 2 * D + (2 * heads + 2 * grouped) / ways
+    scores = config.n_heads * length / ways if keeps_scores else 0     # half of them if causal
+    mlp = 2 * D + 3 * config.d_ff / ways
     if config.n_experts:                               # inputs are gathered for each expert
-        mlp = 2 * D + (config.top_k + config.n_shared_experts) * (3 * config.d_expert + D)
+        visited = config.top_k + config.n_shared_experts
+        mlp = 2 * D + visited * (3 * config.d_expert + D) / ways
     block = attention + mlp + (scores if config.architecture == "encoder" else scores / 2)
     kept = config.n_layers * block
     if config.architecture == "encoder_decoder":
@@ -49,15 +52,18 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
     return int(rows * length * element * (kept + 3 * D))           # embedding, shift, last norm
 
 
-def state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype) -> int:
+def state_bytes(model: nn.Module, optimizer: str, dtype: torch.dtype, ways: int = 1) -> int:
     """Bytes of master weights, gradients and optimizer state in fp32 (AdamW: two numbers a weight,
     Muon one), of its own part only where they are sharded, and of the weights cast to dtype where
-    that is another one."""
+    that is another one: of `ways` ranks each its part, under FSDP of two blocks at a time."""
     n = sum(local(p).numel() for p in model.parameters())
     trained = sum(local(p).numel() for p in model.parameters() if p.requires_grad)
-    cast = 0 if dtype == torch.float32 else dtype.itemsize * sum(
-        p.numel() for p in model.parameters())
-    return 4 * n + 4 * trained * (2 if optimizer == "muon" else 3) + cast
+    cast = sum(p.numel() for p in model.parameters())              # of all ranks together
+    if hasattr(model, "reshard"):
+        in_blocks = sum(p.numel() for p in model.blocks.parameters())
+        cast -= in_blocks * max(0.0, 1 - 2 / len(model.blocks))
+    cast = 0 if dtype == torch.float32 else dtype.itemsize * cast / ways
+    return int(4 * n + 4 * trained * (2 if optimizer == "muon" else 3) + cast)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
@@ -89,18 +95,18 @@ def in_words(seconds: float) -> str:
 
 
 def check(models: tuple[nn.Module, ...], optimizer: str, rows: int, length: int, tokens: float,
-          peak: float, memory: int, options: Iterable[str] = ()) -> str:
+          peak: float, memory: int, options: Iterable[str] = (), ways: int = 1) -> str:
     """A sentence about the run, for the reader. The first of the models reads `tokens` tokens in
     the whole run (on this rank), `rows` rows of `length` at once; of the others only the memory
-    counts. Raises ValueError, naming those of the script's options that help, when it cannot fit
-    into `memory`."""
+    counts. ways: ranks that do so together (--tensor_parallel). Raises ValueError, naming those of
+    the script's options that help, when it cannot fit into `memory`."""
     model, config = models[0], models[0].config
     flops = config.flops_per_token(length) * tokens
-    state = sum(state_bytes(m, optimizer, m.dtype) for m in models)
+    state = sum(state_bytes(m, optimizer, m.dtype, ways) for m in models)
 
     def needed(checkpointing: bool) -> int:
         return state + activation_bytes(config, rows, length, model.dtype.itemsize, checkpointing,
-                                        model.device.type == "cpu")
+                                        model.device.type == "cpu", ways)
 
     total = needed(model.gradient_checkpointing)
     if total > memory:
@@ -117,9 +123,9 @@ def check(models: tuple[nn.Module, ...], optimizer: str, rows: int, length: int,
                          f"weights, gradients and optimizer, {(total - state) / 1e9:.1f} for "
                          f"activations), but there are {memory / 1e9:.1f} GB: give {advice}")
     return (f"{tokens / 1e6:.1f}M tokens to train on, {flops:.1e} FLOPs; about "
-            f"{in_words(flops / (peak * USUAL_MFU))} at {USUAL_MFU:.0%} of {peak / 1e12:.2f} "
-            f"TFLOP/s, and {total / 1e9:.2f} of {memory / 1e9:.0f} GB for weights, optimizer and "
-            "activations")
+            f"{in_words(flops / ways / (peak * USUAL_MFU))} at {USUAL_MFU:.0%} of "
+            f"{peak / 1e12:.2f} TFLOP/s, and {total / 1e9:.2f} of {memory / 1e9:.0f} GB for "
+            "weights, optimizer and activations")
 
 
 def announce(run, *models: nn.Module, rows: int = 0, length: float = 0, tokens: float = 0) -> None:
@@ -136,4 +142,4 @@ def announce(run, *models: nn.Module, rows: int = 0, length: float = 0, tokens: 
     if config.architecture == "encoder_decoder":
         run.flops_per_token /= 2                           # which counts one token in each stack
     run.say(check(models, getattr(cfg, "optimizer", "adamw"), rows, length, tokens, run.peak,
-                  memory_of(run.device), vars(cfg)))
+                  memory_of(run.device), vars(cfg), run.ways))

@@ -1,21 +1,33 @@
 """forecast.py: memory against what autograd really keeps, and what is refused."""
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny_model
 
 import forecast
+import parallel
 import train_dpo
 import train_ppo
 import train_pretrain
 import training
 from model import ModelConfig, Transformer
+from parallel import local
 
 SIZES = {"vocab_size": 272, "d_model": 64, "n_layers": 3, "n_heads": 4, "context_length": 96}
 
 
+@pytest.fixture
+def two_ranks():
+    """This process is the first of two, whose other one is not there: sums are of zeros."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
 def kept_bytes(model, tokens, **inputs):
     """Bytes of all tensors that the backward pass of this forward pass holds, parameters apart."""
-    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own, found = {local(p).untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(x):
         storage = x.untyped_storage()
@@ -44,6 +56,30 @@ def test_activations_of_an_encoder_decoder_are_what_autograd_keeps():
     real = kept_bytes(model, tokens, source=tokens, source_lengths=torch.full((4,), 96))
     estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True)
     assert estimate == pytest.approx(real, rel=0.25)
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_ff": 512}, {"n_experts": 4}])
+def test_ranks_that_divide_the_matrices_keep_their_parts(changes, two_ranks):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES | changes))
+    whole = forecast.state_bytes(model, "muon", torch.bfloat16)
+    parallel.shard(model, fsdp=False, ways=2)
+    real = kept_bytes(model, torch.randint(256, (4, 96)))
+    estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True, ways=n)
+                       for n in (2, 1))
+    assert estimate == pytest.approx(real, rel=0.25) and estimate < 0.75 * alone
+    assert forecast.state_bytes(model, "muon", torch.bfloat16, 2) == pytest.approx(whole / 2,
+                                                                                  rel=0.02)
+
+
+def test_sharded_weights_are_gathered_two_blocks_at_a_time(two_ranks):
+    model = Transformer(ModelConfig(**SIZES | {"n_layers": 20}))
+    n, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.blocks[0]))
+    parallel.shard(model)
+    own = sum(local(p).numel() for p in model.parameters())
+    assert forecast.state_bytes(model, "adamw", torch.bfloat16) == pytest.approx(
+        16 * own + 2 * (n - 18 * block), rel=1e-6)
+    assert own == pytest.approx(n / 2, rel=0.02)
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks_only():
