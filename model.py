@@ -361,7 +361,8 @@ class Transformer(nn.Module):
             self.shift = Linear(config.d_model, config.d_model)
         if config.head == "scalar":
             self.scalar_head = nn.Linear(config.d_model, 1)        # W_r, b_r of 001 section 4.4
-            self.likelihood = nn.Parameter(torch.zeros(1))         # w_p
+            self.likelihood = nn.Parameter(torch.zeros(1))         # w_p of train_rm.py
+            self.register_buffer("likelihood_unit", torch.ones(1))         # c
         if not config.tied:
             self.lm_head = Linear(config.d_model, config.vocab_size)
         angles = torch.outer(torch.arange(config.context_length), rope_frequencies(config))
@@ -538,9 +539,9 @@ class Transformer(nn.Module):
         ids, right-padded to source_lengths (B,), that an encoder_decoder reads; with a cache only
         at first. segments: (B, T) numbers below n_segments.
         Returns (all fp32)
-          scalar head:   values W_r h_t + b_r (B, T); with targets (values + w_p times the sum of
-                         the log-probabilities of all targets before t, log-probabilities): what
-                         was read so far, and how likely it was. No gradient passes that sum.
+          scalar head:   values W_r h_t + b_r (B, T); with targets (values + w_p c log p of all
+                         targets before t, log-probabilities): what was read so far, and how likely
+                         it was. No gradient passes that log p.
           no targets:    logits (B, T, V); with a cache those of the last position (B, 1, V)
           targets (B, T): their log-probabilities in nats (B, T), 0 where loss_mask is 0;
                           with_entropy: also the entropy (B, T) of each prediction, in nats;
@@ -577,7 +578,7 @@ class Transformer(nn.Module):
         outputs = [output.view(targets.shape) for output in outputs]
         if scalar:
             so_far = F.pad(outputs[0].detach(), (1, -1)).cumsum(1)     # of the targets before t
-            outputs = [values + self.likelihood * so_far, *outputs]
+            outputs = [values + self.likelihood * self.likelihood_unit * so_far, *outputs]
         if segments is not None:
             outputs = [*outputs, next_sentence]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -736,7 +737,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     if head == "scalar" and saved["head"] == "lm":
         fresh = model.state_dict()
         weights |= {name: fresh[name] for name in
-                    ("scalar_head.weight", "scalar_head.bias", "likelihood")}
+                    ("scalar_head.weight", "scalar_head.bias", "likelihood", "likelihood_unit")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -5,18 +5,19 @@ Stage 4, phase 2: the reward model (001 sections 4.4 and 4.5).
   2. FOR step       2.1 sample pairs  2.2 r_w, r_l  2.3 loss  2.4 update  2.5 held-out accuracy
   3. Freeze r_psi   shifted so that the SFT model's own answers score 0 on average
 
-Minimise  L = -mean log sigma(r_psi(x, y_w) - r_psi(x, y_l))  (Bradley-Terry), where
-
-    r_psi(x, y) = W_r h_T + b_r + w_p log p_psi(y | x)
-
-is read at the last token of the response, its <|end|>. The loss cannot see a constant added to all
-rewards; step 3 uses that freedom (Huang et al. 2024): in PPO, 0 means "as good as before".
+Minimise  L = -mean log sigma(r_psi(x, y_w) - r_psi(x, y_l))  (Bradley-Terry), where r_psi(x, y) =
+W_r h_T + b_r is read at the last token of the response, its <|end|>. The loss cannot see a constant
+added to all rewards; step 3 uses that freedom (Huang et al. 2024): in PPO, 0 means "as before".
 
 Differs from the document:
-  1.  The LM head stays, beside the scalar head, and the reward has a third term, w_p log p, which
-      starts at 0 (--likelihood false keeps it there: the document's reward). A small model says
-      7 - 4 = 3 long before it can tell that a given 7 - 4 = 0 is wrong, which takes comparing what
-      it reads with what it would have said; log p is that comparison. No gradient passes log p.
+  1.  The LM head stays, beside the scalar head, and the reward has a third term,
+
+          r_psi(x, y) = W_r h_T + b_r + w_p c log p_psi(y | x),    c = 32 / mean length of y
+
+      whose w_p starts at 0 (--likelihood false keeps it there: the document's reward). A small
+      model says 7 - 4 = 3 long before it can tell that a given 7 - 4 = 0 is wrong, which takes
+      comparing what it reads with what it would have said; log p is that comparison. No gradient
+      passes log p, and its unit c suits texts of any length to the optimizer's steps.
       Muon (muon.py) unless --optimizer adamw, with a higher learning rate that stays up for 70 % of
       the steps: the default model is small.
   2.3 Two terms more. The same loss on the mean of the values at all response tokens: a mistake is
@@ -96,10 +97,7 @@ def mean_value(values: Tensor, loss_mask: Tensor) -> Tensor:
 
 def values_and_logps(model: nn.Module, batch: data.Batch) -> tuple[Tensor, Tensor]:
     """The value at every token of the response, and the log p of that token, in nats, both (B, T);
-    log p is 0 elsewhere.
-
-    Each row's value at its last response token is r_psi(x, y) = W_r h_T + b_r + w_p log p(y | x).
-    """
+    log p is 0 elsewhere. Each row's value at its last response token is r_psi(x, y)."""
     # the prediction of token t + 1 stands at t; no row begins with a response token
     targets, wanted = batch.tokens.roll(-1, 1), batch.loss_mask.roll(-1, 1)
     values, logps = model(batch.tokens, targets=targets, loss_mask=wanted,
@@ -153,7 +151,7 @@ def shift_to_zero(reward_model, sft, tokenizer, prompts: list[dict], cfg: Config
 def main(cfg: Config) -> dict:
     run = training.start(cfg, "rm")
 
-    # 1. INITIALIZE: psi <- theta_SFT with a scalar head; r = W_r h_T + b_r + w_p log p
+    # 1. INITIALIZE: psi <- theta_SFT with a scalar head
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, head="scalar")
     model.likelihood.requires_grad_(cfg.likelihood)
     sft, _ = load_model(cfg.init, run.device, run.dtype)
@@ -168,6 +166,8 @@ def main(cfg: Config) -> dict:
                               bad_rows=cfg.bad_rows), tokenizer, length, cfg.seed, cfg.truncate)
     prompts = data.read_prompts(cfg.prompts or cfg.data, split="heldout", n=cfg.n_shift,
                                 seed=cfg.seed)[:cfg.n_shift]
+    lengths = [sum(mask) for sides in pairs.sides for _, mask in sides]          # of responses
+    model.likelihood_unit.fill_(32 * len(lengths) / sum(lengths))
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype,
                                         betas=(0.9, 0.999))

@@ -1,14 +1,16 @@
 """
-Two corpora, one of them small: what do their shares in training decide? The embedded world speaks
-English without end, and Bearish, of which only 600 short texts exist.
+Two corpora, one of them small: what do their shares and their order in training decide? The
+embedded world speaks English without end, and Bearish, of which only 600 short texts exist.
 
   together    p_i ~ n_i^alpha (004): at alpha 1 the model hardly meets Bearish, at 0 it reads it
               over and over and English half as often
   later       an English model goes on with Bearish (continued pretraining, 003): warmed up again to
               the same learning rate or to a quarter of it, with or without a share of English to
               replay. What it learns, and what it forgets
+  at the end  annealing (003): a tenth of all text is Bearish, either all along or as half of the
+              last fifth, while the learning rate falls to 0
 
-    python experiments/mixing.py               # 12 minutes on two cores; results/mixing.png
+    python experiments/mixing.py               # 15 minutes on two cores; results/mixing.png
 """
 import sys
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ import training
 ALPHAS = 1.0, 0.5, 0.3, 0.0
 LATER = {"same rate, no replay": (1.0, "1,0"), "a quarter, no replay": (0.25, "1,0"),
          "same rate, 20 % replay": (1.0, "0.8,0.2"), "a quarter, 20 % replay": (0.25, "0.8,0.2")}
+AT_THE_END = {"a tenth, all along": {"shares": "0.9,0.1"},
+              "half of the last fifth": {"shares": "1,0", "anneal_data": "world,bearish",
+                                         "alpha": 0.0}}
 LR = train_pretrain.Config.lr
 
 
@@ -46,8 +51,9 @@ def train(out: Path, **options) -> dict:
     return result
 
 
-def draw(together: dict[float, dict], later: dict[str, list[dict]], file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def draw(together: dict[float, dict], later: dict[str, list[dict]],
+         at_the_end: dict[str, list[dict]], file: Path) -> None:
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for name, label in (("world", "English (5.3M tokens)"), ("bearish", "Bearish (small)")):
         left.plot(list(together), [found[f"val_loss/{name}"] for found in together.values()],
                   marker="o", label=label)
@@ -61,7 +67,16 @@ def draw(together: dict[float, dict], later: dict[str, list[dict]], file: Path) 
     right.set(title="later: what is learned and what is forgotten",
               xlabel="Bearish, nats per token (training goes to the left)",
               ylabel="English, nats per token")
-    for axis in (left, right):
+    for color, (name, rows) in zip(("C0", "C1"), at_the_end.items()):
+        measured = [row for row in rows if "val_loss/world" in row]
+        for corpus, label, style in (("bearish", f"Bearish, {name}", "-"),
+                                     ("world", f"English, {name}", "--")):
+            last.plot([row["step"] + 1 for row in measured],
+                      [row[f"val_loss/{corpus}"] for row in measured], style, color=color,
+                      label=label)
+    last.set(title="at the end: a tenth Bearish, now or last", xlabel="step",
+             ylabel="validation loss (nats per token)", yscale="log")
+    for axis in (left, right, last):
         axis.grid(alpha=0.3)
         axis.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +94,13 @@ def main(cfg: Config) -> None:
         train(folder, init=str(out / "english"), data="bearish,world", shares=shares,
               lr=rate * LR, steps=steps // 3, eval_every=steps // 24)
         later[name] = training.read_metrics(folder)
-    draw(together, later, Path(cfg.figure))
+    at_the_end = {}
+    for name, options in AT_THE_END.items():
+        folder = out / name.replace(" ", "_").replace(",", "")
+        train(folder, data="world,bearish", schedule="wsd", decay=0.2, steps=steps,
+              eval_every=steps // 30, **options)
+        at_the_end[name] = training.read_metrics(folder)
+    draw(together, later, at_the_end, Path(cfg.figure))
 
 
 if __name__ == "__main__":

@@ -315,12 +315,13 @@ def test_a_value_reads_how_likely_the_targets_before_it_were_but_teaches_no_like
     model, tokens = tiny(tied=tied, head="scalar"), some_tokens(2, 9)
     targets, loss_mask = tokens.roll(-1, 1), torch.rand(2, 9) < 0.5
     model.likelihood.data.fill_(0.3)
+    model.likelihood_unit.fill_(1.5)
     values, logps = model(tokens, targets=targets, loss_mask=loss_mask)
     plain, h = model(tokens), model.hidden(tokens)
     for b in range(2):
         so_far = 0.0
         for t in range(9):
-            torch.testing.assert_close(values[b, t], plain[b, t] + 0.3 * so_far)
+            torch.testing.assert_close(values[b, t], plain[b, t] + 0.3 * 1.5 * so_far)
             if loss_mask[b, t]:
                 logp = (model.output_weight @ h[b, t]).log_softmax(-1)[targets[b, t]]
                 torch.testing.assert_close(logps[b, t], logp)

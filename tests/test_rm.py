@@ -102,6 +102,7 @@ def test_the_reward_is_the_documents_plus_a_share_of_the_answers_log_probability
     batch = conversation()
     documents = response_rewards(model, batch)             # w_p starts at 0
     model.likelihood.data.fill_(0.25)
+    model.requires_grad_(False)
     length = int(batch.loss_mask[0].nonzero()[-1]) + 1
     logps = slow_logps(sft, batch.tokens[0, :length].tolist())
     expected = documents + 0.25 * logps[batch.loss_mask[0, 1:length]].sum()
@@ -251,6 +252,8 @@ def test_psi_starts_as_the_sft_model_with_a_fresh_scalar_head(tmp_path):
     kept = dict(reward_model.state_dict())
     head, bias = kept.pop("scalar_head.weight"), kept.pop("scalar_head.bias")
     assert kept.pop("likelihood").item() == 0
+    lengths = [1 + len(pair[side]) for pair in made_pairs(80) for side in ("chosen", "rejected")]
+    assert 32 / kept.pop("likelihood_unit").item() == pytest.approx(sum(lengths) / 160, rel=0.1)
     assert set(kept) == set(sft.state_dict())
     assert all(torch.equal(w, sft.state_dict()[name]) for name, w in kept.items())
     assert head.abs().sum() > 0 and bias.item() != 0             # random, and shifted
