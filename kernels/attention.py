@@ -60,7 +60,11 @@ TILES = {
     "dk_dv": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
     "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
 }
-TILES_FP32 = [(16, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)]     # exact: no tensor cores, slow
+TILES_FP32 = {                         # exact: no tensor cores, slow
+    "dq": [(16, 16, 4, 1), (16, 16, 8, 1)],
+    "dk_dv": [(16, 16, 8, 1), (16, 16, 4, 1)],
+    "others": [(16, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)],
+}
 TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 
 
@@ -323,7 +327,7 @@ def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dic
     name = "the head width C" + " of a backward pass" * (kernel in ("dq", "dk_dv"))
     block = max(16, check_width(name, C, WIDTHS[len(tiles) - 1]))
     if dtype == torch.float32:
-        tiles = TILES_FP32
+        tiles = TILES_FP32.get(kernel, TILES_FP32["others"])
     M, N, warps, stages = tiles[WIDTHS.index(max(64, block))]
     if INTERPRETED:
         M, N, warps, stages = TILE_INTERPRETED
