@@ -27,10 +27,11 @@ import train_pretrain
 import training
 from model import active_parameter_count, load_model, parameter_count
 
+F = 352                                                # of the default width
 VARIANTS = {"dense": {}, "8 experts, 2 per token": {"n_experts": 8},
             "32 experts, 2 per token": {"n_experts": 32},
             "8 experts, no balance": {"n_experts": 8, "balance": "none"},
-            "dense, 4 F": {"n_experts": 1, "top_k": 1, "d_expert": 4 * 352, "balance": "none"}}
+            "dense, 4 F": {"n_experts": 1, "top_k": 1, "d_expert": 4 * F, "balance": "none"}}
 
 
 @dataclass
