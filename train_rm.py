@@ -28,7 +28,6 @@ Differs from the document:
     python train_rm.py                                     # the embedded world's preferences
     python train_rm.py --data pairs.jsonl --truncate left
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +40,7 @@ import forecast
 import sample
 import training
 from model import load_model
-from train_dpo import response_logps
+from train_dpo import score_pairs
 
 
 @dataclass
@@ -119,13 +118,12 @@ def bradley_terry_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def margins(model: nn.Module, pairs: data.PreferencePairs, batch_size: int,
-            score: Callable = response_rewards) -> Tensor:
-    """score(y_w) - score(y_l) of every pair, (N,), on the CPU, in the order of the batches."""
+def margins(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) -> Tensor:
+    """r_w - r_l of every pair, (N,), on the CPU, in the order of the batches."""
     model.eval()
     found = []
     for batch in pairs.epoch(batch_size):
-        r_w, r_l = score(model, batch.to(model.device)).chunk(2)
+        r_w, r_l = response_rewards(model, batch.to(model.device)).chunk(2)
         found.append((r_w - r_l).cpu())
     model.train()
     return torch.cat(found)
@@ -173,7 +171,8 @@ def main(cfg: Config) -> dict:
                                         betas=(0.9, 0.999))
     run.track(model=model, optimizer=optimizer)
     longer = evaluate.length_accuracy(heldout)
-    likelier = (margins(sft, heldout, cfg.batch_size, response_logps) > 0).float().mean().item()
+    logp_w, logp_l = score_pairs(sft.eval(), heldout, cfg.batch_size).unbind(1)
+    likelier = (logp_w > logp_l).float().mean().item()
     run.say(f"{len(pairs)} pairs, {len(heldout)} held out; length alone ranks {longer:.1%} right, "
             f"log p of the SFT model {likelier:.1%}")
     forecast.announce(run, model, sft, rows=2 * cfg.batch_size, length=pairs.lengths.mean())
