@@ -509,10 +509,10 @@ class Transformer(nn.Module):
         return sum(moe.auxiliary for moe in self.sparse_layers)
 
     @torch.no_grad()
-    def balance_experts(self) -> Tensor | None:
-        """After an optimizer step: nudge the routers' biases, where they have some. Returns the
-        load since the last call, (sparse blocks, E), shares of each block; None for a dense model.
-        """
+    def balance_experts(self, nudge: bool = True) -> Tensor | None:
+        """After an optimizer step: nudge the routers' biases, where they have some and unless told
+        not to. Returns the load since the last call, (sparse blocks, E), shares of each block; None
+        for a dense model."""
         sparse = [moe for moe in self.sparse_layers if isinstance(moe.load, Tensor)]
         if not sparse:
             return None
@@ -522,7 +522,7 @@ class Transformer(nn.Module):
         loads = loads / loads.sum(1, keepdim=True)
         for moe, load in zip(sparse, loads):
             moe.load = 0.0
-            if moe.config.balance == "bias":
+            if nudge and moe.config.balance == "bias":
                 moe.bias.copy_(routing.nudged(moe.bias, load, moe.config.bias_rate))
         return loads
 

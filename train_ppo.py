@@ -292,7 +292,7 @@ def main(cfg: Config) -> dict:
                 run.backward(loss, step)
                 lr = training.linear_decay(step, cfg.steps, cfg.lr)
                 critic_lr = training.linear_decay(step, cfg.steps, cfg.critic_lr)
-                grad_norm = run.update(actor_optimizer, lr, cfg.max_norm)
+                grad_norm = run.update(actor_optimizer, lr, cfg.max_norm, last=False)
                 run.update(critic_optimizer, critic_lr, cfg.max_norm)
                 updates.append(torch.stack([loss, actor_loss, critic_loss, clip_fraction,
                                             mean_entropy, ratio.max(), grad_norm]).detach())

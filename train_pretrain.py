@@ -263,8 +263,9 @@ def main(cfg: Config) -> dict:
         lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup) \
             if cfg.schedule == "cosine" else training.warmup_stable_decay(
                 step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        skipped = run.skipped
         grad_norm = run.update(optimizer, lr, cfg.max_norm)
-        load = model.balance_experts()
+        load = model.balance_experts(nudge=run.skipped == skipped)
         if load is not None:                               # (sparse blocks, E); even: 1 / E
             figures |= {"busiest_expert": load.max() * load.shape[1],
                         **{f"load/{e}": share for e, share in enumerate(load.mean(0))},

@@ -345,8 +345,10 @@ class Run:
         self.updated = False
         self.scaler.scale(loss).backward()
 
-    def update(self, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> Tensor:
+    def update(self, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0,
+               last: bool = True) -> Tensor:
         """Clip to max_norm, set the learning rate, step, zero. Returns the norm before clipping.
+        last: no other optimizer follows whose gradients are of the same backward pass.
 
         An update that would do harm is skipped: weights and optimizer stay as they are. Raises
         FloatingPointError when that was the MAX_SKIPPED-th in a row.
@@ -361,7 +363,8 @@ class Run:
             group["lr"] = lr
         if not self.skips(optimizer, grad_norm):
             self.scaler.step(optimizer)
-        self.scaler.update()                                  # after an overflow: a lower scale
+        if last:
+            self.scaler.update()                              # after an overflow: a lower scale
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -489,6 +492,8 @@ class Run:
         self.history, self.skipped = state["history"], state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state.get("gpu_rng") is not None:
+            torch.cuda.set_rng_state(state["gpu_rng"])            # noisy routers draw from it
 
     def checkpoint(self, step: int) -> None:
         """Save every save_every steps."""
@@ -510,6 +515,7 @@ class Run:
             return
         state = {"step": steps_done, "tokens": self.tokens, "last": self.last, "pending": pending,
                  "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
+                 "gpu_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
                  "history": self.history, "skipped": self.skipped,
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
         if self.writers or self.rank == 0:

@@ -232,6 +232,11 @@ def test_biases_are_nudged_towards_idle_experts_after_a_step():
     for block, load in zip(model.blocks, loads):
         assert torch.equal(block.mlp.bias, 0.125 * (1 / 6 - load).sign())
     assert model.balance_experts() is None                         # nothing was routed since
+    biases = [block.mlp.bias.clone() for block in model.blocks]
+    model(some_tokens(2, 9))
+    model.balance_experts(nudge=False)                             # as after a skipped update
+    assert all(torch.equal(block.mlp.bias, bias) for block, bias in zip(model.blocks, biases))
+    assert model.balance_experts() is None                         # but its load is forgotten
 
 
 def test_evaluation_counts_in_no_statistic():

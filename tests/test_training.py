@@ -350,6 +350,20 @@ def test_fp16_overflows_lower_the_scale_are_counted_and_training_goes_on(tmp_pat
     assert line.run.skipped == 18 and line.run.scaler.get_scale() == scale / 2
 
 
+def test_two_optimizers_of_one_backward_pass_unscale_by_the_same_factor(tmp_path):
+    """As in PPO: the actor's overflow lowers the scale, but not before the critic's update."""
+    critic = nn.Parameter(torch.ones(1))
+    critic_optimizer = training.adamw(nn.ParameterList([critic]), lr=0.1)
+    line = Line(tmp_path, critic_optimizer=critic_optimizer)
+    line.run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
+    line.run.backward((line.weight + 3 * critic).sum(), step=0)
+    line.weight.grad[0] = math.inf
+    line.run.update(line.optimizer, lr=0.1, last=False)
+    assert line.run.update(critic_optimizer, lr=0.1).item() == pytest.approx(3)
+    assert line.weight.item() == 1 and critic.item() < 1
+    assert line.run.scaler.get_scale() == 2.0 ** 15
+
+
 def test_a_row_counts_what_was_skipped_and_leaves_it_out_of_the_means(tmp_path):
     run = start(tmp_path, log_every=2)
     for step, loss in zip(run.steps(8), [1.0, 2.0, math.nan, 4.0, math.nan, math.nan, 7.0, 8.0]):
