@@ -55,7 +55,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = True                 # the output projection is the embedding
-    token_shift: bool = False         # a token also sees its predecessor's embedding
+    token_shift: bool = False         # a token also sees its predecessor's embedding, and in an
+                                      # encoder its successor's
     head: str = "lm"                  # lm | scalar
     architecture: str = "decoder"     # decoder | encoder | prefix | encoder_decoder
     n_segments: int = 0               # segment embeddings, and a head for next-sentence prediction
@@ -128,10 +129,12 @@ class ModelConfig:
             sparse = self.d_model * (router + 3 * visited * self.d_expert)
         head = self.d_model * (self.vocab_size + (self.head == "scalar"))
         shift = self.d_model ** 2 if self.token_shift else 0
+        if self.architecture == "encoder":
+            shift = 2 * shift
         n_dense = self.n_layers - self.n_sparse_layers
         blocks = self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
         if self.architecture == "encoder_decoder":
-            blocks, shift = 2 * blocks + self.n_layers * attention, 2 * shift
+            blocks, shift = 2 * blocks + self.n_layers * attention, 3 * shift
         return blocks + shift + head
 
     def flops_per_token(self, length: int) -> float:
@@ -359,6 +362,8 @@ class Transformer(nn.Module):
             self.next_sentence_head = nn.Linear(config.d_model, 2)         # W_NSP (004)
         if config.token_shift:
             self.shift = Linear(config.d_model, config.d_model)
+            if two or config.architecture == "encoder":
+                self.shift_back = Linear(config.d_model, config.d_model)
         if config.head == "scalar":
             self.scalar_head = nn.Linear(config.d_model, 1)        # W_r, b_r of 001 section 4.4
             self.likelihood = nn.Parameter(torch.zeros(1))         # w_p of train_rm.py
@@ -418,7 +423,8 @@ class Transformer(nn.Module):
         if cache is not None:                                      # count from the first real token
             positions = torch.arange(past, past + T, device=tokens.device) - cache.starts[:, None]
             positions = positions.clamp(min=0)
-        h, newest = self.embed(tokens, documents, positions, cache)
+        h, newest = self.embed(tokens, documents, positions, cache,
+                               both_ways=architecture == "encoder")
         if source is not None:
             source = self.encode(source, source_lengths).to(h.dtype)
             if cache is not None:
@@ -461,15 +467,19 @@ class Transformer(nn.Module):
         return self.cos[at], self.sin[at]
 
     def embed(self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None,
-              cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) -> (B, T, D), and the newest token's embedding alone (B, 1, D)."""
+              cache: KVCache | None = None, both_ways: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, T) -> (B, T, D), and the newest token's embedding alone (B, 1, D). both_ways: for an
+        encoder, which sees what comes next."""
         h = parallel.embedding(tokens, self.embedding.weight)
         h = h.to(self.dtype if cache is None else cache.dtype)
         newest = h[:, -1:]
         if self.config.token_shift:
             first = cache is None or cache.length == 0
             before = torch.zeros_like(newest) if first else cache.last
-            h = h + self.shift(predecessors(h, before, documents, positions))
+            neighbours = self.shift(predecessors(h, before, documents, positions))
+            if both_ways:
+                neighbours = neighbours + self.shift_back(successors(h, documents))
+            h = h + neighbours
         return h, newest
 
     def encode(self, source: Tensor, lengths: Tensor) -> Tensor:
@@ -479,9 +489,10 @@ class Transformer(nn.Module):
             raise ValueError(f"a source of {S} tokens, but the model's context_length is "
                              f"{self.config.context_length}")
         padding = torch.arange(S, device=source.device) >= lengths[:, None]
-        h, _ = self.embed(source, None, None)
+        documents = -padding.int()
+        h, _ = self.embed(source, documents, None, both_ways=True)
         h = self.run(self.encoder, h, Seen(*self.rotation(S, None), causal=False,
-                                           documents=-padding.int(), tables={}))
+                                           documents=documents, tables={}))
         return self.encoder_norm(h)
 
     def run(self, blocks: nn.ModuleList, h: Tensor, seen: Seen) -> Tensor:
@@ -601,6 +612,16 @@ def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
     return previous
 
 
+def successors(h: Tensor, documents: Tensor | None) -> Tensor:
+    """The embedding of the token after each, (B, T, D); 0 for the last of a document. What stands
+    in the place of a hidden word is then found from either side of it."""
+    following = F.pad(h[:, 1:], (0, 0, 0, 1))
+    if documents is not None:
+        same = F.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
+        following = following * same[..., None]
+    return following
+
+
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """theta^(-2i/C) for i < C/2: radians per position (001 section 1.3, alpha_i). Channel i turns
     with channel i + C/2 (rotating halves, as Llama checkpoints do)."""
@@ -641,13 +662,16 @@ def active_parameter_count(model: Transformer) -> int:
 
 def with_encoder(decoder: Transformer) -> Transformer:
     """An encoder_decoder whose two stacks both begin as the decoder's (Rothe et al. 2020). At first
-    it writes what the decoder would: its cross-attention is new, and adds nothing yet."""
+    it writes what the decoder would: its cross-attention is new, and adds nothing yet, nor does
+    what the encoder sees of successors."""
     config = dataclasses.replace(decoder.config, architecture="encoder_decoder")
     model = Transformer(config, decoder.dtype).to(decoder.device)
     weights = decoder.state_dict() | {"encoder_norm.weight": decoder.norm.weight}
     weights |= {name.replace("blocks", "encoder", 1): weight
                 for name, weight in weights.items() if name.startswith("blocks.")}
     model.load_state_dict(weights, strict=False)
+    if config.token_shift:
+        nn.init.zeros_(model.shift_back.weight)
     return model
 
 

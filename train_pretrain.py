@@ -73,7 +73,7 @@ class Config:
     n_kv_heads: int = 0               # key/value heads; 0: as many as n_heads
     context_length: int = 256         # tokens a prediction can look back on
     tied: bool = True                 # the output projection is the embedding
-    token_shift: bool = True          # a token also sees its predecessor's embedding (model.py)
+    token_shift: bool = True          # a token also sees its neighbour's embedding (model.py)
     n_experts: int = 0                # Mixture of Experts: so many feed-forwards; 0: a dense model
     top_k: int = 2                    # experts per token
     n_shared_experts: int = 0         # experts that every token visits besides

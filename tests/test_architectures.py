@@ -41,9 +41,11 @@ def moved(model, tokens, at, **options):
 
 # ---------------------------------------------------------------------- who sees whom
 
+@pytest.mark.parametrize("token_shift", [False, True])
 @torch.no_grad()
-def test_every_token_of_an_encoder_sees_every_other_of_its_document():
-    model, tokens = tiny_model(architecture="encoder"), some_ids(1, 9)
+def test_every_token_of_an_encoder_sees_every_other_of_its_document(token_shift):
+    model = tiny_model(architecture="encoder", token_shift=token_shift)
+    tokens = some_ids(1, 9)
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1, -1]])
     for at in range(9):
         assert (moved(model, tokens, at) > 0).all()
@@ -69,10 +71,11 @@ def test_a_prefix_of_one_token_or_none_makes_a_decoder():
     assert torch.equal(prefix_model(tokens), decoder(tokens))
 
 
+@pytest.mark.parametrize("token_shift", [False, True])
 @torch.no_grad()
-def test_a_writer_sees_what_it_wrote_and_all_of_the_source_but_its_padding():
-    model, tokens, source = tiny_model(architecture="encoder_decoder"), some_ids(2, 6), \
-        some_ids(2, 7, seed=2)
+def test_a_writer_sees_what_it_wrote_and_all_of_the_source_but_its_padding(token_shift):
+    model = tiny_model(architecture="encoder_decoder", token_shift=token_shift)
+    tokens, source = some_ids(2, 6), some_ids(2, 7, seed=2)
     options = {"source": source, "source_lengths": torch.tensor([4, 7])}
     for at in range(6):
         assert torch.equal(moved(model, tokens, at, **options) > 0,
@@ -111,12 +114,19 @@ def slow_encoder_decoder(model, tokens, source):
         gate, up = (x @ module.w13.weight.T).chunk(2, -1)
         return (gate * gate.sigmoid() * up) @ module.w2.weight.T
 
-    m = model.embedding.weight[source]
+    def embedded(ids, both_ways):
+        e, zero = model.embedding.weight[ids], torch.zeros(1, 32)
+        if not model.config.token_shift:
+            return e
+        h = e + torch.cat([zero, e[:-1]]) @ model.shift.weight.T
+        return h + torch.cat([e[1:], zero]) @ model.shift_back.weight.T if both_ways else h
+
+    m = embedded(source, True)
     for block in model.encoder:
         x = norm(m, block.attention_norm)
         m = m + attend(block.attention, x, x, False, True)
         m = m + feed(block.mlp, norm(m, block.mlp_norm))
-    m, h = norm(m, model.encoder_norm), model.embedding.weight[tokens]
+    m, h = norm(m, model.encoder_norm), embedded(tokens, False)
     for block in model.blocks:
         x = norm(h, block.attention_norm)
         h = h + attend(block.attention, x, x, True, True)
@@ -125,8 +135,9 @@ def slow_encoder_decoder(model, tokens, source):
     return norm(h, model.norm) @ model.embedding.weight.T
 
 
-def test_an_encoder_decoder_equals_a_slow_second_implementation():
-    model = tiny_model(architecture="encoder_decoder")
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_an_encoder_decoder_equals_a_slow_second_implementation(token_shift):
+    model = tiny_model(architecture="encoder_decoder", token_shift=token_shift)
     tokens, source, lengths = some_ids(2, 6), some_ids(2, 9, seed=2), torch.tensor([9, 5])
     logits = model(tokens, source=source, source_lengths=lengths)
     for row in range(2):
@@ -170,6 +181,13 @@ def test_sizes_of_an_encoder_decoder_are_the_hand_count():
     assert model.config.flops_per_token(50) == 6 * matmuls + 2 * 12 * 50 * 32 * 2.5
     encoder = ModelConfig(vocab_size=V, d_model=32, n_heads=2, n_layers=2, architecture="encoder")
     assert encoder.flops_per_token(50) == 6 * encoder.matmul_parameters() + 2 * 12 * 50 * 32
+    # token shift: one matrix for each side, of which both stacks use the first
+    for architecture, used in ("encoder", 2), ("encoder_decoder", 3):
+        plain, shifted = (tiny_model(architecture=architecture, token_shift=flag)
+                          for flag in (False, True))
+        assert parameter_count(shifted) - parameter_count(plain) == 2 * 32 * 32
+        assert shifted.config.matmul_parameters() - plain.config.matmul_parameters() == \
+            used * 32 * 32
 
 
 def test_muon_takes_the_inner_matrices_of_both_stacks_and_leaves_tables_and_heads():
@@ -207,7 +225,7 @@ def test_segments_are_added_and_the_first_token_tells_whether_they_follow_each_o
 @torch.no_grad()
 def test_generation_with_a_cache_is_the_argmax_of_the_full_forward_repeated(architecture,
                                                                             token_shift):
-    model = tiny_model(architecture=architecture, token_shift=token_shift)
+    model = tiny_model(seed=2, architecture=architecture, token_shift=token_shift)
     prompts = [some_ids(n, seed=n).tolist() for n in (5, 1, 9, 3, 7)]
     outputs = sample.generate(model, prompts, 8, stop=(3, 7, 50), batch_size=5)
     for prompt, output in zip(prompts, outputs):

@@ -19,6 +19,7 @@ from model import (
     predecessors,
     rope_frequencies,
     save_model,
+    successors,
     token_logps,
 )
 from tokenizer import Tokenizer
@@ -540,7 +541,7 @@ def test_context_length_can_be_changed_on_loading(tmp_path):
 # ---------------------------------------------------------------------- token shift
 
 @torch.no_grad()
-def test_token_shift_adds_a_projection_of_the_predecessor_within_the_document():
+def test_neighbours_are_those_within_the_document():
     h = torch.arange(1.0, 7.0).view(1, 6, 1)
     before = torch.zeros(1, 1, 1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
@@ -549,6 +550,8 @@ def test_token_shift_adds_a_projection_of_the_predecessor_within_the_document():
     positions = torch.tensor([[0, 0, 1, 2, 3, 4]])                     # one token of left padding
     assert predecessors(h, before, None, positions).flatten().tolist() == [0, 0, 2, 3, 4, 5]
     assert predecessors(h[:, 4:], h[:, 3:4], None, None).flatten().tolist() == [4, 5]
+    assert successors(h, None).flatten().tolist() == [2, 3, 4, 5, 6, 0]
+    assert successors(h, documents).flatten().tolist() == [2, 3, 0, 5, 0, 0]
 
 
 @torch.no_grad()
