@@ -42,6 +42,12 @@ def test_chinchillas_constants_give_that_budget_to_fewer_parameters_and_more_tok
     assert math.log10(D2 / D1) == pytest.approx(0.55, abs=0.005)
 
 
+def test_what_the_readme_expects_of_gpt2_124m():
+    losses = [laws.predicted_loss(123.6e6, steps * 2 ** 19, laws.CHINCHILLA)
+              for steps in (1_000, 10_000, 19_000, 100_000)]
+    assert [round(loss, 1) for loss in losses] == [3.9, 3.2, 3.1, 2.8]
+
+
 @pytest.mark.parametrize("law", [laws.CHINCHILLA, PLANTED])
 @pytest.mark.parametrize("C", [1e12, 2e22])
 def test_the_closed_form_is_where_the_loss_along_a_budget_is_least(law, C):
