@@ -183,8 +183,8 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
         if self.keys_values is None:
-            B, _, K, C = k.shape
-            self.keys_values = k.new_zeros(self.n_layers, 2, B, K, self.capacity, C)
+            (B, _, K, C), dtype = k.shape, torch.float32 if k.device.type == "cpu" else k.dtype
+            self.keys_values = k.new_zeros(self.n_layers, 2, B, K, self.capacity, C, dtype=dtype)
         keys, values = self.keys_values[layer].transpose(2, 3)     # contiguous per head
         keys[:, self.length:self.length + k.shape[1]] = k
         values[:, self.length:self.length + v.shape[1]] = v
@@ -494,6 +494,19 @@ class Transformer(nn.Module):
         h = self.run(self.encoder, h, Seen(*self.rotation(S, None), causal=False,
                                            documents=documents, tables={}))
         return self.encoder_norm(h)
+
+    def cast(self, dtype: torch.dtype) -> "Transformer":
+        """This model to generate with, its matrices cast to dtype once instead of at every token;
+        norms, and routers, which work in fp32, are shared with it. Itself where nothing changes."""
+        if dtype == self.embedding.weight.dtype:
+            return self
+        with torch.device("meta"):                                 # nothing is drawn or copied
+            model = Transformer(self.config, self.dtype)
+        weights = {name: w.to(dtype) if w.dim() >= 2 and "router" not in name else w
+                   for name, w in self.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+        model.cos, model.sin = self.cos, self.sin
+        return model.train(self.training)
 
     def run(self, blocks: nn.ModuleList, h: Tensor, seen: Seen) -> Tensor:
         for block in blocks:

@@ -22,9 +22,10 @@ import kernels
 import objectives
 import training
 from data import left_pad
-from model import KVCache, Transformer, load_model
+from model import KVCache, Transformer, load_model, parameter_count
 
 KEEP = 0.75          # rows that have stopped are carried along until so few are left: less copying
+SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
 
 
 @dataclass
@@ -70,6 +71,13 @@ def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
+def decoding_dtype(model: Transformer) -> torch.dtype:
+    """What to generate in. On CPUs bf16 halves the bytes of the weights, which is what the time of
+    a token goes into, but sets its matmuls up for every new number of rows: small models lose."""
+    small = parameter_count(model) < SMALL
+    return torch.float32 if model.device.type == "cpu" and small else model.dtype
+
+
 @torch.no_grad()
 def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
            stop: tuple[int, ...] = (), temperature: float = 0.0, top_k: int = 0,
@@ -93,8 +101,8 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         read, lengths = map(torch.from_numpy, objectives.padded(prompts, pad=0))
         source = {"source": read.to(model.device), "source_lengths": lengths.to(model.device)}
         tokens, starts = tokens[:, -1:], torch.zeros_like(starts)
-    # On CPUs bf16 would cast all weights for a token, and set its matmuls up for every new shape.
-    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    dtype = decoding_dtype(model)
+    model = model.cast(dtype)
     cache = KVCache(model.config, starts, taken + max_new_tokens, dtype)
     rows = list(range(len(prompts)))                           # which prompt each batch row answers
     for _ in range(max_new_tokens):

@@ -56,6 +56,49 @@ def test_decoding_with_a_cache_equals_the_full_forward_at_every_step():
     assert len({tuple(row[-8:]) for row in rows}) == 4                 # the rows go different ways
 
 
+@pytest.mark.parametrize("sizes", [
+    {}, {"tied": False}, {"n_experts": 4, "n_shared_experts": 1, "router_noise": True},
+    {"n_experts": 4, "expert_groups": 2, "balance": "bias"}, {"architecture": "encoder_decoder"}])
+@torch.no_grad()
+def test_weights_cast_once_for_a_generation_give_what_casting_them_at_each_token_gives(sizes):
+    model = tiny(dtype=torch.bfloat16, **sizes).eval()
+    before = torch.get_rng_state()
+    cast = model.cast(torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before) and not cast.training
+    assert model.cast(torch.float32) is model and cast.cast(torch.bfloat16) is cast
+    shared = {name for name, w in cast.named_parameters() if w.dtype == torch.float32}
+    assert shared == {name for name, w in model.named_parameters()
+                      if w.dim() == 1 or "router" in name}
+    for name, w in cast.named_parameters():                            # norms are not even copied
+        assert (w.data_ptr() == model.get_parameter(name).data_ptr()) == (name in shared)
+    tokens, starts = left_pad(some_prompts(3, 9, 1, 6), pad=0)
+    source = {"source": tokens, "source_lengths": torch.full((4,), 9)} \
+        if "architecture" in sizes else {}
+    caches = [KVCache(model.config, starts, 12, torch.bfloat16) for _ in range(2)]
+    for _ in range(3):
+        expected, found = (m(tokens, cache=cache, **source)
+                           for m, cache in zip((model, cast), caches))
+        assert torch.equal(found, expected)
+        tokens, source = expected.argmax(-1), {}
+
+
+def test_cpus_decode_large_models_in_the_models_dtype_and_small_ones_in_float32(monkeypatch):
+    model, seen = tiny(dtype=torch.bfloat16), []
+    run = Transformer.run
+    monkeypatch.setattr(Transformer, "run", lambda self, blocks, h, at: (
+        seen.append((self.embedding.weight.dtype, h.dtype)), run(self, blocks, h, at))[1])
+    generate(model, some_prompts(3, 5), 4)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    seen.clear()
+    monkeypatch.setattr(sample, "SMALL", 0)
+    outputs = generate(model, some_prompts(3, 5), 4)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    for prompt, output in zip(some_prompts(3, 5), outputs):            # up to near ties
+        logits = model(torch.tensor([prompt + output]))[0, len(prompt) - 1:-1]
+        chosen = logits.gather(1, torch.tensor(output)[:, None]).squeeze(1)
+        assert (logits.max(-1).values - chosen < 0.1 * logits.std()).all()
+
+
 @torch.no_grad()
 def test_a_prompt_read_in_pieces_gives_the_same_cache():
     model, rows = tiny(), some_prompts(12, 7)
