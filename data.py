@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -353,7 +353,7 @@ class Batch:
     segments: torch.Tensor | None = None         # (B, T) int64: 0 or 1
     is_next: torch.Tensor | None = None          # (B,) int64: 1 if the second segment follows
 
-    @property
+    @cached_property
     def n_targets(self) -> int:
         return int((self.loss_mask if self.targets is not None else self.loss_mask[:, 1:]).sum())
 
@@ -366,7 +366,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else value.to(device) for value in values))
+        batch = Batch(*(None if value is None else value.to(device) for value in values))
+        batch.n_targets = self.n_targets               # counted here: to ask a GPU is to wait
+        return batch
 
 
 def row_numbers(step: int, batch_size: int, rank: int, world_size: int) -> range:

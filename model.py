@@ -497,13 +497,17 @@ class Transformer(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> "Transformer":
         """This model to generate with, its matrices cast to dtype once instead of at every token;
-        norms, and routers, which work in fp32, are shared with it. Itself where nothing changes."""
-        if dtype == self.embedding.weight.dtype:
+        norms, and routers, which work in fp32, are shared with it. Itself where nothing changes,
+        and where adapters or shards stand in the place of matrices: those cast at every token."""
+        weights = self.state_dict()
+        if dtype == self.embedding.weight.dtype or any(map(parallel.is_sharded, weights.values())):
             return self
         with torch.device("meta"):                                 # nothing is drawn or copied
             model = Transformer(self.config, self.dtype)
+        if weights.keys() != model.state_dict().keys():
+            return self
         weights = {name: w.to(dtype) if w.dim() >= 2 and "router" not in name else w
-                   for name, w in self.state_dict().items()}
+                   for name, w in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.cos, model.sin = self.cos, self.sin
         return model.train(self.training)
@@ -655,9 +659,9 @@ def token_logps(model: nn.Module, batch, temperature: float = 1.0, with_entropy:
                      documents=batch.documents, positions=batch.positions, source=batch.source,
                      source_lengths=batch.source_lengths, segments=batch.segments,
                      temperature=temperature, with_entropy=with_entropy)
-    loss_mask = batch.loss_mask[:, 1:]
+    all_scored = batch.n_targets == batch.n_tokens
     return model(batch.tokens[:, :-1], targets=batch.tokens[:, 1:],
-                 loss_mask=None if loss_mask.all() else loss_mask,
+                 loss_mask=None if all_scored else batch.loss_mask[:, 1:],
                  documents=inputs(batch.documents), positions=inputs(batch.positions),
                  prefix=batch.prefix, temperature=temperature, with_entropy=with_entropy)
 

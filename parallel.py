@@ -338,17 +338,16 @@ def copied(tree, keep: bool):
 
 def copied_parts(tree):
     """`tree` with each tensor copied to CPU memory, of the sharded this rank's part."""
-    return tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
+    return tree_map_only(Tensor, lambda t: halved(t.detach()).to("cpu", copy=True), tree)
 
 
 def save_parts(tree, folder: Path, group: dist.ProcessGroup):
-    """Write the tensors of a tree, all ranks of the group at once: of the sharded ones each its
+    """Write the tensors of copied_parts, all ranks of the group at once: of the sharded each its
     part, of the others its share. Returns the tree with tensors without data in their place.
 
     Raises, on all ranks, what went wrong on the first that could not."""
     from torch.distributed.checkpoint import FileSystemWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
-    tree = tree_map_only(Tensor, halved, tree)
     try:
         save(by_path(tree), storage_writer=FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:

@@ -52,7 +52,7 @@ class Config:
     seed: int = 0                     # of the batches
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
-    compile: bool = False             # torch.compile: 15-25 s for each width of a batch
+    compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
     log_every: int = 10               # steps between rows of metrics.jsonl
     eval_every: int = 250             # steps between evaluations
     eval_pairs: int = 500             # held-out pairs

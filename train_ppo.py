@@ -71,7 +71,7 @@ class Config:
     seed: int = 0                     # of prompts and samples
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
-    compile: bool = False             # torch.compile: 15-25 s for each width of a batch
+    compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there

@@ -179,7 +179,10 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)              # Triton launches its kernels there
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; "
                          "give auto, cpu, cuda, cuda:N or mps") from error
@@ -212,7 +215,8 @@ def start(cfg, name: str) -> "Run":
     gc.collect()
     gc.freeze()                       # imports stay: looking through them costs a sixth of world.py
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpu = pick_device(cfg.device).type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo")
     return Run(cfg, name)
 
 
@@ -228,8 +232,6 @@ class Run:
         parallel.check(cfg, self.dtype)
         self.ways = getattr(cfg, "tensor_parallel", 1)         # ranks that read the same tokens
         self.replica, self.replicas = self.rank // self.ways, self.world_size // self.ways
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         torch.manual_seed(cfg.seed)
         np.random.seed(cfg.seed)
         random.seed(cfg.seed)

@@ -60,6 +60,7 @@ TILES = {
     "dk_dv": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
     "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
 }
+WIDEST_BACKWARD = 128                  # wider heads are trained by torch's own attention
 TILES_FP32 = {                         # exact: no tensor cores, slow
     "dq": [(16, 16, 4, 1), (16, 16, 8, 1)],
     "dk_dv": [(16, 16, 8, 1), (16, 16, 4, 1)],
@@ -454,7 +455,7 @@ def intervals(B: int, T: int, causal: bool, documents: Tensor | None, prefix: Te
     if documents is prefix is lengths is None:
         return None, None
     if lengths is not None:
-        hi = lengths[:, None].expand(B, T).to(torch.int32)
+        hi = lengths[:, None].to(torch.int32).repeat(1, T)
         return torch.zeros_like(hi), hi
     behind = torch.arange(1, T + 1, dtype=torch.int32, device=device).repeat(B, 1)
     if prefix is not None:
@@ -569,7 +570,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
         raise ValueError(f"lengths {tuple(lengths.shape)} must be {(B,)}, with causal=False and "
                          "without documents: with them padding has a number of its own")
     tables, masks = {} if tables is None else tables, (causal, documents, prefix, lengths)
-    if backend(q.device) == "triton":
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if backend(q.device) == "triton" and not (trains and C > WIDEST_BACKWARD):
         if not tables:
             tables["intervals"] = intervals(B, T, *masks, q.device)
         return FusedAttention.apply(q, k, v, *tables["intervals"], causal)

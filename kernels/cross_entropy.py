@@ -43,7 +43,7 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 @triton.jit
 def score_kernel(logits, targets, logp, lse, entropy, V, temperature, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    m, total, weighted = -float("inf"), 0.0, 0.0           # max z, sum exp(z - m), sum exp(z - m) z
+    m, total, weighted = -3e38, 0.0, 0.0                   # max z, sum exp(z - m), sum exp(z - m) z
     for first in range(0, V, BLOCK):
         j = first + tl.arange(0, BLOCK)
         z = tl.load(logits + row * V + j, j < V, other=-float("inf")).to(tl.float32) / temperature
@@ -97,7 +97,7 @@ def launch_scores(logits: Tensor, targets: Tensor,
 
 @launch_scores.register_fake
 def _(logits, targets, temperature):
-    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
 
 
 @torch.library.custom_op("lifecycle::logit_gradient", mutates_args=())

@@ -273,8 +273,9 @@ def launch_forward(x: Tensor, w13: Tensor, w2: Tensor, tokens: Tensor, gates: Te
 
 @launch_forward.register_fake
 def _(x, w13, w2, tokens, gates, offsets):
-    return (x.new_empty(x.shape), x.new_empty(len(tokens), w13.shape[1]),
-            tokens.new_empty(len(tokens)), tokens.new_empty(len(x) + 1))
+    P = tokens.shape[0]
+    return (x.new_empty(x.shape), x.new_empty(P, w13.shape[1]), tokens.new_empty(P),
+            tokens.new_empty(x.shape[0] + 1))
 
 
 @torch.library.custom_op("lifecycle::moe_backward", mutates_args=())
@@ -350,7 +351,7 @@ def torch_forward(x: Tensor, w13: Tensor, w2: Tensor, tokens: Tensor, gates: Ten
 
 @torch_forward.register_fake
 def _(x, w13, w2, tokens, gates, offsets):
-    return x.new_empty(x.shape), x.new_empty(len(tokens), w13.shape[1])
+    return x.new_empty(x.shape), x.new_empty(tokens.shape[0], w13.shape[1])
 
 
 @torch.library.custom_op("lifecycle::moe_torch_backward", mutates_args=())

@@ -218,7 +218,7 @@ def launch_few_rows(x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | No
 
 @launch_few_rows.register_fake
 def _(x, codes, absmax, scale, mean):
-    return x.new_empty(len(x), len(codes))
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @torch.library.custom_op("lifecycle::nf4_dequantize", mutates_args=())
@@ -239,7 +239,7 @@ def launch_dequantize(codes: Tensor, absmax: Tensor, scale: Tensor | None, mean:
 
 @launch_dequantize.register_fake
 def _(codes, absmax, scale, mean, D, dtype):
-    return codes.new_empty(len(codes), D, dtype=dtype)
+    return codes.new_empty(codes.shape[0], D, dtype=dtype)
 
 
 # ---------------------------------------------------------------------- torch

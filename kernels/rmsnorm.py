@@ -99,15 +99,15 @@ def launch_forward(x: Tensor, delta: Tensor | None, weight: Tensor,
 
 @launch_forward.register_fake
 def _(x, delta, weight, eps):
-    h = x.new_empty(0) if delta is None else torch.empty_like(x)
-    return torch.empty_like(x), h, x.new_empty(len(x), dtype=torch.float32)
+    h = x.new_empty(0 if delta is None else x.shape)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("lifecycle::rmsnorm_backward", mutates_args=())
 def launch_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor,
                     r: Tensor) -> tuple[Tensor, Tensor]:
     """dy, dh (the gradient of the returned h) -> dx (N, D), dw (D,) in fp32."""
-    rows, D = h.shape
+    (rows, D), h, weight = h.shape, h.contiguous(), weight.contiguous()
     dy = check("the gradient of y", dy, (rows, D))
     if dh is not None:
         dh = check("the gradient of h", dh, (rows, D))
@@ -122,7 +122,7 @@ def launch_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor,
 
 @launch_backward.register_fake
 def _(dy, dh, h, weight, r):
-    return torch.empty_like(h), h.new_empty(h.shape[1], dtype=torch.float32)
+    return h.new_empty(h.shape), h.new_empty(h.shape[1], dtype=torch.float32)
 
 
 class FusedRMSNorm(torch.autograd.Function):

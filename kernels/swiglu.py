@@ -75,7 +75,7 @@ def launch_forward(gate_up: Tensor) -> Tensor:
 
 @launch_forward.register_fake
 def _(gate_up):
-    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
 @torch.library.custom_op("lifecycle::swiglu_backward", mutates_args=())
@@ -92,7 +92,7 @@ def launch_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 @launch_backward.register_fake
 def _(dy, gate_up):
-    return torch.empty_like(gate_up)
+    return gate_up.new_empty(gate_up.shape)
 
 
 class FusedSwiGLU(torch.autograd.Function):

@@ -595,3 +595,8 @@ def test_a_copying_row_is_said_again_and_every_other_row_backwards_in_turn():
     assert min(periods) >= 4 and max(periods) <= 16 and len(set(periods)) > 8
     again, other = (data.copying_batch(200, 40, 64, 0, step).tokens for step in (3, 4))
     assert (again == batch.tokens).all() and not (other == batch.tokens).all()
+
+
+def test_targets_are_counted_before_a_batch_goes_to_a_gpu():
+    batch = data.response_batch([[1], [2]], [[4, 5], [6]], pad=0, context_length=4).to("meta")
+    assert batch.tokens.is_meta and batch.n_targets == 3

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+import lora
+import parallel
 import sample
 from data import left_pad, response_batch
 from model import KVCache, ModelConfig, Transformer, save_model, token_logps
@@ -80,6 +82,18 @@ def test_weights_cast_once_for_a_generation_give_what_casting_them_at_each_token
                            for m, cache in zip((model, cast), caches))
         assert torch.equal(found, expected)
         tokens, source = expected.argmax(-1), {}
+
+
+@torch.no_grad()
+def test_adapters_and_shards_are_cast_at_each_token_as_ever(monkeypatch):
+    model, prompts = tiny(dtype=torch.bfloat16), some_prompts(3, 5)
+    monkeypatch.setattr(sample, "SMALL", 0)
+    expected = generate(model, prompts, 6)
+    lora.apply(model, rank=2, alpha=4.0)                               # B is 0: adds nothing
+    assert model.cast(torch.bfloat16) is model and generate(model, prompts, 6) == expected
+    model = tiny(dtype=torch.bfloat16)
+    monkeypatch.setattr(parallel, "is_sharded", lambda t: True)
+    assert model.cast(torch.bfloat16) is model
 
 
 def test_cpus_decode_large_models_in_the_models_dtype_and_small_ones_in_float32(monkeypatch):

@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,6 +349,15 @@ def test_fp16_overflows_lower_the_scale_are_counted_and_training_goes_on(tmp_pat
     line.update(math.nan, lr=0.1)
     line.update(3.0, lr=0.1)
     assert line.run.skipped == 18 and line.run.scaler.get_scale() == scale / 2
+
+
+def test_a_gpu_that_is_picked_is_the_one_that_kernels_are_launched_on(monkeypatch):
+    launched_on = []
+    monkeypatch.setattr(torch.cuda, "set_device", launched_on.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(
+        device=torch.device(device)))
+    assert training.pick_device("cuda:1") == torch.device("cuda:1") and launched_on == [
+        torch.device("cuda:1")]
 
 
 def test_two_optimizers_of_one_backward_pass_unscale_by_the_same_factor(tmp_path):

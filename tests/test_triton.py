@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from compare import assert_same, normal
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
 
@@ -47,6 +48,15 @@ def test_rmsnorm_equals_its_reference(shape, dtype):
     compare(lambda x: kernels.rmsnorm(x, weight), lambda x: kernels.rmsnorm_reference(x, weight),
             dtype, shape)
     compare(kernels.rmsnorm, kernels.rmsnorm_reference, dtype, shape, shape[-1:])
+
+
+def test_rmsnorm_of_views_has_the_gradients_of_their_copies():
+    def parts(norm, x, y, z):
+        weight = z[1, :, 0]                                                # a column: strided
+        return norm(x[:, :5], weight), norm(y.T, weight), norm(z[:, :, 1:2].mT, weight)
+    assert_same(lambda *x: parts(kernels.rmsnorm, *x),
+                lambda *x: parts(kernels.rmsnorm_reference, *x),
+                *(normal(*shape, device=DEVICE) for shape in ((7, 9), (5, 6), (3, 5, 2))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,6 +119,14 @@ def test_probabilities_of_zero_and_large_logits_leave_no_nan():
     assert z.grad.isfinite().all()
 
 
+def test_logits_may_rule_out_any_number_of_tokens():
+    z = normal(2, 4200, device=DEVICE)
+    z[0, :4100], z[1, 5:] = -torch.inf, -torch.inf                         # whole tiles
+    targets = torch.tensor([4150, 3], device=DEVICE)
+    expected = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(kernels.cross_entropy(z, targets), expected)
+
+
 def test_an_id_beyond_the_vocabulary_scores_nan_not_a_number():
     targets = torch.tensor([1, 4, -1], device=DEVICE)
     logp = kernels.cross_entropy(normal(3, 4, device=DEVICE), targets)
@@ -157,3 +175,15 @@ def test_a_compiler_can_trace_all_kernels_without_a_break():
     angles = normal(5, 2, device=DEVICE)
     inputs = [normal(*shape, device=DEVICE) for shape in ((10, 8), (10, 8), (9, 8))]
     assert_same(lambda *x: compiled(*x, angles), lambda *x: everything(*x, angles), *inputs)
+
+
+@pytest.mark.parametrize("call", [
+    kernels.swiglu, lambda x: kernels.rmsnorm(x, x.new_ones(8)),
+    lambda x: kernels.add_rmsnorm(x, 2 * x, x.new_ones(8))[1],
+    lambda x: kernels.cross_entropy(x, x.new_zeros(x.shape[0], dtype=torch.long))])
+def test_compiled_code_serves_any_number_of_rows(call):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, backend=counter)
+    for n in range(3, 9):
+        compiled(normal(n, 8, device=DEVICE).requires_grad_()).sum().backward()
+    assert counter.frame_count == 2                    # for 3 rows, then for any number

@@ -108,7 +108,7 @@ def test_any_intervals_of_keys_are_served_and_rows_without_keys_give_exact_zeros
     assert not (out[blind].any() or dq[blind].any() or dk[unseen].any() or dv[unseen].any())
 
 
-@pytest.mark.parametrize("lengths", [None, torch.tensor([21, 17])])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([21, 17]), torch.tensor([9, 3]).int()])
 @pytest.mark.parametrize("Tq, Tk", [(21, 37), (37, 21), (1, 33)])
 def test_the_keys_of_another_text_are_seen_up_to_its_length(Tq, Tk, lengths):
     given = {"causal": False, "lengths": None if lengths is None else lengths.to(DEVICE)}
@@ -263,13 +263,8 @@ def test_nothing_in_nothing_out(B, T):
     assert kernels.decode_attention(*inputs(0, 1, 2, 1, 4, keys=9), starts, 9).shape == (0, 1, 2, 4)
 
 
-def backward_at_width(C):
-    results(kernels.attention, *inputs(1, 2, 1, 1, C))
-
-
 @pytest.mark.parametrize("call, said", [
     (lambda: kernels.attention(*inputs(1, 2, 1, 1, 258)), "head width C is 258.* 1 to 256"),
-    (lambda: backward_at_width(130), "head width C of a backward pass is 130.* 1 to 128"),
     (lambda: kernels.attention(*inputs(1, 2, 1, 1, 4, torch.float64)), "q is torch.float64"),
     (lambda: kernels.attention(*inputs(1, 2, 1, 1, 4)[:2], normal(1, 2, 1, 4).half()),
      "v torch.float16: they must be of one dtype"),
@@ -287,7 +282,10 @@ def test_what_is_not_served_is_refused_by_name(call, said):
         call()
 
 
-def test_wide_heads_are_served_forward():
-    q, k, v = inputs(1, 5, 1, 1, 200)
-    torch.testing.assert_close(kernels.attention(q, k, v),
-                               kernels.attention_reference(q, k, v))
+@pytest.mark.parametrize("mask", MASKS)
+def test_wide_heads_are_served_forward_and_trained_by_torchs_attention(mask):
+    given, wide = options(mask, 2, 5), inputs(2, 5, 2, 1, 200)
+    torch.testing.assert_close(kernels.attention(*wide, **given),
+                               kernels.attention_reference(*wide, **given))
+    assert_same(lambda *x: kernels.attention(*x, **given),
+                lambda *x: kernels.attention_reference(*x, **given), *wide)
