@@ -84,7 +84,7 @@ def read(cfg, tokenizer: Tokenizer | None) -> Corpus:
 
 
 def names_of(text: str) -> list[str]:
-    return text.split(",") if text else []
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def pick_tokenizer(cfg, first: str, texts: dict[str, list]) -> Tokenizer:

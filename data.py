@@ -256,7 +256,8 @@ def read_documents(data: str | Path, max_bytes: int | None = None, split: str | 
 
     split: "train", "heldout" or None (all of a file, a world's "train"). Held out are a world's
     own documents, the last tenth of a text file and, by hash, a tenth of a JSONL file's rows.
-    Stops after the document that reaches max_bytes (UTF-8). seed: which documents of a world.
+    Stops after the document that reaches max_bytes (UTF-8), and cuts a text file there. seed: which
+    documents of a world.
     """
     check_split(split)
     if str(data).partition(":")[0] == "bearish":
@@ -266,7 +267,7 @@ def read_documents(data: str | Path, max_bytes: int | None = None, split: str | 
         documents = world.documents(seed=seed, split=split or "train")
     else:
         rows = file_rows(data, (".txt", ".md", ".jsonl"))
-        documents = (split_document(row, split)
+        documents = (split_document(row, split, max_bytes)
                      for row in parsed(rows, parse_document, data, bad_rows))
     size = 0
     for document in filter(None, documents):
@@ -278,12 +279,16 @@ def read_documents(data: str | Path, max_bytes: int | None = None, split: str | 
         raise ValueError(f'{data}: too few documents to split; none fell into "{split}"')
 
 
-def split_document(row: dict, split: str | None) -> str:
-    """The part of a document that belongs to the split, which may be none of it."""
+def split_document(row: dict, split: str | None, max_bytes: int | None = None) -> str:
+    """The part of a document that belongs to the split, which may be none of it; of a text file at
+    most max_bytes."""
     text = row["text"]
-    if split and row["whole_file"]:
+    if row["whole_file"]:
         cut = int(len(text) * 0.9)
-        return text[:cut] if split == "train" else text[cut:]
+        text = {None: text, "train": text[:cut], "heldout": text[cut:]}[split]
+        if max_bytes is not None and len(raw := text.encode()) > max_bytes:
+            text = raw[:max_bytes].decode(errors="ignore")
+        return text
     return text if not split or held_out(text) == (split == "heldout") else ""
 
 
@@ -325,6 +330,9 @@ def read_rows(data: str | Path, method: str, parse: Callable[[dict], dict], n: i
         if not rows:
             raise ValueError(f'{data}: too few prompts to split; none fell into "{split}"')
     if n is not None and n < len(rows):
+        if split == "train":
+            print(f"{data}: {n:,} of {len(rows):,} {method} are used, drawn by the seed",
+                  file=sys.stderr)
         rows = [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:n])]
     return rows
 
@@ -518,12 +526,12 @@ def fit(sides: list[tuple], limit: int, truncate: str, where: str) -> list[tuple
     if excess <= 0:
         return sides
     if truncate == "error":
-        raise ValueError(f"{where}: {longest:,} tokens with the template, {limit:,} fit; use a "
-                         "larger --context_length, --truncate left or --truncate drop")
+        raise ValueError(f"{where}: {longest:,} tokens with the template, {limit:,} fit; use "
+                         "--truncate left, --truncate drop or a model with a longer context")
     start = response_start(sides[0][1])
     if truncate == "left" and excess >= start:                       # <|assistant|> must stay, too
         raise ValueError(f"{where}: the response alone takes {longest - start:,} tokens, "
-                         f"{limit - 1:,} fit; use a larger --context_length or --truncate drop")
+                         f"{limit - 1:,} fit; use --truncate drop or a model with a longer context")
     if truncate == "left":                                           # a first token is no target
         return [(ids[excess:], [0, *mask[excess + 1:]]) for ids, mask in sides]
     return None

@@ -236,7 +236,7 @@ def true_rewards(examples: list[dict], texts: list[str]) -> np.ndarray:
 def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) -> dict:
     """The true reward of a rollout where the prompts carry an answer key: proxy beside truth."""
     examples = [prompt["example"] for prompt in prompts]
-    if "key" not in examples[0]:
+    if not {"family", "key"} <= examples[0].keys():
         return {}
     texts = [complete_text(tokenizer, ids) for ids in responses]
     return {"true_reward": float(true_rewards(examples, texts).mean())}
@@ -308,6 +308,9 @@ def main(cfg: Config) -> dict:
     rewards = found.pop("rewards")
     if cfg.reference:
         reference, reference_tokenizer = load_model(cfg.reference, device, dtype)
+        if reference_tokenizer != tokenizer:
+            raise ValueError(f"--reference {cfg.reference}: its tokenizer is not that of --init "
+                             f"{cfg.init}, so that their predictions cannot be compared")
         theirs = evaluate_policy(reference, reference_tokenizer, cfg.data, cfg.n_tasks, cfg.n)
         rate, low, high = win_rate(rewards, theirs["rewards"])
         prompts = data.world_named(cfg.data).prompts(cfg.n, "heldout", seed=2)

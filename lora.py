@@ -137,6 +137,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
+        raise ValueError(f"--out {cfg.out} is not empty; give another folder to write")
     model, tokenizer = load_model(cfg.init)
     merge(load_adapter(model, cfg.adapter))
     save_model(cfg.out, model, tokenizer, stage="merge",

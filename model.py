@@ -740,11 +740,12 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer,
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
-               dtype: torch.dtype = torch.float32, head: str | None = None,
+               dtype: torch.dtype = torch.float32, head: str | None = "lm",
                context_length: int | None = None,
                any_architecture: bool = False) -> tuple[Transformer, Tokenizer]:
-    """Read a model folder. head="scalar" puts a fresh scalar head on a language model (001 step
-    4.5-1); context_length changes how far RoPE's table reaches.
+    """Read a model folder. head: "lm" refuses a reward model; "scalar" puts a fresh scalar head on
+    a language model (001 step 4.5-1); None takes what is there. context_length changes how far
+    RoPE's table reaches.
 
     Every stage after pretraining reads conversations from left to right: a prefix model comes back
     as a decoder, whose weights are the same, and other architectures are refused, unless
@@ -756,7 +757,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
         if not (folder / name).is_file():
             why = f"there is no {name}: the run that writes it has not finished" \
                 if folder.is_dir() else "there is no such folder"
-            raise ValueError(f"--init {folder}: {why}; give the --out folder of a finished stage")
+            raise ValueError(f"{folder}: {why}; give the --out folder of a finished stage")
     tokenizer = Tokenizer.load(folder)
     try:
         saved = json.loads((folder / "config.json").read_text())["model"]
@@ -764,6 +765,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     except Exception as error:
         raise ValueError(f"{folder}: config.json or model.safetensors is damaged ({error}); "
                          "run the stage again or use a checkpoint of it") from error
+    if head == "lm" and saved["head"] == "scalar":
+        raise ValueError(f"{folder}: this is a reward model; give a language model, the --out of "
+                         "train_pretrain.py, train_sft.py, train_dpo.py or train_ppo.py")
     config = ModelConfig(**saved | ({"head": head} if head else {})
                          | ({"context_length": context_length} if context_length else {}))
     if config.architecture != "decoder" and not any_architecture:

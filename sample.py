@@ -13,7 +13,7 @@ they are dropped from the batch. PPO's rollouts and evaluate.py use this engine 
 """
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Config:
     system: str = ""                  # system message to start with
     raw: bool = False                 # continue a text, without the chat template (ul2: mode S)
     fill: str = ""                    # fill the gaps ___ of this text (models of gaps, not chat)
-    max_new_tokens: int = 128         # longest answer, in tokens
+    max_new_tokens: int = 128         # longest answer, in tokens, as far as the context allows
     temperature: float = 0.0          # 0: greedy; 1: the model's own distribution
     top_k: int = 0                    # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0                # sample among the likeliest that hold this probability
@@ -164,8 +164,11 @@ def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) ->
                          "was trained on so many (train_pretrain.py --objective mlm, span or ul2)")
     ids = first + [i for gap, part in zip(gaps, rest) for i in (gap, *part)]
     if encoder:
-        tokens = torch.tensor([[tokenizer.endoftext, *ids]], device=model.device)
-        guesses = model(tokens)[0, 1:, :len(tokenizer.ranks)].argmax(-1).tolist()
+        paired = model.config.n_segments > 0           # it has read [CLS] and two segments
+        first = special["<|cls|>"] if paired else tokenizer.endoftext
+        tokens = torch.tensor([[first, *ids]], device=model.device)
+        segments = torch.zeros_like(tokens) if paired else None
+        guesses = model(tokens, segments=segments)[0, 1:, :len(tokenizer.ranks)].argmax(-1).tolist()
         return tokenizer.decode(guess if i == gaps[0] else i for i, guess in zip(ids, guesses))
     mode = [special["<|R|>"]] if "<|R|>" in special else []
     [written] = generate(model, [mode + ids + [tokenizer.end]], max_new_tokens, (tokenizer.end,))
@@ -197,6 +200,8 @@ def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
 
 
 def main(cfg: Config) -> None:
+    if cfg.temperature < 0:
+        raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     kernels.keep_memory()
     device = training.pick_device(cfg.device)
     model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device),
@@ -205,6 +210,9 @@ def main(cfg: Config) -> None:
     if cfg.fill:
         print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
         return
+    context = model.config.context_length
+    room = context - min(context // 2, 64)                         # the rest is for the prompt
+    cfg = replace(cfg, max_new_tokens=min(cfg.max_new_tokens, room))
     generator = torch.Generator(device).manual_seed(cfg.seed)
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     if cfg.raw:
@@ -216,12 +224,12 @@ def main(cfg: Config) -> None:
     if not cfg.prompt:
         print(f"Talking to {cfg.init}. An empty line or Ctrl-D ends it; /new starts over.")
     while text := cfg.prompt or read_line():
-        if text == "/new":
+        if text == "/new" and not cfg.prompt:
             messages = messages[:1] if cfg.system else []
             continue
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.prompt(messages)
-        room = model.config.context_length - cfg.max_new_tokens
+        room = context - cfg.max_new_tokens
         first = 1 if cfg.system else 0
         while len(prompt) > room and len(messages) > first + 2:     # forget the oldest exchange
             del messages[first:first + 2]

@@ -37,7 +37,7 @@ class Config:
     init: str = "out/sft"             # model folder to start from: policy and reference
     out: str = "out/dpo"              # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 8000               # how many to take from the world
+    n_pairs: int = 8000               # how many to take, at most
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
@@ -101,6 +101,7 @@ def main(cfg: Config) -> dict:
 
     # 1. INITIALIZE: theta <- theta_SFT, pi_ref <- frozen copy, optimizer
     policy, tokenizer = load_model(cfg.init, run.device, run.dtype)
+    policy.eval()                              # routers without noise, in both models alike
     reference = copy.deepcopy(policy).requires_grad_(False)
     length = policy.config.context_length
     pairs = data.PreferencePairs(

@@ -19,7 +19,8 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
        exactly 1 before the first update; sampling is at temperature 1 without top-p, else
        the samples would not come from pi_theta. A response without <|end|> scores --no_end_score.
        Advantages are whitened over the real tokens.
-  5.3  mini-batches keep their members over the epochs and change order; the value loss is clipped.
+  5.3  mini-batches keep their members over the epochs and change order; the value loss is clipped
+       and has a factor 1/2.
        Learning rates decay linearly to 0.
 
     python train_ppo.py                                    # the embedded world's prompts
@@ -47,7 +48,7 @@ class Config:
     reward_model: str = "out/rm"      # model folder of the reward model
     critic_init: str = "rm"           # what the critic starts from: rm | sft
     prompts: str = "world"            # prompts: world, world:SEED or JSONL
-    n_prompts: int = 10_000           # how many to take from the world
+    n_prompts: int = 10_000           # how many to take, at most
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # prompts too long for an answer to fit: error | left | drop
     max_new_tokens: int = 64          # longest response, in tokens
@@ -231,7 +232,7 @@ def main(cfg: Config) -> dict:
     # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model, optimizers
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     reference = copy.deepcopy(actor).requires_grad_(False)
-    reward_model, rm_tokenizer = load_model(cfg.reward_model, run.device, run.dtype)
+    reward_model, rm_tokenizer = load_model(cfg.reward_model, run.device, run.dtype, head=None)
     if reward_model.config.head != "scalar" or rm_tokenizer != tokenizer:
         raise ValueError(f"--reward_model {cfg.reward_model}: it must be an --out of train_rm.py "
                          f"that uses the tokenizer of --init {cfg.init}")
@@ -244,6 +245,8 @@ def main(cfg: Config) -> dict:
     reward_model.requires_grad_(False)
     models = {"actor": actor, "critic": critic, "reference": reference,
               "reward_model": reward_model}
+    for model in models.values():                      # routers without noise: else rho_t is not 1
+        model.eval()
     prompts = data.read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
                                 bad_rows=cfg.bad_rows)
     prompts, prompt_ids = data.encode_prompts(

@@ -37,6 +37,7 @@ import data
 import evaluate
 import forecast
 import objectives
+import shards
 import training
 from model import (
     ModelConfig,
@@ -71,7 +72,7 @@ class Config:
     n_layers: int = 4                 # Transformer blocks
     n_heads: int = 4                  # query heads
     n_kv_heads: int = 0               # key/value heads; 0: as many as n_heads
-    context_length: int = 256         # tokens a prediction can look back on
+    context_length: int = 0           # tokens a prediction can look back on; 0: 256, or --init's
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = True          # a token also sees its neighbour's embedding (model.py)
     n_experts: int = 0                # Mixture of Experts: so many feed-forwards; 0: a dense model
@@ -141,6 +142,11 @@ def with_architecture(cfg: Config) -> Config:
                          f"{cfg.objective}; give {', '.join(known[cfg.objective])}")
     if cfg.next_sentence and (cfg.objective != "mlm" or "," in cfg.data):
         raise ValueError("--next_sentence goes with --objective mlm and one corpus")
+    of_shards = [name for name in corpus.names_of(cfg.data) if shards.found(name)]
+    for name in ("next_sentence", "new_words"):
+        if getattr(cfg, name) and of_shards:
+            raise ValueError(f"--{name} reads text, and --data {of_shards[0]} holds shards of "
+                             "tokens; give the text that they were made from")
     if cfg.schedule not in ("cosine", "wsd"):
         raise ValueError(f"--schedule {cfg.schedule}: give cosine or wsd")
     if cfg.anneal_data and cfg.schedule != "wsd":
@@ -186,15 +192,15 @@ def main(cfg: Config) -> dict:
 
     # 1. DATA PREPARATION
     model, own_tokenizer = load_model(cfg.init, run.device, run.dtype,
-                                      context_length=cfg.context_length,
+                                      context_length=cfg.context_length or None,
                                       any_architecture=True) if cfg.init else (None, None)
+    cfg = replace(cfg, context_length=model.config.context_length if model is not None
+                  else cfg.context_length or 256)
     if cfg.resume and (run.out / "tokenizer.json").exists():       # that of the checkpoint
         read = corpus.read(replace(cfg, new_words=0), Tokenizer.load(run.out))
     else:
         read = corpus.read(cfg, own_tokenizer)
     tokenizer, train, [val, *_] = read.tokenizer, read.train, read.vals.values()
-    if run.rank == 0:
-        tokenizer.save(run.out)
 
     # 2. INITIALIZE: theta_0 (or what --init holds), optimizer
     if model is not None:
@@ -206,6 +212,8 @@ def main(cfg: Config) -> dict:
                              n_segments=2 * cfg.next_sentence,
                              **{name: getattr(cfg, name) for name in SIZES})
         model = Transformer(config, run.dtype).to(run.device)
+    if run.rank == 0:
+        tokenizer.save(run.out)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length, causal = model.config.context_length, cfg.objective == "causal"
     copying = getattr(train, "copying_batch", data.copying_batch)

@@ -48,7 +48,7 @@ class Config:
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 12_800             # how many to take from the world
+    n_pairs: int = 12_800             # how many to take, at most
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
@@ -162,8 +162,11 @@ def main(cfg: Config) -> dict:
     heldout = data.PreferencePairs(
         data.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
                               bad_rows=cfg.bad_rows), tokenizer, length, cfg.seed, cfg.truncate)
+    if cfg.max_new_tokens >= length:
+        raise ValueError(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for a prompt in "
+                         f"the model's context of {length}")
     prompts = data.read_prompts(cfg.prompts or cfg.data, split="heldout", n=cfg.n_shift,
-                                seed=cfg.seed)[:cfg.n_shift]
+                                seed=cfg.seed, bad_rows=cfg.bad_rows)[:cfg.n_shift]
     lengths = [sum(mask) for sides in pairs.sides for _, mask in sides]          # of responses
     model.likelihood_unit.fill_(32 * len(lengths) / sum(lengths))
     forward = run.prepare(model)

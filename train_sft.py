@@ -37,7 +37,7 @@ class Config:
     init: str = "out/pretrain"        # model folder to start from
     out: str = "out/sft"              # model folder to write
     data: str = "world"               # examples: world, world:SEED or JSONL (README: formats)
-    n_examples: int = 30_000          # how many to take from the world
+    n_examples: int = 30_000          # how many to take, at most
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
     tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau): 1 proportional, inf uniform
@@ -93,9 +93,9 @@ def main(cfg: Config) -> dict:
 
     forward = run.prepare(model)
     optimizer = training.pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
-    run.track(model=model, optimizer=optimizer)
     unigram = evaluate.unigram_response_loss(train, val, tokenizer.vocab_size)
     base_loss = evaluate.response_loss(model, val, cfg.batch_size)
+    run.track(model=model, optimizer=optimizer)        # with --resume other weights from here on
     run.say(f"{len(examples)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
             f"{parameter_count(model) / 1e6:.2f}M parameters train; held-out response loss to "
             f"beat: unigram {unigram:.2f}, the model as it is {base_loss:.2f} nats per token")

@@ -51,6 +51,10 @@ from muon import Muon
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP_CHECKPOINTS = 2
+WRITTEN = {"config.json", "model.safetensors", "tokenizer.json", "adapter.json", "metrics.jsonl",
+           "adapter.safetensors", "curves.png", "checkpoints"}         # what --overwrite may delete
+MAY_CHANGE = {"steps", "resume", "overwrite", "log_every", "eval_every", "save_every", "out",
+              "device", "compile"}                                     # with --resume, unannounced
 MAX_SKIPPED = 20                # updates in a row; fp16's loss scale falls from 2^16 below 1 in 17
 SPIKE, SPIKE_WINDOW = 5.0, 100  # is_spike
 UNITS = {"loss": "nats", "val_loss": "nats per token", "kl": "nats per response", "lr": "per step",
@@ -211,6 +215,10 @@ def start(cfg, name: str) -> "Run":
 
     Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
     """
+    for count in ("batch_size", "minibatch_size", "grad_accum", "epochs", "eval_windows",
+                  "eval_pairs", "eval_examples", "n_examples", "n_pairs", "n_prompts", "n_shift"):
+        if getattr(cfg, count, 1) < 1:
+            raise ValueError(f"--{count} {getattr(cfg, count)}: give 1 or more")
     kernels.keep_memory()
     gc.collect()
     gc.freeze()                       # imports stay: looking through them costs a sixth of world.py
@@ -239,6 +247,7 @@ class Run:
         self.first_step, self.step, self.tokens, self.tracked = 0, 0, 0, {}
         self.pending: dict[str, list] = {}            # logged since the last row of metrics.jsonl
         self.last: dict[str, float] = {}              # the newest value of every figure
+        self.evaluated = -1                           # the newest step with a val_loss
         self.loss, self.updated = torch.zeros((), device=self.device), True    # since an update
         self.history: dict[str, dict] = {}            # of each optimizer, for skips()
         self.skipped = 0                              # updates so far
@@ -267,6 +276,10 @@ class Run:
                 if not self.cfg.overwrite:
                     raise ValueError(f"--out {self.out} is not empty; --resume goes on with what "
                                      "is there, --overwrite starts afresh, or give another folder")
+                for entry in sorted(self.out.iterdir()):
+                    if entry.name not in WRITTEN and entry.suffix != ".tmp":
+                        raise ValueError(f"--overwrite would throw away {entry}, which is not of "
+                                         "a training run; move it, or give another --out")
                 shutil.rmtree(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
         self.barrier()
@@ -300,7 +313,9 @@ class Run:
         if self.cfg.compile:
             model = torch.compile(model)
         if self.world_size > 1:
-            model = nn.parallel.DistributedDataParallel(model)
+            # batches that copy have no next sentences: its head gets no gradient from them
+            model = nn.parallel.DistributedDataParallel(
+                model, find_unused_parameters=getattr(self.cfg, "next_sentence", False))
         return model
 
     def generator(self, step: int) -> torch.Generator:
@@ -433,6 +448,7 @@ class Run:
             row["memory_gb"] = peak_memory(self.device) / 1e9
         self.pending, self.last_row = {}, now
         self.last |= row
+        self.evaluated = step if "val_loss" in row else self.evaluated
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -462,6 +478,11 @@ class Run:
                 continue
             self.load_checkpoint(folder, state)
             self.say(f"going on from step {self.first_step} ({folder})")
+            began, now = read_meta(folder)["config"], dataclasses.asdict(self.cfg)
+            for name in sorted(began.keys() & now.keys() - MAY_CHANGE):
+                if began[name] != now[name]:
+                    self.say(f"the run began with --{name} {began[name]}; from here on it is "
+                             f"{now[name]}")
             break
         else:
             if damaged:
@@ -519,6 +540,7 @@ class Run:
                  "rng": torch.get_rng_state(), "scaler": self.scaler.state_dict(),
                  "gpu_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
                  "history": self.history, "skipped": self.skipped,
+                 "val_loss": self.last["val_loss"] if self.evaluated == steps_done - 1 else None,
                  "parts": {n: p.state_dict() for n, p in self.tracked.items()}}
         if self.writers or self.rank == 0:
             copy = parallel.copied_parts(state)
@@ -564,7 +586,7 @@ class Run:
                     safetensors.torch.save_file({n: w.contiguous() for n, w in part.items()},
                                                 folder / f"{name}.safetensors")
             torch.save(state, folder / "state.pt")
-            meta = {"step": state["step"], "val_loss": state["last"].get("val_loss"),
+            meta = {"step": state["step"], "val_loss": state["val_loss"],
                     "config": dataclasses.asdict(self.cfg), "parents": self.parents,
                     "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir())}}
             (folder / "meta.json").write_text(json.dumps(meta, indent=2))
@@ -667,8 +689,8 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def prune_checkpoints(out: Path) -> None:
-    """Keep the newest KEEP_CHECKPOINTS and the one with the lowest validation loss. What has no
-    readable meta.json is neither counted nor removed."""
+    """Keep the newest KEEP_CHECKPOINTS and, of those that were evaluated, the one with the lowest
+    validation loss. What has no readable meta.json is neither counted nor removed."""
     losses = {f: meta.get("val_loss") for f in checkpoints(out) if (meta := read_meta(f))}
     scored = {f: loss for f, loss in losses.items() if loss is not None}
     best = min(scored, key=scored.get, default=None)

@@ -255,6 +255,20 @@ def test_rows_that_stop_take_their_source_with_them():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_model_of_sentence_pairs_fills_gaps_in_what_it_was_trained_on(monkeypatch):
+    names = [*SPECIAL_TOKENS, "<|mask|>", "<|cls|>", "<|sep|>"]
+    tokenizer = Tokenizer(TOKENIZER.ranks, TOKENIZER.pattern, names)
+    model = tiny_model(architecture="encoder", n_segments=2, vocab_size=tokenizer.vocab_size)
+    seen = []
+    hidden = Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, *others: (
+        seen.append((tokens, others[-1])), hidden(self, tokens, *others))[1])
+    sample.fill(model, tokenizer, "a ___")
+    [(tokens, segments)] = seen
+    assert tokens[0, 0] == tokenizer.special["<|cls|>"] and not segments.any()
+
+
 def test_a_masked_model_fills_gaps_with_a_token_each(tmp_path):
     """It has learned one sentence by heart."""
     file = tmp_path / "one.txt"

@@ -120,7 +120,12 @@ def test_documents_come_from_a_file_a_folder_or_jsonl(tmp_path):
     assert list(data.read_documents(tmp_path / "b" / "z.txt")) == ["one\r\ntext"]
     assert list(data.read_documents(tmp_path)) == \
         ["two\n", "one\r\ntext", "three\u2028still three", "four"]
-    assert list(data.read_documents(tmp_path, max_bytes=5)) == ["two\n", "one\r\ntext"]
+    assert list(data.read_documents(tmp_path, max_bytes=5)) == ["two\n", "one\r\n"]
+    (tmp_path / "d.txt").write_text("h\u00e9llo " * 100)           # a letter takes two of 7 bytes
+    assert list(data.read_documents(tmp_path / "d.txt", max_bytes=9)) == ["h\u00e9llo h"]
+    for split, first in ("train", "h"), ("heldout", "h"):
+        [text] = data.read_documents(tmp_path / "d.txt", split=split, max_bytes=14)
+        assert len(text) == 12 and text.startswith(first)
 
 
 # ---------------------------------------------------------------------- errors
@@ -502,7 +507,7 @@ def test_too_long_examples_are_an_error_that_names_line_length_limit_and_flag():
     length = len(TOKENIZER.chat(row["messages"])[0])
     data.PackedExamples([row], TOKENIZER, length - 1, 0)                       # C + 1 tokens fit
     with pytest.raises(ValueError, match=f"made.jsonl:1: {length} tokens .* {length - 1} fit; .*"
-                                         "--truncate left or --truncate drop"):
+                                         "--truncate left, --truncate drop or a model with"):
         data.PackedExamples([row], TOKENIZER, length - 2, 0)
     with pytest.raises(ValueError, match="truncate is 'right'"):
         data.PackedExamples([row], TOKENIZER, 999, 0, "right")

@@ -52,6 +52,20 @@ def slow_score(model, pair, side):
 
 # ---------------------------------------------------------------------- the loss
 
+def test_noisy_routers_make_no_noise_between_policy_and_reference(tmp_path):
+    folder_of(tiny_model(n_experts=4, router_noise=True), tmp_path / "sft")
+    write_rows(tmp_path / "pairs.jsonl", made_pairs(80))
+    train_dpo.main(config(tmp_path, lr=0.0))
+    losses = [row["loss"] for row in training.read_metrics(tmp_path / "dpo")]
+    assert losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    folder_of(tiny_model(head="scalar"), tmp_path / "rm")
+    with pytest.raises(ValueError, match="rm: this is a reward model; give a language model"):
+        train_dpo.main(config(tmp_path, init=str(tmp_path / "rm")))
+
+
 def test_loss_and_margin_are_what_a_hand_computes():
     pi_w, ref_w = torch.tensor([-10.0, -7.0]), torch.tensor([-12.0, -6.0])     # + 2, - 1
     pi_l, ref_l = torch.tensor([-9.0, -5.0]), torch.tensor([-8.0, -8.0])       # - 1, + 3

@@ -313,14 +313,14 @@ def test_a_wrong_command_ends_in_one_clear_line_and_no_traceback(complaints, cas
 
 
 @pytest.mark.parametrize("script, options, message", [
-    (train_dpo, "--init nowhere", "--init nowhere: there is no such folder; give the --out folder"),
+    (train_dpo, "--init nowhere", "nowhere: there is no such folder; give the --out folder"),
     (train_ppo, "--init base", "out/rm: there is no such folder"),
     (train_sft, "--init base --data world:x", "world:x: world:SEED needs a whole number"),
     (train_rm, "--init base --data text.txt", 'text.txt: ".txt" files are not read here'),
     (train_pretrain, "--data text.txt --tokenizer bytes --context_length 64 --n_heads 3",
      "d_model 128 is not a multiple of n_heads 3"),
     (lifecycle, "--preset huge", "--preset huge: give tiny, smoke, gpu"),
-    (evaluate, "--init nowhere", "--init nowhere: there is no such folder"),
+    (evaluate, "--init nowhere", "nowhere: there is no such folder"),
 ])
 def test_each_script_says_what_is_wrong_with_its_options(monkeypatch, bad, script, options,
                                                          message):

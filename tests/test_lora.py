@@ -207,6 +207,8 @@ def test_merging_by_hand_writes_a_plain_model_folder(tmp_path):
     merged, found = load_model(tmp_path / "merged")
     assert found == tokenizer
     torch.testing.assert_close(merged(TOKENS), model(TOKENS), atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="base is not empty; give another folder"):
+        lora.main(lora.Config(*(str(tmp_path / name) for name in ("base", "adapter", "base"))))
 
 
 # ---------------------------------------------------------------------- what is refused

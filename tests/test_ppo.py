@@ -458,7 +458,8 @@ class Stop(Exception):
 def test_actor_and_reference_start_from_sft_and_the_critic_where_it_is_told(
         monkeypatch, tmp_path, critic_init):
     def watched(models, *arguments):
-        sft, rm = (load_model(tmp_path / name)[0].state_dict() for name in ("sft", "rm"))
+        sft, rm = (load_model(tmp_path / name, head=None)[0].state_dict()
+                   for name in ("sft", "rm"))
         actor, critic, reference, reward_model = (models[name].state_dict() for name in (
             "actor", "critic", "reference", "reward_model"))
         for name, w in sft.items():
@@ -486,7 +487,7 @@ def test_updates_move_actor_and_critic_and_nothing_else(monkeypatch, tmp_path):
         return rollout(models, *arguments)
     monkeypatch.setattr(train_ppo, "rollout", watched)
     train_ppo.main(config(tmp_path, steps=1))
-    sft, rm = (load_model(tmp_path / name)[0].state_dict() for name in ("sft", "rm"))
+    sft, rm = (load_model(tmp_path / name, head=None)[0].state_dict() for name in ("sft", "rm"))
     for name, start, moves in (("actor", sft, True), ("critic", rm, True),
                                ("reference", sft, False), ("reward_model", rm, False)):
         moved = [not torch.equal(w, start[k]) for k, w in seen[name].state_dict().items()

@@ -174,13 +174,20 @@ def test_a_folder_with_a_model_in_it_is_not_overwritten_unasked(tmp_path):
     assert all(torch.equal(w, before[name]) for name, w in weights_of(tmp_path / "base").items())
 
 
+def test_going_on_from_a_model_keeps_its_context(tmp_path):
+    base = folder_of(tiny_model(n_layers=1, context_length=24), tmp_path / "init")
+    for asked, expected in (0, 24), (16, 16):
+        train_pretrain.main(config(tmp_path, init=base, context_length=asked, overwrite=True))
+        assert load_model(tmp_path / "base")[0].config.context_length == expected
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 3}, "d_model 32 is not a multiple of n_heads 3"),
     ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
     ({"n_heads": 32}, "head width 1 .* is odd"),
     ({"data": "nowhere.txt"}, "nowhere.txt: not found"),
     ({"tokenizer": "nowhere"}, "nowhere"),
-    ({"init": "nowhere"}, "--init nowhere: there is no such folder"),
+    ({"init": "nowhere"}, "nowhere: there is no such folder"),
     ({"dtype": "float8"}, "--dtype float8: give auto, float32, bfloat16, float16"),
 ])
 def test_what_cannot_work_stops_before_training(tmp_path, changes, message):

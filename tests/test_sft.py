@@ -116,6 +116,13 @@ def test_accumulation_is_exact_when_micro_batches_have_unequal_targets(tmp_path)
 
 # ---------------------------------------------------------------------- a whole run
 
+def test_a_resumed_run_compares_itself_with_the_base_it_began_from(tmp_path):
+    first = train_sft.main(config(tmp_path, lr=2e-2, eval_every=2, save_every=2))
+    again = train_sft.main(config(tmp_path, lr=2e-2, eval_every=2, save_every=2, steps=6,
+                                  resume=True))
+    assert again["base_loss"] == first["base_loss"] > again["val_loss"]
+
+
 def test_held_out_loss_falls_below_the_base_and_a_unigram(tmp_path):
     result = train_sft.main(config(tmp_path, steps=30, eval_every=15, lr=2e-2))
     rows = training.read_metrics(tmp_path / "sft")

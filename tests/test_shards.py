@@ -443,3 +443,14 @@ def test_the_command_line_writes_shards_that_training_reads(tmp_path):
     read = corpus.read(pretrain_config(tmp_path, tmp_path / "out"), None)
     [bytes_per_token] = read.bytes_per_token.values()
     assert read.tokenizer.vocab_size == 320 and 1.2 < bytes_per_token < 6
+
+
+@pytest.mark.parametrize("option, changes", [
+    ("next_sentence", {"objective": "mlm", "next_sentence": True}),
+    ("new_words", {"new_words": 5, "init": "base"})])
+def test_what_reads_text_is_refused_on_shards(tmp_path, option, changes):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    cfg = train_pretrain.Config(data=str(tmp_path / "shards"), **changes)
+    with pytest.raises(ValueError, match=f"--{option} reads text, and .*holds shards"):
+        train_pretrain.with_architecture(cfg)

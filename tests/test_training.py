@@ -446,6 +446,10 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     start(tmp_path, resume=True)
     assert (tmp_path / "out" / "thesis.txt").exists()
+    with pytest.raises(ValueError, match="throw away .*thesis.txt, which is not of a training run"):
+        start(tmp_path, overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    (tmp_path / "out" / "thesis.txt").rename(tmp_path / "out" / "metrics.jsonl")
     start(tmp_path, overwrite=True)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -868,6 +872,33 @@ def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
         run.written()
         kept.append([int(f.name[5:]) for f in sorted((run.out / "checkpoints").iterdir())])
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [6, 7], [7, 8]]
+
+
+def test_the_best_checkpoint_is_one_that_was_evaluated_itself(tmp_path):
+    run = start(tmp_path)
+    run.track(model=nn.Linear(2, 2))
+    for step in run.steps(6):                          # evaluated after 2, 4, 6; saved after 3, 6
+        run.log(step, loss=1.0, **({"val_loss": 10.0 - step} if step % 2 else {}))
+        if step in (2, 5):
+            run.checkpoint(step)
+    run.written()
+    assert [training.read_meta(f)["val_loss"] for f in training.checkpoints(run.out)] == [None, 5.0]
+
+
+def test_a_resumed_run_says_which_options_are_not_those_it_began_with(tmp_path, corpus, capsys):
+    train_pretrain.main(tiny_run(tmp_path / "out", corpus, save_every=6))
+    capsys.readouterr()
+    train_pretrain.main(tiny_run(tmp_path / "out", corpus, save_every=6, steps=14, lr=1e-4,
+                                 resume=True))
+    said = capsys.readouterr().err
+    assert "the run began with --lr" in said and "from here on it is 0.0001" in said
+    assert "--steps" not in said and "--resume" not in said
+
+
+@pytest.mark.parametrize("name", ["batch_size", "grad_accum", "eval_windows"])
+def test_a_count_below_one_is_refused(tmp_path, corpus, name):
+    with pytest.raises(ValueError, match=f"--{name} 0: give 1 or more"):
+        train_pretrain.main(tiny_run(tmp_path / "out", corpus, **{name: 0}))
 
 
 @pytest.fixture
