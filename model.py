@@ -183,7 +183,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind what the layer has; returns its caches (B, S, K, C)."""
         if self.keys_values is None:
-            (B, _, K, C), dtype = k.shape, torch.float32 if k.device.type == "cpu" else k.dtype
+            (B, _, K, C), dtype = k.shape, k.dtype
+            if k.device.type == "cpu":                             # which has no fast bf16 for it
+                dtype = torch.promote_types(dtype, torch.float32)
             self.keys_values = k.new_zeros(self.n_layers, 2, B, K, self.capacity, C, dtype=dtype)
         keys, values = self.keys_values[layer].transpose(2, 3)     # contiguous per head
         keys[:, self.length:self.length + k.shape[1]] = k
