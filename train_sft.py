@@ -4,7 +4,8 @@ Stages 2-3: supervised fine-tuning (001 section 2.5) over several task families 
   1. INITIALIZATION     theta <- theta*; with --peft lora freeze it and train only A and B
   2. DATA FORMATTING    template, loss mask, mixing weights w_k of the task families (3.7 step 1)
   3. TRAINING LOOP      3.1 sample  3.2 forward  3.3 backward  3.4 update
-                        periodically evaluate, also on families never trained on (3.7 step 3.4)
+                        periodically evaluate, also on families never trained on (3.7 step 3.4, its
+                        zero-shot half)
   4. MERGE              W_0 + (alpha / r) B A, when adapters were trained
   5. RETURN phi*, theta_ft
 
@@ -14,7 +15,10 @@ their <|end|> (the <EOS> of the document).
 Differs from the document:
   1.    everything is trained unless --peft lora: 3.7 trains all of theta, 2.5 only phi.
   1.    Muon for the inner matrices (muon.py) unless --optimizer adamw; adapters go by AdamW.
+  1.    A of LoRA is uniform with the variance 1 / (3 d_in), as peft has it, not normal.
   2.1   several examples share a row ("packing"); attention and loss stay inside each.
+  2.1   templates and reasoning chains (3.7 steps 1.1) are the data's: the world words its tasks in
+        several ways and reasons in arithmetic; rows of a file are taken as they are.
   3.2   the sums run over the whole optimizer step, all micro-batches and ranks.
 
     python train_sft.py                                            # the embedded world
