@@ -9,7 +9,7 @@ they are dropped from the batch. PPO's rollouts and evaluate.py use this engine 
     python sample.py --init out/dpo                            # a chat in the terminal
     python sample.py --init out/dpo --prompt "Who lives in the old mill?"
     python sample.py --init out/pretrain --raw --prompt "One morning" --temperature 0.8
-    python sample.py --init out/span --fill "The bear ___ her hat on ___."     # or out/mlm, out/ul2
+    python sample.py --init out/span --fill "The bear ___ her hat on ___."     # or out/mlm
 """
 import sys
 from collections.abc import Iterator
