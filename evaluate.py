@@ -304,14 +304,15 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--data {cfg.data}: only a world has an answer key; give world or "
                          "world:SEED")
     model, tokenizer = load_model(cfg.init, device, dtype)
-    found = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
-    rewards = found.pop("rewards")
     if cfg.reference:
         reference, reference_tokenizer = load_model(cfg.reference, device, dtype)
         if reference_tokenizer != tokenizer:
             raise ValueError(f"--reference {cfg.reference}: its tokenizer is not that of --init "
                              f"{cfg.init}, so that their predictions cannot be compared")
-        theirs = evaluate_policy(reference, reference_tokenizer, cfg.data, cfg.n_tasks, cfg.n)
+    found = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
+    rewards = found.pop("rewards")
+    if cfg.reference:
+        theirs = evaluate_policy(reference, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
         rate, low, high = win_rate(rewards, theirs["rewards"])
         prompts = data.world_named(cfg.data).prompts(cfg.n, "heldout", seed=2)
         found |= {"win_rate": rate, "win_rate_95": [low, high],

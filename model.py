@@ -128,13 +128,12 @@ class ModelConfig:
             visited = self.top_k + self.n_shared_experts
             sparse = self.d_model * (router + 3 * visited * self.d_expert)
         head = self.d_model * (self.vocab_size + (self.head == "scalar"))
-        shift = self.d_model ** 2 if self.token_shift else 0
-        if self.architecture == "encoder":
-            shift = 2 * shift
+        sides = {"encoder": 2, "encoder_decoder": 3}.get(self.architecture, 1)
+        shift = sides * self.d_model ** 2 if self.token_shift else 0
         n_dense = self.n_layers - self.n_sparse_layers
         blocks = self.n_layers * attention + n_dense * dense + self.n_sparse_layers * sparse
         if self.architecture == "encoder_decoder":
-            blocks, shift = 2 * blocks + self.n_layers * attention, 3 * shift
+            blocks = 2 * blocks + self.n_layers * attention
         return blocks + shift + head
 
     def flops_per_token(self, length: int) -> float:
@@ -501,12 +500,13 @@ class Transformer(nn.Module):
         """This model to generate with, its matrices cast to dtype once instead of at every token;
         norms, and routers, which work in fp32, are shared with it. Itself where nothing changes,
         and where adapters or shards stand in the place of matrices: those cast at every token."""
-        weights = self.state_dict()
-        if dtype == self.embedding.weight.dtype or any(map(parallel.is_sharded, weights.values())):
+        if dtype == self.embedding.weight.dtype:
             return self
+        weights = self.state_dict()
         with torch.device("meta"):                                 # nothing is drawn or copied
             model = Transformer(self.config, self.dtype)
-        if weights.keys() != model.state_dict().keys():
+        if weights.keys() != model.state_dict().keys() or \
+                any(map(parallel.is_sharded, weights.values())):
             return self
         weights = {name: w.to(dtype) if w.dim() >= 2 and "router" not in name else w
                    for name, w in weights.items()}

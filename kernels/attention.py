@@ -60,7 +60,7 @@ TILES = {
     "dk_dv": ([(128, 64, 8, 2)] * 2, [(64, 64, 8, 2)] * 2),
     "decode": ([(16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)],) * 2,
 }
-WIDEST_BACKWARD = 128                  # wider heads are trained by torch's own attention
+WIDEST_BACKWARD = WIDTHS[len(TILES["dq"][0]) - 1]      # torch's attention trains wider heads
 TILES_FP32 = {                         # exact: no tensor cores, slow
     "dq": [(16, 16, 4, 1), (16, 16, 8, 1)],
     "dk_dv": [(16, 16, 8, 1), (16, 16, 4, 1)],
