@@ -205,13 +205,12 @@ class Seen(NamedTuple):
     what they may look at."""
     cos: Tensor                            # (T, C / 2) or (B, T, C / 2)
     sin: Tensor
-    causal: bool = True
+    mask: kernels.Mask | None = None       # who sees whom; with a cache: causal, or not
     documents: Tensor | None = None        # (B, T)
-    prefix: Tensor | None = None           # (B,)
     cache: KVCache | None = None
     source: Tensor | None = None           # (B, S, D): what the encoder made of the source
     source_lengths: Tensor | None = None   # (B,)
-    tables: dict | None = None             # what the first layer's attention makes of the masks
+    causal: bool = True                    # of a cache
 
 
 class Attention(nn.Module):
@@ -228,8 +227,7 @@ class Attention(nn.Module):
         q, k = kernels.rope(q, k, seen.cos, seen.sin)              # (B, T, H, C), (B, T, K, C)
         cache = seen.cache
         if cache is None:
-            y = kernels.attention(q, k, v, causal=seen.causal, documents=seen.documents,
-                                  prefix=seen.prefix, tables=seen.tables)
+            y = kernels.attention(q, k, v, seen.mask)
         else:
             keys, values = cache.append(self.layer, k, v)
             y = kernels.decode_attention(q, keys, values, cache.starts, cache.length + x.shape[1],
@@ -351,6 +349,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype, self.gradient_checkpointing = config, dtype, False
+        self.ways = 1                                  # ranks that share the heads (parallel.py)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         two = config.architecture == "encoder_decoder"
         self.blocks = nn.ModuleList(Block(config, n, two) for n in range(config.n_layers))
@@ -433,10 +432,11 @@ class Transformer(nn.Module):
         if segments is not None:
             h = h + F.embedding(segments, self.segment_embedding.weight).to(h.dtype)
         prompt = architecture == "prefix" and cache is not None and past == 0
+        causal = architecture != "encoder" and not prompt
+        mask = self.mask(h, causal, documents, prefix) if cache is None else None
         h = self.run(self.blocks, h, Seen(
-            *self.rotation(T, positions), causal=architecture != "encoder" and not prompt,
-            documents=documents, prefix=prefix, cache=cache, source=source,
-            source_lengths=source_lengths, tables={}))
+            *self.rotation(T, positions), mask, documents=documents, cache=cache, source=source,
+            source_lengths=source_lengths, causal=causal))
         if cache is not None:
             cache.length, cache.last = past + T, newest
         return self.norm(h)
@@ -461,6 +461,15 @@ class Transformer(nn.Module):
             raise ValueError("an encoder_decoder reads a source and other models do not: "
                              f"architecture is {architecture}, source is "
                              f"{'missing' if source is None else 'given'}")
+
+    def mask(self, h: Tensor, causal: bool, documents: Tensor | None,
+             prefix: Tensor | None) -> kernels.Mask:
+        """Who sees whom, for all blocks: made once."""
+        (B, T, _), config = h.shape, self.config
+        heads, kv_heads = (n // self.ways for n in (config.n_heads, config.n_kv_heads))
+        return kernels.attention_mask((B, T, heads, config.d_head), (B, T, kv_heads, config.d_head),
+                                      h.dtype, h.device, causal=causal, documents=documents,
+                                      prefix=prefix)
 
     def rotation(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE's angles: (T, C / 2), or at positions (B, T) (B, T, C / 2)."""
@@ -492,8 +501,8 @@ class Transformer(nn.Module):
         padding = torch.arange(S, device=source.device) >= lengths[:, None]
         documents = -padding.int()
         h, _ = self.embed(source, documents, None, both_ways=True)
-        h = self.run(self.encoder, h, Seen(*self.rotation(S, None), causal=False,
-                                           documents=documents, tables={}))
+        mask = self.mask(h, False, documents, None)
+        h = self.run(self.encoder, h, Seen(*self.rotation(S, None), mask, documents=documents))
         return self.encoder_norm(h)
 
     def cast(self, dtype: torch.dtype) -> "Transformer":

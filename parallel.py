@@ -110,6 +110,7 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
     """
     from torch.distributed.tensor import Shard, _StridedShard, distribute_tensor
     config, ways = model.config, mesh.size()
+    model.ways = ways
     shared = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
               "vocab_size": config.vocab_size, "n_experts": config.n_experts,
               "n_shared_experts * d_expert": config.n_shared_experts * config.d_expert}

@@ -10,7 +10,13 @@ import ctypes
 import os
 import sys
 
-from kernels.attention import attention, attention_reference, decode_attention
+from kernels.attention import (
+    Mask,
+    attention,
+    attention_mask,
+    attention_reference,
+    decode_attention,
+)
 from kernels.cross_entropy import (
     cross_entropy,
     linear_cross_entropy,
@@ -31,11 +37,12 @@ from kernels.rope import rope, rope_reference
 from kernels.swiglu import swiglu, swiglu_reference
 
 __all__ = [
-    "NF4Weight", "add_rmsnorm", "attention", "attention_reference", "backend", "bits_per_weight",
-    "cross_entropy", "decode_attention", "dequantize_nf4", "dequantize_nf4_reference",
-    "keep_memory", "linear_cross_entropy", "linear_cross_entropy_reference", "moe_experts",
-    "moe_experts_reference", "nf4_linear", "quantize_nf4", "rmsnorm", "rmsnorm_reference", "rope",
-    "rope_reference", "swiglu", "swiglu_reference",
+    "Mask", "NF4Weight", "add_rmsnorm", "attention", "attention_mask", "attention_reference",
+    "backend", "bits_per_weight", "cross_entropy", "decode_attention", "dequantize_nf4",
+    "dequantize_nf4_reference", "keep_memory", "linear_cross_entropy",
+    "linear_cross_entropy_reference", "moe_experts", "moe_experts_reference", "nf4_linear",
+    "quantize_nf4", "rmsnorm", "rmsnorm_reference", "rope", "rope_reference", "swiglu",
+    "swiglu_reference",
 ]
 
 

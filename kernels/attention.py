@@ -30,6 +30,8 @@ backward pass: plain matmuls reach two to three times the speed of torch's
 scaled_dot_product_attention there, most of all in bf16. Where P would take too much memory, and on
 GPUs without Triton, scaled_dot_product_attention is called.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -539,28 +541,33 @@ def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -
 
 # ---------------------------------------------------------------------- public functions
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-              documents: Tensor | None = None, prefix: Tensor | None = None,
-              lengths: Tensor | None = None, tables: dict | None = None) -> Tensor:
-    """q: (B, T, H, C), k, v: (B, T, K, C), H a multiple of K -> (B, T, H, C).
+class Mask(NamedTuple):
+    """Who sees whom in one pass through a stack of layers, made once for all of them."""
+    causal: bool
+    documents: Tensor | None = None        # (B, T)
+    prefix: Tensor | None = None           # (B,)
+    lengths: Tensor | None = None          # (B,)
+    lo: Tensor | None = None               # Triton: (B, T), query i sees lo[i] <= j < hi[i]; None
+    hi: Tensor | None = None               # where `causal` says it all
+    biases: list[Tensor] | None = None     # CPUs: (1 or B K, rows, keys) for each block of queries
+
+
+def attention_mask(q_shape: tuple, k_shape: tuple, dtype: torch.dtype, device: torch.device, *,
+                   causal: bool = True, documents: Tensor | None = None,
+                   prefix: Tensor | None = None, lengths: Tensor | None = None) -> Mask:
+    """The mask of queries (B, T, H, C) and keys (B, Tk, K, C) in `dtype`, for attention().
 
     documents: (B, T) numbers, equal ones adjacent; a token sees those with its own number only
     (and, if causal, none after it). Padding is a document of its own.
     prefix: (B,) how many tokens at the beginning of each row all tokens of the row see, besides
     what `causal` lets them see; not together with documents.
     lengths: (B,) how many keys of each row are real, at least 1; with causal=False and neither of
-    the others. Not causal and without documents, k and v may have another length than q.
-    tables: an empty dict that is handed to all layers of one pass, with the same shapes and masks:
-    what the first makes of the masks, the others find there.
-    Raises ValueError when shapes, dtypes or masks do not fit.
+    the others.
+    Raises ValueError when shapes and masks do not fit.
     """
-    (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
+    B, T, H, _ = q_shape
+    _, Tk, K, _ = k_shape
     across = not causal and documents is None
-    if k.shape != (B, Tk, K, C) or v.shape != k.shape or H % K or not across and T != Tk:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must "
-                         "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype")
     if documents is not None and documents.shape != (B, T):
         raise ValueError(f"documents {tuple(documents.shape)} must be {(B, T)}")
     if prefix is not None and (prefix.shape != (B,) or documents is not None or not causal):
@@ -569,20 +576,45 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
     if lengths is not None and (lengths.shape != (B,) or not across):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be {(B,)}, with causal=False and "
                          "without documents: with them padding has a number of its own")
-    tables, masks = {} if tables is None else tables, (causal, documents, prefix, lengths)
+    asked = causal, documents, prefix, lengths
+    if backend(device) == "triton":
+        return Mask(*asked, *intervals(B, T, *asked, device))
+    if device.type == "cpu" and B * H * T * Tk * dtype.itemsize <= KEEP:
+        return Mask(*asked, biases=biases(T, Tk, H, K, *asked, dtype, device))
+    return Mask(*asked)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, causal: bool = True,
+              documents: Tensor | None = None, prefix: Tensor | None = None,
+              lengths: Tensor | None = None) -> Tensor:
+    """q: (B, T, H, C), k, v: (B, T, K, C), H a multiple of K -> (B, T, H, C).
+
+    mask: of attention_mask(), for queries, keys and dtype like these; without one it is made here,
+    of the keywords. Not causal and without documents, k and v may have another length than q.
+    Raises ValueError when shapes, dtypes or masks do not fit.
+    """
+    (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
+    if mask is not None:
+        causal, documents, prefix, lengths = mask[:4]
+    across = not causal and documents is None
+    if k.shape != (B, Tk, K, C) or v.shape != k.shape or H % K or not across and T != Tk:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must "
+                         "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype")
+    if mask is None:
+        mask = attention_mask(q.shape, k.shape, q.dtype, q.device, causal=causal,
+                              documents=documents, prefix=prefix, lengths=lengths)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend(q.device) == "triton" and not (trains and C > WIDEST_BACKWARD):
-        if not tables:
-            tables["intervals"] = intervals(B, T, *masks, q.device)
-        return FusedAttention.apply(q, k, v, *tables["intervals"], causal)
-    if q.device.type == "cpu" and B * H * T * Tk * q.element_size() <= KEEP:
-        if not tables:
-            tables["biases"] = biases(T, Tk, H, K, *masks, q.dtype, q.device)
-        return BlockAttention.apply(q, k, v, *tables["biases"])
-    mask = None if documents is prefix is lengths is None else \
-        visible(slice(0, T), Tk, *masks, q.device)
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask,
-                                         is_causal=causal and mask is None, enable_gqa=H != K)
+        return FusedAttention.apply(q, k, v, mask.lo, mask.hi, causal)
+    if mask.biases is not None:
+        return BlockAttention.apply(q, k, v, *mask.biases)
+    seen = None
+    if not (documents is prefix is lengths is None):
+        seen = visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), seen,
+                                         is_causal=causal and seen is None, enable_gqa=H != K)
     return out.transpose(1, 2)
 
 

@@ -66,12 +66,14 @@ def test_attention_to_the_keys_of_another_text_equals_its_reference(Tq, Tk, leng
         torch.testing.assert_close(kernels.attention(q, k, v, **options)[1:], alone)
 
 
-def test_layers_of_one_pass_share_what_the_first_makes_of_the_masks(monkeypatch):
-    documents, tables = packed(2, 13), {}
+def test_layers_of_one_pass_share_one_mask(monkeypatch):
+    documents = packed(2, 13)
+    mask = kernels.attention_mask((2, 13, 4, 6), (2, 13, 2, 6), torch.float32, documents.device,
+                                  documents=documents)
     for _layer in range(2):
         q, k, v = normal(2, 13, 4, 6), normal(2, 13, 2, 6), normal(2, 13, 2, 6)
         torch.testing.assert_close(
-            kernels.attention(q, k, v, documents=documents, tables=tables),
+            kernels.attention(q, k, v, mask),
             kernels.attention_reference(q, k, v, documents=documents))
         monkeypatch.setattr(attention_file, "biases", None)            # cannot be made again
 
