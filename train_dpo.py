@@ -1,7 +1,7 @@
 """
 Stage 4: Direct Preference Optimization (001 sections 4.6 and 4.7; Rafailov et al. 2023).
 
-  1. INITIALIZE      theta <- theta_SFT, pi_ref <- theta_SFT frozen, optimizer
+  1. INITIALIZE      theta <- theta_SFT, pi_ref <- theta_SFT frozen, AdamW
   2. PRECOMPUTE      log pi_ref(y|x) of every pair, once (--cache_reference)
   3. TRAINING LOOP   3.1 sample  3.2 forward, margin  3.3 loss  3.4 update  3.5 monitor
   4. RETURN theta_aligned
@@ -13,8 +13,7 @@ Minimise  L = -mean log sigma(Delta),
 No reward model, no sampling: the policy is its own reward model, r = beta log(pi_theta / pi_ref).
 
 Differs from the document:
-  1.   Muon for the inner matrices (muon.py) unless --optimizer adamw.
-  3.4  linear warmup and cosine on the learning rate.
+  3.4  the learning rate warms up linearly and falls by a cosine to a tenth.
 
     python train_dpo.py                                    # the embedded world's preferences
     python train_dpo.py --data pairs.jsonl --truncate left --beta 0.2
@@ -26,14 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
-import forecast
-import training
-from model import Transformer, load_model, token_logps
+from data import PreferencePairs
+from plumbing.folders import load_model
+from plumbing.optimizers import learning_rate, pick_optimizer
+from plumbing.options import Options, command_line
+from plumbing.run import start
+from readers import read_preferences
+from scoring import response_logps, score_pairs
 
 
 @dataclass
-class Config:
+class Config(Options):
     init: str = "out/sft"             # model folder to start from: policy and reference
     out: str = "out/dpo"              # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
@@ -41,24 +43,20 @@ class Config:
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
+    context_length: int = 0           # tokens of prompt and answer; 0: the model's own
     beta: float = 0.5                 # strength of the pull towards the reference
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
     steps: int = 500                  # optimizer steps (T_DPO)
     batch_size: int = 16              # pairs per step and rank
-    optimizer: str = "muon"           # muon (inner matrices; the rest by AdamW) | adamw
+    optimizer: str = "adamw"          # adamw | muon (inner matrices; the rest by AdamW)
     lr: float = 2e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
+    weight_decay: float = 0.0         # on matrices only
     max_norm: float = 1.0             # gradient clipping
-    seed: int = 0                     # of the batches
-    device: str = "auto"              # auto | cpu | cuda | mps
-    dtype: str = "auto"               # auto | float32 | bfloat16 | float16
-    compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
-    log_every: int = 10               # steps between rows of metrics.jsonl
+    gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     eval_every: int = 250             # steps between evaluations
     eval_pairs: int = 500             # held-out pairs
     save_every: int = 100             # steps between checkpoints
-    resume: bool = False              # go on from --out if anything is there
-    overwrite: bool = False           # throw away what is in --out
 
 
 def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
@@ -73,90 +71,97 @@ def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
     return -F.logsigmoid(margin).mean(), margin
 
 
-def response_logps(model, batch: data.Batch) -> Tensor:
-    """log pi(y|x) = sum_t log pi(y_t | x, y_<t) of each row, (2B,) in nats."""
-    return token_logps(model, batch).sum(1)
-
-
 @torch.no_grad()
-def score_pairs(model: Transformer, pairs: data.PreferencePairs, batch_size: int) -> Tensor:
-    """(N, 2) fp32 on the model's device: log pi of chosen and rejected of every pair."""
-    scores = torch.empty(len(pairs), 2, device=model.device)
-    for batch in pairs.epoch(batch_size):
-        scores[batch.index] = torch.stack(response_logps(model, batch.to(model.device)).chunk(2), 1)
-    return scores
+def reference_logps(reference, ref_logps: Tensor | None, batch) -> tuple[Tensor, Tensor]:
+    """log pi_ref(y_w|x) and log pi_ref(y_l|x) of the batch, (B,) each in nats: looked up in
+    ref_logps (N, 2), or computed where --cache_reference is false."""
+    if ref_logps is not None:
+        return ref_logps[batch.index].unbind(1)
+    return response_logps(reference.logps, batch).chunk(2)
 
 
-def heldout_figures(policy: Transformer, pairs: data.PreferencePairs, ref_logps: Tensor,
-                    cfg: Config) -> dict:
+def read_pairs(cfg: Config, run, tokenizer,
+               length: int) -> tuple[PreferencePairs, PreferencePairs]:
+    """The pairs to train on and the held-out ones; length: tokens that fit into the context."""
+    train = read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
+                             noise=cfg.label_noise, bad_rows=cfg.bad_rows)
+    heldout = read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
+                               bad_rows=cfg.bad_rows)
+    train = PreferencePairs(train, tokenizer, length, cfg.seed, cfg.truncate)
+    heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
+    run.say(f"{len(train)} pairs, {len(heldout)} held out")
+    return train, heldout
+
+
+def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
+                   ref_l: Tensor) -> dict[str, Tensor]:
+    """What 3.5 tracks; kl_proxy: mean |log pi_theta - log pi_ref| in nats per response."""
+    log_ratios = torch.cat([pi_w - ref_w, pi_l - ref_l])                       # (2B,)
+    return {"margin": margin.mean(), "accuracy": (margin > 0).float().mean(),
+            "kl_proxy": log_ratios.abs().mean(), "logp_chosen": pi_w.mean(),
+            "logp_rejected": pi_l.mean()}
+
+
+def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
     """Loss, margin and accuracy on pairs that are not trained on."""
-    pi_w, pi_l = score_pairs(policy, pairs, cfg.batch_size).unbind(1)
-    loss, margin = dpo_loss(pi_w, pi_l, *ref_logps.unbind(1), cfg.beta)
+    pi_w, pi_l = score_pairs(policy, pairs, cfg.batch_size).unbind(1)          # (N,) each
+    ref_w, ref_l = ref_logps.unbind(1)
+    loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     return {"val_loss": loss, "val_margin": margin.mean(),
             "val_accuracy": (margin > 0).float().mean()}
 
 
 def main(cfg: Config) -> dict:
-    run = training.start(cfg, "dpo")
+    run = start(cfg, __file__)
 
-    # 1. INITIALIZE: theta <- theta_SFT, pi_ref <- frozen copy, optimizer
-    policy, tokenizer = load_model(cfg.init, run.device, run.dtype)
-    policy.eval()                              # routers without noise, in both models alike
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    length = policy.config.context_length
-    pairs = data.PreferencePairs(
-        data.read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
-                              noise=cfg.label_noise, bad_rows=cfg.bad_rows),
-        tokenizer, length, cfg.seed, cfg.truncate)
-    heldout = data.PreferencePairs(
-        data.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
-                              bad_rows=cfg.bad_rows), tokenizer, length, cfg.seed, cfg.truncate)
-    forward = run.prepare(policy)
-    optimizer = training.pick_optimizer(cfg.optimizer, policy, cfg.lr, 0.0, run.dtype,
-                                        betas=(0.9, 0.999))
-    run.track(policy=policy, optimizer=optimizer)
-    run.say(f"{len(pairs)} pairs, {len(heldout)} held out")
-    forecast.announce(run, policy, reference, rows=2 * cfg.batch_size, length=pairs.lengths.mean())
+    # 1. INITIALIZE
+    model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
+    model.eval()                               # because noisy routers would blur what is compared
+    reference = copy.deepcopy(model).requires_grad_(False)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    train, heldout = read_pairs(cfg, run, tokenizer, model.config.context_length)
+    forward = run.prepare(model, "logps")
+    optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
+    run.track(model=model, optimizer=optimizer)
+    run.forecast(model, reference, rows=2 * cfg.batch_size, length=train.lengths.mean())
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
     heldout_ref = score_pairs(reference, heldout, cfg.batch_size)              # (N, 2)
-    if cfg.cache_reference:
-        ref_logps = score_pairs(reference, pairs, cfg.batch_size)              # (N, 2)
-        del reference
+    ref_logps = score_pairs(reference, train, cfg.batch_size) if cfg.cache_reference else None
+    reference = None if cfg.cache_reference else reference
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
-        # 3.1 Sample mini-batch {(x, y_w, y_l)}
-        batch = pairs.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        # 3.1 Sample mini-batch
+        batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
 
-        # 3.2 FORWARD PASS: log pi_theta(y|x), log pi_ref(y|x), margin Delta
+        # 3.2 FORWARD PASS
         pi_w, pi_l = response_logps(forward, batch).chunk(2)               # (B,) each
-        if cfg.cache_reference:
-            ref_w, ref_l = ref_logps[batch.index].unbind(1)
-        else:
-            with torch.no_grad():
-                ref_w, ref_l = response_logps(reference, batch).chunk(2)
-        # 3.3 Batch loss
+        ref_w, ref_l = reference_logps(reference, ref_logps, batch)        # (B,) each
+
+        # 3.3 Batch loss: the mean of -log sigma(Delta)
         loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
 
-        # 3.4 BACKWARD + UPDATE (theta only)
-        run.backward(loss, step)
-        lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-        grad_norm = run.update(optimizer, lr, cfg.max_norm)
+        # 3.4 BACKWARD + UPDATE
+        run.backward(loss)
+        grad_norm = run.clip(model, cfg.max_norm)
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        run.step(optimizer, lr, loss, grad_norm)
+        optimizer.zero_grad()
 
         # 3.5 MONITORING
-        figures = {"loss": loss, "margin": margin.mean(), "accuracy": (margin > 0).float().mean(),
-                   "kl_proxy": torch.cat([pi_w - ref_w, pi_l - ref_l]).abs().mean(),
-                   "logp_chosen": pi_w.mean(), "logp_rejected": pi_l.mean()}
+        figures = {"loss": loss}
+        figures |= margin_figures(margin, pi_w, pi_l, ref_w, ref_l)
         if run.due(step, cfg.eval_every):
-            figures |= heldout_figures(policy, heldout, heldout_ref, cfg)
-        run.log(step, tokens=batch.tokens.numel(), grad_norm=grad_norm, lr=lr, **figures)
+            figures |= heldout_figures(model, heldout, heldout_ref, cfg)
+        tokens = batch.tokens.numel()
+        run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
         run.checkpoint(step)
 
     # 4. RETURN theta_aligned
-    return run.finish(policy, tokenizer, {"val_accuracy": run.last["val_accuracy"],
-                                          "val_margin": run.last["val_margin"]})
+    results = run.last("val_accuracy", "val_margin")
+    return run.finish(model, tokenizer, results)
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

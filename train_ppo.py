@@ -1,9 +1,9 @@
 """
 Stage 4, phase 3: policy optimisation with PPO (001 sections 4.4 and 4.5).
 
-  4. INITIALIZE   actor, critic, frozen reference, frozen reward model, two optimizers
-  5. FOR step     ROLLOUT       5.1 prompts  5.2 responses, log-probs, KL, scores, rewards, values,
-                                advantages, returns
+  4. INITIALIZE   actor, critic, frozen reference, frozen reward model, two Adams
+  5. FOR step     ROLLOUT       5.1 prompts  5.2 responses, old and reference log-probs, KL, score,
+                                reward signal, values, advantages, returns
                   OPTIMIZATION  5.3 K epochs of clipped surrogate + value loss - entropy bonus
                   MONITORING    5.4 reward, KL, lengths, clip fraction, ...; adapt beta
   6. RETURN theta_aligned
@@ -20,29 +20,33 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
        the samples would not come from pi_theta. A response without <|end|> scores --no_end_score.
        Advantages are whitened over the real tokens.
   5.3  mini-batches keep their members over the epochs and change order; the value loss is clipped
-       and has a factor 1/2.
-       Learning rates decay linearly to 0.
+       and has a factor 1/2; gradients are clipped; Adam's eps is 1e-5; learning rates decay
+       linearly to 0.
 
     python train_ppo.py                                    # the embedded world's prompts
     python train_ppo.py --prompts prompts.jsonl --reward_model out/rm
 """
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import data
 import evaluate
-import forecast
 import sample
-import training
-from model import load_model, token_logps
-from train_rm import response_rewards
+from data import Batch, encode_prompts, permuted, response_batch
+from heads import WithHead
+from plumbing.folders import load_model, load_reward_model
+from plumbing.optimizers import linear_decay, pick_optimizer
+from plumbing.options import Options, command_line
+from plumbing.run import start
+from readers import read_prompts
+from scoring import kl_k1, kl_k3, masked_mean, response_rewards, token_logps
 
 
 @dataclass
-class Config:
+class Config(Options):
     init: str = "out/sft"             # model folder to start from: actor and reference
     out: str = "out/ppo"              # model folder to write
     reward_model: str = "out/rm"      # model folder of the reward model
@@ -57,8 +61,8 @@ class Config:
     batch_size: int = 64              # prompts per rollout and rank (B)
     minibatch_size: int = 32          # responses per update and rank
     epochs: int = 2                   # passes over a rollout (K_epochs)
-    lr: float = 8e-5                  # actor's initial learning rate
-    critic_lr: float = 5e-4           # critic's initial learning rate
+    lr: float = 8e-5                  # actor's initial learning rate (document: 1e-6)
+    critic_lr: float = 5e-4           # critic's initial learning rate (document: 1e-6)
     beta: float = 0.05                # KL coefficient to start with
     kl_target: float = 6.0            # nats per response the controller steers to; 0: beta is fixed
     kl_horizon: int = 2000            # responses over which the controller corrects
@@ -69,14 +73,8 @@ class Config:
     entropy_coef: float = 0.0         # c2
     no_end_score: float = -1.0        # the score of a response without <|end|>
     max_norm: float = 1.0             # gradient clipping, actor and critic each
-    seed: int = 0                     # of prompts and samples
-    device: str = "auto"              # auto | cpu | cuda | mps
-    dtype: str = "auto"               # auto | float32 | bfloat16 | float16
-    compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
-    resume: bool = False              # go on from --out if anything is there
-    overwrite: bool = False           # throw away what is in --out
 
 
 # ---------------------------------------------------------------------- the math
@@ -87,30 +85,28 @@ def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
     score: (B,). kl, mask: (B, T), mask 1 on response tokens. Returns (B, T), 0 outside the mask.
     """
     rewards = -beta * kl * mask
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * places).argmax(1, keepdim=True)                         # (B, 1)
     return rewards.scatter_add(1, last, score[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
-        lam: float) -> tuple[Tensor, Tensor]:
+        lam: float) -> Tensor:
     """Generalized advantage estimates (001 section 4.4; Schulman et al. 2016, eq. 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, V and A being 0 after
-    the last token. All (B, T); the mask is one run of 1s per row. Returns advantages and returns
-    G_t = A_t + V_t, both 0 outside the mask.
+    the last token. All (B, T); the mask is one run of 1s per row. The returns are A_t + V_t.
     """
     values = values * mask
-    advantages, advantage = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    advantage = torch.zeros_like(values[:, 0])                             # (B,) A_{t+1}
+    next_value = torch.zeros_like(values[:, 0])                            # (B,) V_{t+1}
     for t in reversed(range(values.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(advantage)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = (delta + gamma * lam * advantage) * mask[:, t]
         advantages[:, t] = advantage
-    return advantages, advantages + values
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum()
+        next_value = values[:, t]
+    return advantages
 
 
 def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
@@ -143,14 +139,8 @@ def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> f
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
-def values_before(critic, batch: data.Batch) -> Tensor:
-    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t. It reads no
-    log p, unlike the reward model it may come from: trained on values alone, it unlearns that."""
-    return critic(batch.tokens[:, :-1])
-
-
 class Controller:
-    """The KL coefficient: the only thing a checkpoint must know besides models and optimizers."""
+    """The KL coefficient beta, which a checkpoint must know besides models and optimizers."""
 
     def __init__(self, beta: float):
         self.beta = beta
@@ -164,103 +154,109 @@ class Controller:
 
 # ---------------------------------------------------------------------- rollouts
 
-@torch.no_grad()
-def rollout(models: dict, tokenizer, prompts: list[list[int]], beta: float, cfg: Config,
-            generator: torch.Generator) -> tuple[list[dict], list[list[int]]]:
-    """001 step 5.2: responses of the actor with everything the updates need, as mini-batches.
+def values_before(critic, batch: Batch) -> Tensor:
+    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t."""
+    return critic(batch.tokens[:, :-1]).squeeze(-1)
 
-    models: actor, critic, reference, reward_model. Returns the mini-batches, dicts of (b, T-1)
-    tensors beside "batch" and "score" (b,), and the responses (token ids) in the same order.
-    """
-    # Generate response y ~ pi_theta(.|x)
-    responses = sample.generate(models["actor"], prompts, cfg.max_new_tokens, (tokenizer.end,),
-                                cfg.temperature, generator=generator)
-    minibatches = []
+
+def minibatches(prompts: list[list[int]], responses: list[list[int]], tokenizer,
+                context_length: int, cfg: Config, device) -> Iterator[Batch]:
+    """Prompts and responses as batches of minibatch_size rows, whose responses are the targets."""
     for first in range(0, len(prompts), cfg.minibatch_size):
-        part = slice(first, first + cfg.minibatch_size)
-        batch = data.response_batch(prompts[part], responses[part], tokenizer.pad,
-                                    models["actor"].config.context_length)
-        batch = batch.to(models["actor"].device)
-        mask = batch.loss_mask[:, 1:].float()                              # (b, T-1)
-        # Per-token log pi_theta_old, log pi_ref and kl_t
-        old_logps = token_logps(models["actor"], batch, cfg.temperature)
-        ref_logps = token_logps(models["reference"], batch, cfg.temperature)
-        kl = old_logps - ref_logps
-        # Reward model score R; a fixed one where the response never ended
-        score = response_rewards(models["reward_model"], batch)            # (b,)
-        ended = torch.tensor([r[-1] == tokenizer.end for r in responses[part]], device=score.device)
-        score = torch.where(ended, score, torch.full_like(score, cfg.no_end_score))
-        # r_t = -beta kl_t, plus R at the final token; V_t; GAE advantages and returns
-        rewards = shaped_rewards(score, kl, mask, beta)
-        values = values_before(models["critic"], batch) * mask
-        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
-        minibatches.append({"batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl,
-                            "score": score, "ended": ended, "values": values,
-                            "advantages": advantages, "returns": returns})
-    whiten(minibatches)
-    return minibatches, responses
+        rows = slice(first, first + cfg.minibatch_size)
+        batch = response_batch(prompts[rows], responses[rows], tokenizer.pad, context_length)
+        yield batch.to(device)
 
 
-def whiten(minibatches: list[dict]) -> None:
+def score_responses(reward_model: WithHead, batch: Batch, end: int,
+                    no_end_score: float) -> tuple[Tensor, Tensor]:
+    """R = r_psi(x, y) of each row (b,), and whether the response has ended with the token `end`: a
+    response that was cut off gets no_end_score, because the reward model never saw such."""
+    score = response_rewards(reward_model, batch)                          # (b,)
+    ended = ((batch.tokens == end) & batch.loss_mask).any(1)
+    return torch.where(ended, score, no_end_score), ended
+
+
+def whiten(rollouts: list[dict]) -> None:
     """Advantages to mean 0 and variance 1 over the real tokens of the whole rollout, in place."""
-    flat = torch.cat([m["advantages"][m["mask"] > 0] for m in minibatches])
-    mean, std = flat.mean(), flat.std(correction=0) + 1e-8
-    for m in minibatches:
-        m["advantages"] = (m["advantages"] - mean) / std * m["mask"]
+    flat = torch.cat([r["advantages"][r["mask"] > 0] for r in rollouts])
+    mean = flat.mean()
+    std = flat.std(correction=0) + 1e-8
+    for r in rollouts:
+        r["advantages"] = (r["advantages"] - mean) / std * r["mask"]
 
 
-def rollout_figures(minibatches: list[dict]) -> dict:
-    """001 step 5.4: what the rollout says about the policy before its updates."""
-    score = torch.cat([m["score"] for m in minibatches])
-    kl = torch.cat([m["kl"].sum(1) for m in minibatches])                  # k1, nats per response
-    k3 = torch.cat([((torch.exp(-m["kl"]) - 1 + m["kl"]) * m["mask"]).sum(1) for m in minibatches])
-    length = torch.cat([m["mask"].sum(1) for m in minibatches])
-    ended = torch.cat([m["ended"] for m in minibatches]).float()
-    real = [m["mask"] > 0 for m in minibatches]
-    returns = torch.cat([m["returns"][keep] for m, keep in zip(minibatches, real)])
-    values = torch.cat([m["values"][keep] for m, keep in zip(minibatches, real)])
-    explained = 1 - (returns - values).var() / (returns.var() + 1e-8)
+def rollout_figures(rollouts: list[dict]) -> dict[str, Tensor]:
+    """What the rollout says about the policy before its updates (001 step 5.4)."""
+    def per_response(name: str) -> Tensor:
+        return torch.cat([r[name] for r in rollouts])
+
+    def per_token(name: str) -> Tensor:
+        return torch.cat([r[name][r["mask"] > 0] for r in rollouts])
+
+    score = per_response("score")
+    kl = torch.cat([r["kl"].sum(1) for r in rollouts])                     # nats per response
+    k3 = torch.cat([(r["kl_k3"] * r["mask"]).sum(1) for r in rollouts])
+    length = torch.cat([r["mask"].sum(1) for r in rollouts])
+    returns = per_token("returns")
+    unexplained = (returns - per_token("values")).var()
     return {"reward": score.mean(), "reward_std": score.std(), "reward_min": score.min(),
             "reward_max": score.max(), "kl": kl.mean(), "kl_k3": k3.mean(),
-            "response_tokens": length.mean(), "ended": ended.mean(),
-            "explained_variance": explained}
+            "response_tokens": length.mean(), "ended": per_response("ended").float().mean(),
+            "explained_variance": 1 - unexplained / (returns.var() + 1e-8)}
+
+
+def mean_figures(updates: list[dict]) -> dict[str, Tensor]:
+    """The means over the updates of a step."""
+    means = {}
+    for name in updates[0]:
+        values = torch.stack([update[name] for update in updates])
+        means[name] = values.detach().mean()
+    return means
+
+
+def load_critic(reward_model: WithHead, cfg: Config, run) -> WithHead:
+    """phi: a copy of the reward model, or theta_SFT with a new scalar head."""
+    if cfg.critic_init == "rm":
+        critic = copy.deepcopy(reward_model)
+    elif cfg.critic_init == "sft":
+        trunk, _ = load_model(cfg.init, run.device, run.dtype)
+        critic = WithHead(trunk, 1)
+    else:
+        raise ValueError(f"--critic_init {cfg.critic_init}: give rm or sft")
+    return critic.requires_grad_(True)
 
 
 def main(cfg: Config) -> dict:
-    run = training.start(cfg, "ppo")
+    run = start(cfg, __file__)
 
     # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model, optimizers
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     reference = copy.deepcopy(actor).requires_grad_(False)
-    reward_model, rm_tokenizer = load_model(cfg.reward_model, run.device, run.dtype, head=None)
-    if reward_model.config.head != "scalar" or rm_tokenizer != tokenizer:
+    reward_model, rm_tokenizer = load_reward_model(cfg.reward_model, run.device, run.dtype)
+    if rm_tokenizer != tokenizer:
         raise ValueError(f"--reward_model {cfg.reward_model}: it must be an --out of train_rm.py "
                          f"that uses the tokenizer of --init {cfg.init}")
-    if cfg.critic_init not in ("rm", "sft"):
-        raise ValueError(f"--critic_init {cfg.critic_init}: give rm or sft")
-    critic = copy.deepcopy(reward_model) if cfg.critic_init == "rm" else \
-        load_model(cfg.init, run.device, run.dtype, head="scalar")[0]
-    for name, weight in critic.named_parameters():                     # its values read no log p
-        weight.requires_grad_(name not in ("likelihood", "lm_head.weight"))
+    critic = load_critic(reward_model, cfg, run)
     reward_model.requires_grad_(False)
-    models = {"actor": actor, "critic": critic, "reference": reference,
-              "reward_model": reward_model}
-    for model in models.values():                      # routers without noise: else rho_t is not 1
-        model.eval()
-    prompts = data.read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
-                                bad_rows=cfg.bad_rows)
-    prompts, prompt_ids = data.encode_prompts(
-        prompts, tokenizer, actor.config.context_length - cfg.max_new_tokens, cfg.truncate)
-    actor_forward, critic_forward = run.prepare(actor), run.prepare(critic)
-    actor_optimizer = training.adamw(actor, cfg.lr, betas=(0.9, 0.95), eps=1e-5)
-    critic_optimizer = training.adamw(critic, cfg.critic_lr, betas=(0.9, 0.95), eps=1e-5)
+    for model in (actor, critic, reference, reward_model):
+        model.eval()                           # because with noisy routers rho_t would not be 1
+    length = actor.config.context_length
+    prompts = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
+                           bad_rows=cfg.bad_rows)
+    prompts, prompt_ids = encode_prompts(prompts, tokenizer, length - cfg.max_new_tokens,
+                                         cfg.truncate)
+    actor_forward = run.prepare(actor, "logps")
+    critic_forward = run.prepare(critic)
+    actor_optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
+    critic_optimizer = pick_optimizer("adam", critic, cfg.critic_lr, 0.0, run.dtype, eps=1e-5)
     controller = Controller(cfg.beta)
     run.track(actor=actor, critic=critic, actor_optimizer=actor_optimizer,
               critic_optimizer=critic_optimizer, controller=controller)
-    longest = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
-    forecast.announce(run, *models.values(), rows=cfg.minibatch_size, length=longest,
-                      tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * longest)
-    run.flops_per_token = 0.0                  # no MFU: the time goes into generation
+    mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
+    run.forecast(actor, critic, reference, reward_model, rows=cfg.minibatch_size,
+                 length=mean_length, log_mfu=False,
+                 tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * mean_length)
 
     # 5. FOR step = 1 TO T_PPO
     for step in run.steps(cfg.steps):
@@ -268,52 +264,78 @@ def main(cfg: Config) -> dict:
 
         # ---- ROLLOUT PHASE
         # 5.1 Sample batch of prompts
-        index = data.permuted(len(prompts), cfg.seed, step, cfg.batch_size, run.rank,
-                              run.world_size)
-        # 5.2 Responses, log-probs, KL, scores, rewards, values, advantages, returns
-        minibatches, responses = rollout(models, tokenizer, [prompt_ids[i] for i in index],
-                                         controller.beta, cfg, generator)
-        figures = rollout_figures(minibatches)
-        updates = []
+        index = permuted(len(prompts), cfg.seed, step, cfg.batch_size, run.rank, run.world_size)
+        x = [prompt_ids[i] for i in index]
+
+        # 5.2 FOR each prompt: all that the updates need, in mini-batches of b rows; (b, T-1) each
+        y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,), cfg.temperature,
+                            generator=generator)                           # generate y ~ pi_theta
+        rollouts = []
+        with torch.no_grad():
+            for batch in minibatches(x, y, tokenizer, length, cfg, run.device):
+                mask = batch.loss_mask[:, 1:].float()                      # 1 on tokens of y
+                old_logps = token_logps(actor.logps, batch, cfg.temperature)       # old log-probs
+                ref_logps = token_logps(reference.logps, batch, cfg.temperature)   # reference's
+                kl = kl_k1(old_logps, ref_logps)                           # KL of each token, nats
+                score, ended = score_responses(reward_model, batch, tokenizer.end,
+                                               cfg.no_end_score)           # score R (b,)
+                rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
+                values = values_before(critic, batch) * mask               # values V_t
+                advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)    # advantages A_t
+                returns = advantages + values                              # returns G_t
+                rollouts.append({
+                    "batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl,
+                    "kl_k3": kl_k3(old_logps, ref_logps), "score": score, "ended": ended,
+                    "values": values, "advantages": advantages, "returns": returns})
+        whiten(rollouts)
 
         # ---- OPTIMIZATION PHASE
-        # 5.3 K epochs over shuffled mini-batches
+        # 5.3 FOR epoch = 1 TO K_epochs, over shuffled mini-batches
+        updates = []
         for _epoch in range(cfg.epochs):
-            for i in torch.randperm(len(minibatches), generator=generator, device=run.device):
-                m = minibatches[i]
+            for i in torch.randperm(len(rollouts), generator=generator, device=run.device):
+                r = rollouts[i]
+                batch = r["batch"]
+                mask = r["mask"]
                 # Recompute log pi_theta, importance ratio, clipped surrogate loss
-                logps, entropy = token_logps(actor_forward, m["batch"], cfg.temperature,
+                logps, entropy = token_logps(actor_forward, batch, cfg.temperature,
                                              with_entropy=True)            # (b, T-1)
-                actor_loss, ratio, clip_fraction = ppo_loss(
-                    logps, m["old_logps"], m["advantages"], m["mask"], cfg.clip)
+                actor_loss, ratio, clip_fraction = ppo_loss(logps, r["old_logps"],
+                                                            r["advantages"], mask, cfg.clip)
                 # Value loss and entropy bonus
-                values = values_before(critic_forward, m["batch"])
-                critic_loss = value_loss(values, m["values"], m["returns"], m["mask"], cfg.clip)
-                mean_entropy = masked_mean(entropy, m["mask"])
-                # Total: L = L_actor + c1 L_critic - c2 H; update theta and phi
+                values = values_before(critic_forward, batch)
+                critic_loss = value_loss(values, r["values"], r["returns"], mask, cfg.clip)
+                mean_entropy = masked_mean(entropy, mask)
+                # Total: L = L_actor + c1 L_critic - c2 H
                 loss = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * mean_entropy
-                run.backward(loss, step)
-                lr = training.linear_decay(step, cfg.steps, cfg.lr)
-                critic_lr = training.linear_decay(step, cfg.steps, cfg.critic_lr)
-                grad_norm = run.update(actor_optimizer, lr, cfg.max_norm, last=False)
-                run.update(critic_optimizer, critic_lr, cfg.max_norm)
-                updates.append(torch.stack([loss, actor_loss, critic_loss, clip_fraction,
-                                            mean_entropy, ratio.max(), grad_norm]).detach())
+                # Backpropagate, update theta and phi
+                run.backward(loss)
+                grad_norm = run.clip(actor, cfg.max_norm)
+                critic_grad_norm = run.clip(critic, cfg.max_norm)
+                lr = linear_decay(step, cfg.steps, cfg.lr)
+                critic_lr = linear_decay(step, cfg.steps, cfg.critic_lr)
+                run.step(actor_optimizer, lr, loss, grad_norm)
+                run.step(critic_optimizer, critic_lr, loss, critic_grad_norm)
+                actor_optimizer.zero_grad()
+                critic_optimizer.zero_grad()
+                updates.append({"loss": loss, "actor_loss": actor_loss, "value_loss": critic_loss,
+                                "clip_fraction": clip_fraction, "entropy": mean_entropy,
+                                "ratio_max": ratio.max(), "grad_norm": grad_norm})
 
-        # 5.4 MONITORING and adaptive KL controller
-        names = ("loss", "actor_loss", "value_loss", "clip_fraction", "entropy", "ratio_max",
-                 "grad_norm")
-        figures |= dict(zip(names, torch.stack(updates).mean(0)))
-        figures |= evaluate.rollout_truth([prompts[i] for i in index], responses, tokenizer)
-        run.log(step, tokens=sum(m["batch"].tokens.numel() for m in minibatches),
-                beta=controller.beta, lr=lr, **figures)
-        controller.beta = adapt_beta(controller.beta, run.mean_over_ranks(figures["kl"].item()),
-                                     cfg.kl_target, cfg.batch_size * run.world_size, cfg.kl_horizon)
+        # 5.4 MONITORING, and the adaptive KL controller
+        figures = rollout_figures(rollouts) | mean_figures(updates)
+        figures |= evaluate.rollout_truth([prompts[i] for i in index], y, tokenizer)
+        tokens = sum(r["batch"].tokens.numel() for r in rollouts)
+        run.log(step, tokens=tokens, beta=controller.beta, lr=lr, **figures)
+        mean_kl = run.mean_over_ranks(figures["kl"].item())
+        controller.beta = adapt_beta(controller.beta, mean_kl, cfg.kl_target,
+                                     cfg.batch_size * run.world_size, cfg.kl_horizon)
         run.checkpoint(step)
 
     # 6. RETURN theta_aligned
-    return run.finish(actor, tokenizer, {"kl": run.last["kl"], "reward": run.last["reward"]})
+    results = run.last("kl", "reward")
+    return run.finish(actor, tokenizer, results)
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

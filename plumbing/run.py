@@ -1,0 +1,514 @@
+"""
+One run of one stage: device, precision, ranks, folder, and the few things every loop does.
+
+    run = start(cfg, __file__)                             device, ranks, seeds, output folder
+    forward = run.prepare(model, "logps")                  compiled, or averaged over ranks
+    run.track(model=model, optimizer=optimizer)            the parts of a checkpoint; resumes
+    for step in run.steps(cfg.steps):                      progress bar; Ctrl-C saves and exits
+        run.backward(loss)
+        grad_norm = run.clip(model, cfg.max_norm)
+        run.step(optimizer, lr, loss, grad_norm)           skips an update that would do harm
+        optimizer.zero_grad()
+        run.log(step, loss=loss, tokens=n)                 metrics.jsonl
+        run.checkpoint(step)                               written while training goes on
+    run.finish(model, tokenizer)                           the model folder and curves.png
+
+Nothing here knows about losses or data.
+"""
+import functools
+import gc
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import kernels
+import parallel
+from plumbing import checkpoints, folders, forecast
+from plumbing.curves import plot_curves, read_metrics
+from plumbing.guard import MAX_SKIPPED, Guard
+from plumbing.metrics import Metrics
+from plumbing.options import flat
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# the files of a run, which --overwrite may delete
+OWN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "adapter.json", "metrics.jsonl",
+             "adapter.safetensors", "curves.png", "checkpoints"}
+# options that may differ from the interrupted run's without a word
+MAY_CHANGE = {"steps", "resume", "overwrite", "log_every", "eval_every", "save_every", "out",
+              "device", "compile"}
+# options that name what a stage reads
+INPUTS = ("init", "reward_model", "data", "anneal_data", "prompts", "tokenizer")
+COUNTS = ("batch_size", "minibatch_size", "grad_accum", "epochs", "eval_windows", "eval_pairs",
+          "eval_examples", "n_examples", "n_pairs", "n_prompts", "n_shift")
+
+
+# ---------------------------------------------------------------------- device and precision
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. Under torchrun each process takes the GPU of its rank."""
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)              # because Triton launches its kernels there
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: {reason}; give auto, cpu, cuda, cuda:N or "
+                         "mps") from error
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":
+            fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bfloat16" if fast_bf16 else "float16"
+        elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+            name = "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name}: give auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(f"--dtype float16 needs a GPU (its loss scaling does), not {device.type}; "
+                         "give auto, float32 or bfloat16")
+    return DTYPES[name]
+
+
+# ---------------------------------------------------------------------- one run of one stage
+
+def start(cfg, script: str) -> "Run":
+    """Set up ranks (under torchrun), device, precision, seeds and the output folder. script: its
+    file name; train_sft.py is the stage sft.
+
+    Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
+    """
+    for count in COUNTS:
+        if getattr(cfg, count, 1) < 1:
+            raise ValueError(f"--{count} {getattr(cfg, count)}: give 1 or more")
+    kernels.keep_memory()
+    # everything imported stays until the end: the garbage collector need not look through it
+    gc.collect()
+    gc.freeze()
+    if "RANK" in os.environ and not dist.is_initialized():
+        on_gpu = pick_device(cfg.device).type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return Run(cfg, Path(script).stem.removeprefix("train_"))
+
+
+class CallForward(nn.Module):
+    """A module whose forward is some method of `model`, because DDP works through forward alone."""
+
+    def __init__(self, model: nn.Module, method: Callable):
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    def forward(self, *args, **kwargs):
+        return self.method(*args, **kwargs)
+
+
+class Run:
+    """What a running stage has: device, dtype, rank, folder; guard, metrics, checkpoints.
+
+    replica, replicas: which of the groups of ranks that read different tokens this rank is in; with
+    --tensor_parallel k each k ranks read the same ones.
+    """
+
+    def __init__(self, cfg, name: str):
+        self.cfg = cfg
+        self.name = name
+        self.out = Path(cfg.out)
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        parallel.check(cfg, self.dtype)
+        tensor_parallel = getattr(cfg, "tensor_parallel", 1)
+        self.replica = self.rank // tensor_parallel
+        self.replicas = self.world_size // tensor_parallel
+        torch.manual_seed(cfg.seed)
+        np.random.seed(cfg.seed)
+        random.seed(cfg.seed)
+        self.guard = Guard(self.dtype == torch.float16)
+        self.metrics = Metrics(self.out / "metrics.jsonl")
+        self.writer = checkpoints.Writer(self.out)
+        self.parts: dict = {}                          # of a checkpoint, by name
+        self.first_step = 0
+        self.current_step = 0
+        self.saved_step = -1                           # steps done at the newest checkpoint
+        self.flops_per_token = 0.0                     # 0: no MFU is logged
+        self.matmul_peak = 1.0                         # FLOP/s
+        self.started = time.perf_counter()
+        self.claim_folder()
+
+    def claim_folder(self) -> None:
+        """Refuse a folder with an earlier run in it unless told what to do with that run."""
+        for option in INPUTS:
+            for path in getattr(self.cfg, option, "").split(","):
+                inside = (Path(path).resolve(), *Path(path).resolve().parents)
+                if path and self.out.resolve() in inside:
+                    raise ValueError(f"--out {self.out} is or holds what this stage reads "
+                                     f"(--{option} {path}); give another one to write")
+        if self.rank == 0:
+            occupied = self.out.is_dir() and any(self.out.iterdir())
+            if occupied and not self.cfg.resume:
+                self.clear_folder()
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.barrier()
+
+    def clear_folder(self) -> None:
+        """With --overwrite delete an earlier run, and nothing else."""
+        if not self.cfg.overwrite:
+            raise ValueError(f"--out {self.out} is not empty; --resume goes on with what "
+                             "is there, --overwrite starts afresh, or give another folder")
+        for entry in sorted(self.out.iterdir()):
+            if entry.name not in OWN_FILES and entry.suffix != ".tmp":
+                raise ValueError(f"--overwrite would throw away {entry}, which is not of "
+                                 "a training run; move it, or give another --out")
+        shutil.rmtree(self.out)
+
+    def say(self, message: str) -> None:
+        """A line for the reader, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(f"{self.name}: {message}", file=sys.stderr)
+
+    # ---- ranks
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def mean_over_ranks(self, value: float | list[float] | Tensor) -> float | list[float]:
+        """DDP averages gradients over ranks: a summed loss divided by the mean number of target
+        tokens per rank is, after that average, divided by the number of all."""
+        if self.world_size == 1:
+            return value.tolist() if isinstance(value, Tensor) else value
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / self.world_size).tolist()
+
+    def prepare(self, model: nn.Module, method: str = "forward",
+                unused_parameters: bool = False) -> Callable:
+        """What to train through: model.<method>, compiled if asked for, in DDP under torchrun. With
+        --shard fsdp or --tensor_parallel the model's weights are shared among the ranks, in place:
+        an optimizer must take its parameters from here on.
+
+        unused_parameters: some steps leave parameters without a gradient, which DDP must look for.
+        """
+        fsdp = getattr(self.cfg, "shard", "none") == "fsdp"
+        tensor_parallel = getattr(self.cfg, "tensor_parallel", 1)
+        if fsdp or tensor_parallel > 1:
+            self.writer.ranks = dist.new_group(backend="gloo")
+            parallel.shard(model, fsdp, tensor_parallel)
+            return getattr(model, method)
+        call = getattr(model, method)
+        if self.cfg.compile:
+            call = torch.compile(call)
+        if self.world_size > 1:
+            return nn.parallel.DistributedDataParallel(
+                CallForward(model, call), find_unused_parameters=unused_parameters)
+        return call
+
+    def synchronize(self, forward: Callable, is_last: bool) -> None:
+        """Whether the next backward pass averages the gradients over the ranks: only that of the
+        last micro-batch must. (FSDP averages in each, because it keeps no whole gradients.)"""
+        if isinstance(forward, nn.parallel.DistributedDataParallel):
+            forward.require_backward_grad_sync = is_last
+
+    def generator(self, step: int) -> torch.Generator:
+        """Random numbers for one step and rank, the same after a resume."""
+        seed = self.cfg.seed * 1_000_003 + step * 1_009 + self.replica
+        return torch.Generator(self.device).manual_seed(seed)
+
+    # ---- the loop
+
+    def forecast(self, *models: nn.Module, rows: int = 0, length: float = 0,
+                 tokens: float = 0, log_mfu: bool = True) -> None:
+        """Say what the run will take (plumbing/forecast.py), and log the MFU of the first model.
+
+        rows, length: what is read at once, by default batch_size rows of a whole context. tokens:
+        what this rank reads in the whole run. log_mfu: False where most of the time goes into
+        something else than training. Raises ValueError for a run that does not fit.
+        """
+        work = forecast.workload(self.cfg, models[0].config, rows, length, tokens)
+        peak = forecast.matmul_peak(self.device, self.dtype)
+        if log_mfu:
+            self.matmul_peak = peak
+            self.flops_per_token = forecast.flops_per_token(models[0], work.length)
+        optimizer = getattr(self.cfg, "optimizer", "adam")
+        memory = forecast.memory_of(self.device)
+        self.say(forecast.describe(models, optimizer, work, peak, memory, flat(self.cfg),
+                                   getattr(self.cfg, "tensor_parallel", 1)))
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, exit (1 or 0).
+
+        Raises the error of a checkpoint that could not be written, at the end of a step.
+        """
+        signals = []                                   # received so far
+
+        def remember(signum, frame):
+            signals.append(signum)
+
+        handlers = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handlers[signum] = signal.signal(signum, remember)
+        self.bar = tqdm(total=total, initial=self.first_step, desc=self.name, unit="step",
+                        disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5)
+        self.metrics.row_time = time.perf_counter()
+        try:
+            for step in range(self.first_step, total):
+                self.current_step = step
+                yield step
+                self.bar.update()
+                stop = bool(signals or self.writer.error(wait=False))
+                if self.mean_over_ranks(stop):                  # all ranks, at the same step
+                    self.save_checkpoint(step + 1)
+                    self.wait_for_checkpoint()
+                    self.leave(step, signals)
+        finally:
+            self.bar.close()
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def leave(self, step: int, signals: list[int]) -> None:
+        """Exit with code 1 after Ctrl-C, and with 0 after a scheduler's SIGTERM."""
+        message = (f"stopped after step {step}; everything is saved in {self.out}, "
+                   "--resume goes on from there")
+        if signals and signals[0] == signal.SIGINT:
+            raise SystemExit(f"{self.name}: {message}")
+        self.say(message)
+        raise SystemExit(0)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; in float16 those of the loss times the loss scale."""
+        if self.guard.float16:
+            loss = loss * self.guard.scale
+        loss.backward()
+
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Shorten the model's gradients to max_norm if together they are longer.
+
+        Returns their norm before that (scalar), over all ranks where they are shared.
+        """
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.guard.unscale(gradients)
+        norm = parallel.total_norm(gradients)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], factor)
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer, lr: float, loss: Tensor,
+             grad_norm: Tensor) -> bool:
+        """One step of the optimizer at learning rate lr, unless it would do harm: then weights and
+        optimizer stay as they are. Returns whether the step was taken.
+
+        loss, grad_norm: what the update is judged by (plumbing/guard.py). Raises FloatingPointError
+        when it was the MAX_SKIPPED-th harmful update in a row.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        name = ""
+        for part_name, part in self.parts.items():
+            if part is optimizer:
+                name = part_name
+        # The mean over ranks, so that all of them decide alike. Reading it is the only place where
+        # a step waits for the GPU.
+        judged = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        loss_value, norm_value = self.mean_over_ranks(judged)
+        fault = self.guard.fault(name, loss_value, norm_value)
+        if not fault:
+            optimizer.step()
+            return True
+        if self.guard.gives_up(name):
+            self.wait_for_checkpoint()
+            raise FloatingPointError(f"step {self.current_step}: {fault}, and {MAX_SKIPPED} updates in a row "
+                                     "were skipped for the like; "
+                                     f"{checkpoints.way_back(self.out)}")
+        self.say(f"step {self.current_step}: {fault}; this update is skipped")
+        return False
+
+    def due(self, step: int, every: int) -> bool:
+        """True every `every` steps and after the last one."""
+        return step + 1 == self.cfg.steps or every > 0 and (step + 1) % every == 0
+
+    def log(self, step: int, *, tokens: int = 0, **figures) -> None:
+        """Add this step's figures; every log_every steps their means become a row of metrics.jsonl.
+
+        tokens: how many tokens this rank processed in this step (the row has the total so far).
+        """
+        self.metrics.add(tokens * self.replicas, figures)
+        if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
+            return
+        row = self.metrics.row(step, self.guard.skipped, self.mean_over_ranks)
+        if self.flops_per_token:
+            flops_per_s = row["tokens_per_s"] / self.world_size * self.flops_per_token
+            row["mfu"] = flops_per_s / self.matmul_peak
+            row["memory_gb"] = peak_memory(self.device) / 1e9
+            self.metrics.last |= row
+        if self.rank == 0:
+            self.metrics.write(row)
+            shown = {}
+            for name in ("loss", "val_loss", "reward"):
+                if name in row:
+                    shown[name] = f"{row[name]:.3g}"
+            self.bar.set_postfix(shown, refresh=False)
+
+    def last(self, *names: str) -> dict[str, float]:
+        """The newest values of these figures."""
+        return {name: self.metrics.last[name] for name in names}
+
+    def last_with(self, *prefixes: str) -> dict[str, float]:
+        """The newest values of all figures whose names begin like this."""
+        return {name: value for name, value in self.metrics.last.items()
+                if name.startswith(prefixes)}
+
+    # ---- checkpoints
+
+    def save_tokenizer(self, tokenizer) -> None:
+        """Before training, because --resume must find the tokenizer of its checkpoints."""
+        if self.rank == 0:
+            tokenizer.save(self.out)
+
+    def track(self, **parts) -> None:
+        """Name what a checkpoint holds (things with state_dict); with --resume load the newest
+        that is whole.
+
+        Raises ValueError when there are checkpoints but all are damaged, or when the newest whole
+        one holds other shapes or parts.
+        """
+        self.parts = parts
+        if self.rank == 0:
+            checkpoints.remove_unfinished(self.out)
+        folder = None
+        if self.cfg.resume:
+            folder, state = checkpoints.newest_whole(self.out, self.say)
+        if folder is not None:
+            checkpoints.load_parts(folder, parts, state)
+            self.load_state(state)
+            self.say(f"going on from step {self.first_step} ({folder})")
+            self.say_changed_options(checkpoints.read_meta(folder)["config"])
+        if self.rank == 0:
+            self.metrics.drop_rows_from(self.first_step)
+
+    def say_changed_options(self, began: dict) -> None:
+        now = flat(self.cfg)
+        for name in sorted(began.keys() & now.keys() - MAY_CHANGE):
+            if began[name] != now[name]:
+                self.say(f"the run began with --{name} {began[name]}; from here on it is "
+                         f"{now[name]}")
+
+    def state(self, steps_done: int) -> dict:
+        """Everything but the options that the run needs to go on. Collective: all ranks ask."""
+        pending = [self.metrics.pending_state()]
+        if self.world_size > 1:                               # each rank has figures of its own
+            mine = pending[0]
+            pending = [{}] * self.world_size
+            dist.all_gather_object(pending, mine)
+        gpu_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        evaluated_now = self.metrics.evaluated == steps_done - 1
+        return {"step": steps_done, "tokens": self.metrics.tokens, "last": self.metrics.last,
+                "pending": pending, "rng": torch.get_rng_state(), "gpu_rng": gpu_rng,
+                "val_loss": self.metrics.last["val_loss"] if evaluated_now else None,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                **self.guard.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.first_step = state["step"]
+        self.metrics.tokens = state["tokens"]
+        self.metrics.last = state["last"]
+        self.metrics.load_pending(state["pending"], self.rank, self.world_size)
+        self.guard.load_state_dict(state)
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state.get("gpu_rng") is not None:
+            torch.cuda.set_rng_state(state["gpu_rng"])        # because noisy routers draw from it
+
+    def checkpoint(self, step: int) -> None:
+        """Save every save_every steps."""
+        if self.due(step, self.cfg.save_every):
+            self.save_checkpoint(step + 1)
+
+    def save_checkpoint(self, steps_done: int) -> None:
+        """Copy everything to CPU memory; a thread of rank 0, or of each rank where they share the
+        weights, writes it to the disk while training goes on.
+
+        Raises the error of the checkpoint before this one, as wait_for_checkpoint() does.
+        """
+        self.wait_for_checkpoint()
+        state = self.state(steps_done)
+        if self.saved_step == steps_done:
+            return
+        self.saved_step = steps_done
+        if self.writer.ranks is not None or self.rank == 0:
+            meta = {"step": steps_done, "val_loss": state["val_loss"], "config": flat(self.cfg),
+                    "parents": self.parents}
+            self.writer.start(state, checkpoints.modules_of(self.parts), meta)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk; on all ranks, at the same point.
+
+        Raises, on all of them, the error that kept it from being written: OSError (a full disk,
+        say), or FloatingPointError when weights are not finite.
+        """
+        error = self.writer.error(wait=True)
+        if self.mean_over_ranks(error is not None):
+            raise error or OSError("another rank could not write its checkpoint, and says why")
+
+    @functools.cached_property
+    def parents(self) -> dict[str, str]:
+        """The models this run starts from: read once, not at every checkpoint."""
+        return folders.parents(self.cfg)
+
+    def finish(self, model: nn.Module, tokenizer, result: dict | None = None) -> dict:
+        """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s.
+
+        Raises OSError when the disk is full, and what wait_for_checkpoint() raises.
+        """
+        self.wait_for_checkpoint()
+        rows = read_metrics(self.out)
+        speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
+        result = {"minutes": (time.perf_counter() - self.started) / 60,
+                  "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
+        weights = parallel.copied(model.state_dict(), keep=self.rank == 0)
+        if self.rank == 0:
+            plot_curves(rows, self.out / "curves.png", self.name)
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                        "numpy": np.__version__}
+            temporary = self.out / "model.safetensors.tmp"
+            with checkpoints.room_for(temporary, list(weights.values())):
+                folders.save_model(self.out, model, tokenizer, weights, stage=self.name,
+                                   parents=self.parents, config=flat(self.cfg),
+                                   seed=self.cfg.seed, result=result, versions=versions)
+        self.barrier()
+        return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most so far: allocated on the GPU, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                               # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

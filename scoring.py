@@ -1,0 +1,111 @@
+"""
+What the stages share of the mathematics: log-probabilities, rewards, values, KL, masked means.
+
+    log p(x_t | x_<t)                token_logps      every stage's loss is made of it
+    log pi(y | x) = sum_t of these   response_logps   DPO, rankings by likelihood
+    r_psi(x, y)                      response_rewards the reward model at the last token of y
+    KL(pi || pi_ref)                 kl_k1, kl_k3     from log pi - log pi_ref of sampled tokens
+
+Log-probabilities are natural logarithms in fp32. A model is given by the function that makes its
+log-probabilities: `model.logps`, or what Run.prepare returned for it.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import data
+
+
+# ---------------------------------------------------------------------- log-probabilities
+
+def token_logps(logps: Callable, batch: data.Batch, temperature: float = 1.0,
+                with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(x_t | x_<t) in nats of every target of the batch, (B, T-1) fp32, 0 elsewhere; with
+    with_entropy also the entropy of each prediction in nats, (B, T-1).
+
+    The one place where tokens are shifted against their predictions: entry t - 1 is the score of
+    token t. Logits are divided by `temperature` first.
+    """
+    loss_mask = batch.loss_mask[:, 1:]
+    if batch.n_targets == loss_mask.numel():
+        loss_mask = None                               # because all tokens are scored
+    documents = None if batch.documents is None else batch.documents[:, :-1]
+    positions = None if batch.positions is None else batch.positions[:, :-1]
+    return logps(batch.tokens[:, :-1], batch.tokens[:, 1:], loss_mask=loss_mask,
+                 documents=documents, positions=positions, temperature=temperature,
+                 with_entropy=with_entropy)
+
+
+def denoised_logps(logps: Callable, batch) -> Tensor:
+    """token_logps of an objectives.DenoisingBatch, (B, T) or (B, T-1): where targets stand beside
+    the inputs nothing is shifted."""
+    tokens = batch.tokens
+    targets = batch.targets
+    loss_mask = batch.loss_mask
+    if targets is None:
+        targets = tokens[:, 1:]
+        tokens = tokens[:, :-1]
+        loss_mask = loss_mask[:, 1:]
+    return logps(tokens, targets, loss_mask=loss_mask, documents=batch.documents,
+                 positions=batch.positions, **batch.of_architecture())
+
+
+def response_logps(logps: Callable, batch: data.Batch) -> Tensor:
+    """log pi(y|x) = sum_t log pi(y_t | x, y_<t) of each row, (B,) in nats."""
+    return token_logps(logps, batch).sum(1)
+
+
+@torch.no_grad()
+def score_pairs(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) -> Tensor:
+    """(N, 2) fp32 on the model's device: log pi(y|x) in nats of chosen and rejected of each pair."""
+    scores = torch.empty(len(pairs), 2, device=model.device)
+    for batch in pairs.epoch(batch_size):
+        batch = batch.to(model.device)
+        pi_w, pi_l = response_logps(model.logps, batch).chunk(2)               # (B,) each
+        scores[batch.index] = torch.stack([pi_w, pi_l], 1)
+    return scores
+
+
+# ---------------------------------------------------------------------- rewards
+
+def last_value(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """values, loss_mask (B, T) -> the value at each row's last response token (B,).
+
+    Raises ValueError for a row without one.
+    """
+    if not loss_mask.any(1).all():
+        raise ValueError("a row has no response token: there is nothing to reward")
+    places = torch.arange(values.shape[1], device=values.device)
+    last = (loss_mask * places).argmax(1, keepdim=True)                # (B, 1)
+    return values.gather(1, last).squeeze(1)
+
+
+def response_rewards(rewards: Callable, batch: data.Batch) -> Tensor:
+    """r_psi(x, y) = W_r h_last + b_r of each row, (B,) (001 section 4.4).
+
+    rewards: the reward model's forward, tokens (B, T) -> (B, T, 1). batch.loss_mask (B, T) marks
+    the response, whose last token is read; a row without a response raises ValueError.
+    """
+    values = rewards(batch.tokens, documents=batch.documents, positions=batch.positions)
+    return last_value(values.squeeze(-1), batch.loss_mask)
+
+
+# ---------------------------------------------------------------------- means and KL
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x where mask is 1; both of one shape -> scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """log pi(y_t) - log pi_ref(y_t) of tokens y_t ~ pi, in nats: its mean is KL(pi || pi_ref), a
+    single one may be negative (Schulman 2020)."""
+    return logps - ref_logps
+
+
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """ratio - 1 - log ratio, ratio = pi_ref / pi, in nats: the same mean as kl_k1 with less
+    variance, and never negative (Schulman 2020)."""
+    log_ratio = ref_logps - logps
+    return torch.exp(log_ratio) - 1 - log_ratio
