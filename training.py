@@ -47,7 +47,7 @@ from tqdm import tqdm
 import kernels
 import model as model_module
 import parallel
-from muon import Muon
+from plumbing.optimizers import Muon
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP_CHECKPOINTS = 2

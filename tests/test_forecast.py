@@ -1,17 +1,21 @@
 """forecast.py: memory against what autograd really keeps, and what is refused."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from tiny import tiny_model
 
-import forecast
 import parallel
 import train_dpo
 import train_ppo
 import train_pretrain
-import training
 from model import ModelConfig, Transformer
 from parallel import local
+from plumbing import forecast
+from plumbing.forecast import Workload
+from plumbing.optimizers import pick_optimizer
+from plumbing.options import flat
 
 SIZES = {"vocab_size": 272, "d_model": 64, "n_layers": 3, "n_heads": 4, "context_length": 96}
 
@@ -65,8 +69,8 @@ def test_ranks_that_divide_the_matrices_keep_their_parts(changes, two_ranks):
     whole = forecast.state_bytes(model, "muon", torch.bfloat16)
     parallel.shard(model, fsdp=False, ways=2)
     real = kept_bytes(model, torch.randint(256, (4, 96)))
-    estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True, ways=n)
-                       for n in (2, 1))
+    estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+                                                 tensor_parallel=n) for n in (2, 1))
     assert estimate == pytest.approx(real, rel=0.25) and estimate < 0.75 * alone
     assert forecast.state_bytes(model, "muon", torch.bfloat16, 2) == pytest.approx(whole / 2,
                                                                                   rel=0.02)
@@ -88,10 +92,10 @@ def test_checkpointing_keeps_the_inputs_of_blocks_only():
     assert forecast.activation_bytes(config, 4, 96, 2, checkpointing=True) < whole / 8
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam"])
 def test_state_is_what_weights_gradients_and_optimizer_take(optimizer):
     model = tiny_model(vocab_size=2, d_model=64)
-    chosen = training.pick_optimizer(optimizer, model, 1e-3, 0.0, torch.float32)
+    chosen = pick_optimizer(optimizer, model, 1e-3, 0.0, torch.float32)
     model(torch.ones(1, 4, dtype=torch.long)).sum().backward()
     chosen.step()
     real = sum(p.numel() * 8 for p in model.parameters()) + sum(
@@ -109,12 +113,12 @@ def test_the_peak_is_at_least_what_a_matmul_reaches_now():
 def test_a_run_is_described_in_tokens_flops_memory_and_time():
     model = Transformer(ModelConfig(**SIZES))
     flops = model.config.flops_per_token(96) * 1e6
-    said = forecast.check((model,), "adamw", 4, 96, 1e6, 1e9, 2**34)
-    assert f"1.0M tokens to train on, {flops:.1e} FLOPs" in said
-    assert f"about {flops / 0.4e9 / 60:.0f} minutes at 40% of 0.00 TFLOP/s" in said
+    sentence = forecast.describe((model,), "adamw", Workload(4, 96, 1e6), 1e9, 2**34)
+    assert f"1.0M tokens to train on, {flops:.1e} FLOPs" in sentence
+    assert f"about {flops / 0.4e9 / 60:.0f} minutes at 40% of 0.00 TFLOP/s" in sentence
 
 
-PRETRAIN, DPO, PPO = (vars(script.Config()) for script in (train_pretrain, train_dpo, train_ppo))
+PRETRAIN, DPO, PPO = (flat(script.Config()) for script in (train_pretrain, train_dpo, train_ppo))
 
 
 @pytest.mark.parametrize("memory, rows, checkpointing, options, advice", [
@@ -131,21 +135,43 @@ def test_what_cannot_fit_is_refused_with_the_flag_that_helps(memory, rows, check
     model = Transformer(ModelConfig(**SIZES))
     model.gradient_checkpointing = checkpointing
     with pytest.raises(ValueError, match=f"needs about .* but there are .* GB: give {advice}"):
-        forecast.check((model,), "adamw", rows, 96, 1e6, 1e12, memory, options)
-    forecast.check((model,), "adamw", rows, 96, 1e6, 1e12, 2**40)
+        forecast.describe((model,), "adamw", Workload(rows, 96, 1e6), 1e12, memory, options)
+    forecast.describe((model,), "adamw", Workload(rows, 96, 1e6), 1e12, 2**40)
 
 
 def test_a_second_model_takes_memory_but_no_time():
     """The reference of DPO, frozen: its weights alone, in fp32."""
     model, frozen = (Transformer(ModelConfig(**SIZES)) for _ in range(2))
     frozen.requires_grad_(False)
-    alone, beside = (forecast.check(models, "adamw", 4, 96, 1e6, 1e9, 2**40)
+    work = Workload(4, 96, 1e6)
+    alone, beside = (forecast.describe(models, "adamw", work, 1e9, 2**40)
                      for models in ((model,), (model, frozen)))
     assert alone.split(" TFLOP/s")[0] == beside.split(" TFLOP/s")[0]
     weights = 4 * sum(p.numel() for p in frozen.parameters())
     assert forecast.state_bytes(frozen, "adamw", torch.float32) == weights
     room = (forecast.state_bytes(model, "adamw", torch.float32) + weights // 2
             + forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True))
-    forecast.check((model,), "adamw", 4, 96, 1e6, 1e9, room)
+    forecast.describe((model,), "adamw", work, 1e9, room)
     with pytest.raises(ValueError, match="this run needs about"):
-        forecast.check((model, frozen), "adamw", 4, 96, 1e6, 1e9, room)
+        forecast.describe((model, frozen), "adamw", work, 1e9, room)
+
+
+def test_a_stage_reads_its_batch_size_unless_it_says_otherwise():
+    cfg = SimpleNamespace(batch_size=8, steps=10, grad_accum=3)
+    config = ModelConfig(**SIZES)
+    assert forecast.workload(cfg, config) == (8, 96, 10 * 3 * 8 * 96)
+    assert forecast.workload(cfg, config, rows=2, length=40.4) == (2, 40, 10 * 3 * 2 * 40)
+    assert forecast.workload(cfg, config, tokens=5.0) == (8, 96, 5.0)
+
+
+def test_an_encoder_decoders_token_is_read_by_one_of_its_stacks():
+    for architecture, share in (("decoder", 1), ("encoder_decoder", 0.5)):
+        config = ModelConfig(**SIZES, architecture=architecture)
+        assert forecast.flops_per_token(config, 96) == share * config.flops_per_token(96)
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours"),
+    (172_800, "2 days")])
+def test_a_time_is_given_in_the_largest_unit_of_which_there_are_two(seconds, words):
+    assert forecast.in_words(seconds) == words

@@ -1,4 +1,4 @@
-"""training.py: the command line, numbers by hand, and runs that are stopped in every way."""
+"""training.py: numbers by hand, and runs that are stopped in every way."""
 import dataclasses
 import errno
 import hashlib
@@ -25,7 +25,6 @@ import train_pretrain
 import training
 from model import load_model
 from tokenizer import Tokenizer
-from training import plot_curves  # before it is switched off
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +47,7 @@ class Config:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """They take most of a tiny run's second; test_curves_... draws one."""
+    """They take most of a tiny run's second; test_curves.py draws one."""
     monkeypatch.setattr(training, "plot_curves", lambda *args: None)
 
 
@@ -56,137 +55,7 @@ def start(tmp_path, **options) -> training.Run:
     return training.start(Config(out=str(tmp_path / "out"), **options), "test")
 
 
-# ---------------------------------------------------------------------- the command line
-
-def parse(*argv):
-    return training.parse(Config, list(argv), "What it does.")
-
-
-def test_defaults_and_types_are_those_of_the_dataclass():
-    assert parse() == Config()
-    cfg = parse("--steps", "12", "--lr=0.5", "--out", "3")
-    assert (cfg.steps, cfg.lr, cfg.out) == (12, 0.5, "3")
-    assert [type(value) for value in (cfg.steps, cfg.lr, cfg.out)] == [int, float, str]
-
-
-@pytest.mark.parametrize("argv, expected", [
-    (["--resume"], True), (["--resume", "true"], True), (["--resume=True"], True),
-    (["--resume", "1"], True), (["--resume", "false"], False), (["--resume", "0"], False),
-    (["--resume", "--steps", "3"], True), ([], False)])
-def test_a_bool_is_a_flag_that_may_have_a_value(argv, expected):
-    assert parse(*argv).resume is expected
-
-
-@pytest.mark.parametrize("argv, named", [
-    (["--step", "3"], "unknown option --step; did you mean --steps?"),
-    (["--save-every=3"], "unknown option --save-every=3; did you mean --save_every?"),
-    (["--zzz"], "unknown option --zzz; the options are out steps lr"),
-    (["stray"], "unknown option stray"),
-    (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
-    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
-    (["--resume", "maybe"], '--resume: "maybe"; give true or false'),
-    (["--steps"], "--steps: expected one argument")])
-def test_what_cannot_be_meant_is_refused_by_name(argv, named, capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse(*argv)
-    assert exit.value.code == 2 and named in capsys.readouterr().err
-
-
-def test_a_preset_gives_other_defaults_and_what_is_given_stands(capsys):
-    def pretrain(*argv):
-        return training.parse(train_pretrain.Config, argv, presets=train_pretrain.PRESETS)
-
-    cfg = pretrain("--preset", "gpt2-124m", "--steps", "5", "--lr=1e-3")
-    assert (cfg.steps, cfg.lr, cfg.n_layers, cfg.preset) == (5, 1e-3, 12, "gpt2-124m")
-    assert pretrain() == train_pretrain.Config()
-    with pytest.raises(SystemExit):
-        pretrain("--preset", "gpt2")
-    assert "--preset gpt2; give gpt2-124m" in capsys.readouterr().err
-
-
-def test_help_is_made_of_the_comments_and_defaults(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage") and "What it does." in text
-    assert "--steps int optimizer steps, 100% of them (default: 8)" in text
-    assert "--lr float peak learning rate (default: 0.001)" in text
-    for field in dataclasses.fields(Config):
-        assert f"--{field.name} " in text
-
-
-def test_every_stages_option_has_a_help_text(capsys):
-    with pytest.raises(SystemExit):
-        training.parse(train_pretrain.Config, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(train_pretrain.Config):
-        assert f"--{field.name} " in text
-        assert f" {type(field.default).__name__} (default: {field.default})" not in text, field.name
-
-
-def test_a_users_mistake_ends_in_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/some/where/train_x.py"])
-    for error in (ValueError("--lr is odd"), FloatingPointError("--lr is odd"),
-                  OSError("--lr is odd")):
-        def main(cfg, error=error):
-            raise error
-        with pytest.raises(SystemExit) as exit:
-            training.command_line(main, Config, "")
-        assert exit.value.code == "train_x.py: --lr is odd"
-
-
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_x.py"])
-    with pytest.raises(ZeroDivisionError):
-        training.command_line(lambda cfg: 1 / 0, Config, "")
-
-
-# ---------------------------------------------------------------------- schedules and numbers
-
-@pytest.mark.parametrize("step, expected", [
-    (0, 0.2), (4, 1.0), (9, 2.0),                       # (step + 1) / 10 of the peak 2
-    (10, 2.0), (40, 2 * 0.775), (55, 2 * 0.55),         # 0.1 + 0.9 (1 + cos) / 2 at 0, 60,
-    (70, 2 * 0.325), (100, 0.2), (1000, 0.2)])          # 90, 120, 180 degrees, and later
-def test_learning_rate_by_hand(step, expected):
-    assert training.learning_rate(step, 100, 2.0, warmup=10) == pytest.approx(expected)
-
-
-def test_learning_rate_without_warmup_starts_at_its_peak_and_can_end_at_zero():
-    assert training.learning_rate(0, 10, 3.0) == 3.0
-    assert training.learning_rate(10, 10, 3.0, floor=0.0) == pytest.approx(0.0)
-    assert training.learning_rate(5, 5, 3.0, warmup=5) == 3.0          # all of it warmup
-
-
-def test_warmup_stable_decay_rises_stays_and_falls_to_nothing():
-    rates = [training.warmup_stable_decay(step, 100, 2.0, warmup=10) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9:71] == [2.0] * 62
-    assert rates[85] == pytest.approx(1.0) and rates[100] == 0
-    assert sum(rates) > 1.2 * sum(training.learning_rate(s, 100, 2.0, 10) for s in range(101))
-
-
-def test_linear_decay_by_hand():
-    assert [training.linear_decay(step, 4, 2.0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
-
-
-def test_weight_decay_shrinks_matrices_and_nothing_else():
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    before = [w.detach().clone() for w in model.parameters()]
-    optimizer = training.adamw(model, lr=0.1, weight_decay=0.5)
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    torch.testing.assert_close(model[0].weight.detach(), before[0] * (1 - 0.1 * 0.5))
-    for weight, old in zip(list(model.parameters())[1:], before[1:]):
-        assert torch.equal(weight, old)
-
-
-def test_frozen_weights_are_not_optimized():
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
-    model[0].requires_grad_(False)
-    groups = training.adamw(model, lr=0.1).param_groups
-    assert [w for group in groups for w in group["params"]] == [model[1].weight]
-
+# ---------------------------------------------------------------------- devices, precision, updates
 
 @pytest.mark.parametrize("call, named", [
     (lambda: training.pick_device("gpu"), "--device gpu: .*give auto, cpu, cuda"),
@@ -424,15 +293,6 @@ def test_a_row_holds_the_means_since_the_row_before(tmp_path):
     assert [row.get("val_loss") for row in rows] == [None, None, 7, None, None]
     assert all(row["lr"] == 0.5 and row["tokens_per_s"] > 0 for row in rows)
     assert run.last["loss"] == 6.5 and run.last["val_loss"] == 7
-
-
-def test_curves_become_a_picture_even_of_figures_that_are_rarely_logged(tmp_path):
-    rows = [{"step": step, "loss": 3 / (step + 1), "lr": 0.1, "tokens": step, "tokens_per_s": 9.0}
-            | ({"val_loss": 2.0} if step == 2 else {}) for step in range(4)]
-    plot_curves(rows, tmp_path / "curves.png", "test")
-    picture = (tmp_path / "curves.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 5_000
-    plot_curves([], tmp_path / "none.png", "nothing was logged")       # must not fail
 
 
 # ---------------------------------------------------------------------- the folder
