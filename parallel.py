@@ -47,7 +47,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from routing import Routes
 
 LOGITS = 2**24                          # at a time and rank, where the vocabulary is divided
 
@@ -88,16 +87,20 @@ def shard(model: nn.Module, fsdp: bool = True, ways: int = 1) -> nn.Module:
     pass, so that after a validation loss evaluate.masked_figures finds them.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # a second to import: only where needed
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
     mesh = init_device_mesh(model.device.type, (dist.get_world_size() // ways, ways),
                             mesh_dim_names=("data", "model"))
     if ways > 1:
         divide(model, mesh["model"], mesh["data"].size())
     if fsdp:
-        for block in (*model.blocks, *getattr(model, "encoder", ())):
+        trunk = getattr(model, "trunk", model)
+        for block in (*trunk.blocks, *getattr(trunk, "encoder", ())):
             fully_shard(block, mesh=mesh["data"], shard_placement_fn=across)
         fully_shard(model, mesh=mesh["data"], shard_placement_fn=across)
+        for method in ("logps", "values_and_logps"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
     return model
 
 
@@ -110,7 +113,7 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
     """
     from torch.distributed.tensor import Shard, _StridedShard, distribute_tensor
     config, ways = model.config, mesh.size()
-    model.ways = ways
+    model.tensor_parallel = ways
     shared = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
               "vocab_size": config.vocab_size, "n_experts": config.n_experts,
               "n_shared_experts * d_expert": config.n_shared_experts * config.d_expert}
@@ -127,10 +130,14 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
         setattr(module, name, nn.Parameter(part))
 
     def enter(module: nn.Module, args: tuple) -> tuple:
-        x, *seen = args
-        if seen and getattr(seen[0], "source", None) is not None:      # cross-attention's keys
-            seen = [seen[0]._replace(source=entering(seen[0].source, mesh))]
-        return entering(x, mesh), *seen
+        x, *others = args
+        return entering(x, mesh), *others
+
+    def enter_both(module: nn.Module, args: tuple) -> tuple:
+        x, source, *others = args                      # of cross-attention
+        if source is not None:
+            source = entering(source, mesh)
+        return entering(x, mesh), source, *others
 
     rows, columns = Shard(0), Shard(1)
     halves = _StridedShard(0, split_factor=2)          # some rows of W1 and the same rows of W3
@@ -146,7 +153,7 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
             keep(module, "w13", rows)
             keep(module, "w2", rows)
         elif name in ("attention", "cross_attention", "mlp", "shared"):
-            module.register_forward_pre_hook(enter)
+            module.register_forward_pre_hook(enter_both if name == "cross_attention" else enter)
             module.register_forward_hook(lambda module, args, y: leaving(y, mesh))
 
 
@@ -228,19 +235,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temper
     return (logps, entropies) if with_entropy else logps
 
 
-def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, routes: Routes) -> Tensor:
+def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, tokens: Tensor, gates: Tensor,
+                offsets: Tensor) -> Tensor:
     """kernels.moe_experts. Where the experts are divided, every rank has routed all tokens alike,
     works off its own experts' part of the list, and counts the rest as dropped."""
     if not is_sharded(w13):
-        return kernels.moe_experts(x, w13, w2, *routes)
-    mesh, own = w13.device_mesh, w13.to_local()
+        return kernels.moe_experts(x, w13, w2, tokens, gates, offsets)
+    mesh = w13.device_mesh
+    own = w13.to_local()
     first = mesh.get_local_rank() * len(own)
-    offsets = routes.offsets[first:first + len(own) + 1]
-    pairs = torch.arange(len(routes.tokens), device=x.device) + offsets[0]
-    pairs = pairs % len(pairs)                                         # its own come first
-    return leaving(kernels.moe_experts(
-        entering(x, mesh), own, w2.to_local(), routes.tokens[pairs],
-        entering(routes.gates, mesh)[pairs], offsets - offsets[0]), mesh)
+    own_offsets = offsets[first:first + len(own) + 1]
+    # rotate the list, so that the pairs of this rank's experts come first
+    pairs = torch.arange(len(tokens), device=x.device) + own_offsets[0]
+    pairs = pairs % len(pairs)
+    own_gates = entering(gates, mesh)[pairs]
+    y = kernels.moe_experts(entering(x, mesh), own, w2.to_local(), tokens[pairs], own_gates,
+                            own_offsets - own_offsets[0])
+    return leaving(y, mesh)
 
 
 # ---------------------------------------------------------------------- parts and wholes

@@ -1,0 +1,13 @@
+"""
+The machinery that every training script shares, so that a script can be about its algorithm.
+
+    options.py      a dataclass and its comments become the command line
+    run.py          one run of one stage: device, precision, ranks, seed, output folder, metrics
+    checkpoints.py  a run's state on the disk: whole or absent, damaged ones named
+    folders.py      model folders: written at the end of a stage, read at the start of the next
+    optimizers.py   learning rates, AdamW, Adam, Muon
+    forecast.py     a run's tokens, FLOPs, memory and time, before it starts
+    curves.py       metrics.jsonl, and the picture of it
+
+plumbing/ knows the model; the model and the files below it do not know plumbing/.
+"""
