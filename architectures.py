@@ -30,7 +30,6 @@ from model import (
     ModelConfig,
     RMSNorm,
     Transformer,
-    initialize_matrices,
     predecessors,
 )
 
