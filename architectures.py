@@ -60,8 +60,10 @@ def embed_both_ways(model: Transformer, tokens: Tensor, documents: Tensor | None
 def register_last(model: nn.Module, name: str) -> None:
     """Put a module, if there is one of this name, behind those registered so far: checkpoints
     number an optimizer's parameters in the order of registration, which must not change."""
-    if hasattr(model, name):
-        setattr(model, name, model._modules.pop(name))
+    module = getattr(model, name, None)
+    if module is not None:
+        delattr(model, name)
+        setattr(model, name, module)
 
 
 # ---------------------------------------------------------------------- encoder
