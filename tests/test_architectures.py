@@ -233,6 +233,7 @@ def test_segments_are_added_and_the_first_token_tells_whether_they_follow_each_o
     tokens, segments = some_ids(3, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 3)
     follows, logps = model.values_and_logps(tokens, tokens, segments=segments)
     follows = follows[:, 0]
+    assert torch.equal(logps, trunk.logps(tokens, tokens, segments=segments))
     with torch.no_grad():
         trunk.embedding.weight += trunk.segment_embedding.weight[0]
         shifted = trunk.hidden(tokens)
@@ -244,7 +245,6 @@ def test_segments_are_added_and_the_first_token_tells_whether_they_follow_each_o
     assert logps.shape == (3, 7) and follows.shape == (3, 2)
     torch.testing.assert_close(follows, expected)
     assert not torch.allclose(same, trunk.hidden(tokens, segments=segments), atol=1e-3)
-    assert torch.equal(logps, trunk.logps(tokens, tokens, segments=segments))
 
 
 # ---------------------------------------------------------------------- generation
