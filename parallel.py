@@ -34,7 +34,6 @@ rank makes the whole model before it lets go of what is not its part: it must fi
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # or train_sft.py
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp --tensor_parallel 2 ...   # 4 x 2
 """
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,57 +46,70 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from routing import Routes
 
-LOGITS = 2**24                          # at a time and rank, where the vocabulary is divided
+MAX_LOGITS = 2**24                      # at a time and rank, where the vocabulary is divided
 
 
 def check(cfg, dtype: torch.dtype) -> None:
-    """Raises ValueError for a --shard or --tensor_parallel that cannot work with what else is
-    given."""
-    shard, ways = getattr(cfg, "shard", "none"), getattr(cfg, "tensor_parallel", 1)
+    """Raises ValueError for a --shard or --tensor_parallel that cannot work with the other options
+    or with the number of ranks."""
+    shard = getattr(cfg, "shard", "none")
+    tensor_parallel = getattr(cfg, "tensor_parallel", 1)
     if shard not in ("none", "fsdp"):
         raise ValueError(f"--shard {shard}: give none or fsdp")
-    if shard == "none" and ways == 1:
+    if shard == "none" and tensor_parallel == 1:
         return
-    asked = f"--tensor_parallel {ways}" if shard == "none" else "--shard fsdp"
+    asked = "--shard fsdp" if shard == "fsdp" else f"--tensor_parallel {tensor_parallel}"
     if not dist.is_initialized():
         raise ValueError(f"{asked} shares the weights among ranks: start it by torchrun "
                          "--nproc_per_node N")
     ranks = dist.get_world_size()
-    if ways < 1 or ranks % ways:
-        raise ValueError(f"--tensor_parallel {ways} on {ranks} ranks: it must divide their number")
-    if shard == "none" and ranks > ways:
-        raise ValueError(f"--tensor_parallel {ways} on {ranks} ranks makes {ranks // ways} groups "
-                         "of them; give --shard fsdp as well, which joins the groups")
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise ValueError(f"--tensor_parallel {tensor_parallel} on {ranks} ranks: it must divide "
+                         "their number")
+    groups = ranks // tensor_parallel                  # of ranks that read the same tokens
+    if shard == "none" and groups > 1:
+        raise ValueError(f"--tensor_parallel {tensor_parallel} on {ranks} ranks makes {groups} "
+                         "groups of them; give --shard fsdp as well, which joins the groups")
     if dtype == torch.float16:
         raise ValueError(f"{asked} with float16: an overflow would be seen by the ranks that "
                          "have it alone; give --dtype bfloat16 or float32")
-    for option, is_set in (("--compile", cfg.compile),
-                           ("--peft lora", getattr(cfg, "peft", "none") == "lora")):
-        if is_set:
-            raise ValueError(f"{asked} does not go with {option}; leave one of them out")
+    if cfg.compile:
+        raise ValueError(f"{asked} does not go with --compile; leave one of them out")
+    if getattr(cfg, "peft", "none") == "lora":
+        raise ValueError(f"{asked} does not go with --peft lora; leave one of them out")
 
 
-def shard(model: nn.Module, fsdp: bool = True, ways: int = 1) -> nn.Module:
+def shard(model: nn.Module, fsdp: bool = True, tensor_parallel: int = 1) -> nn.Module:
     """Share the weights among all ranks, in place; every rank must hold the same ones. Groups of
-    `ways` consecutive ranks divide its matrices; what is left is shared among the groups (fsdp).
+    `tensor_parallel` consecutive ranks divide the matrices; whatever a rank of a group then holds
+    is shared among the groups (fsdp).
 
     Gradients come out averaged over groups, as DDP's do. A block is gathered and let go as one; the
     embedding, the heads and the last norm stay from a forward pass to the end of the next backward
     pass, so that after a validation loss evaluate.masked_figures finds them.
     """
+    # imported here, because these modules take a second to import
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # a second to import: only where needed
-    warnings.filterwarnings("ignore", ".*returned a view tensor")      # nothing is written into it
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size() // ways, ways),
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # FSDP warns that nothing may write into the views it returns, and nothing does
+    warnings.filterwarnings("ignore", ".*returned a view tensor")
+    groups = dist.get_world_size() // tensor_parallel
+    # 8 ranks in groups of 2: rows (0, 1), (2, 3), (4, 5), (6, 7) are the groups
+    mesh = init_device_mesh(model.device.type, (groups, tensor_parallel),
                             mesh_dim_names=("data", "model"))
-    if ways > 1:
-        divide(model, mesh["model"], mesh["data"].size())
+    trunk = getattr(model, "trunk", model)             # of a model with a head
+    if tensor_parallel > 1:
+        divide(trunk, mesh["model"], groups)
     if fsdp:
-        for block in (*model.blocks, *getattr(model, "encoder", ())):
-            fully_shard(block, mesh=mesh["data"], shard_placement_fn=across)
-        fully_shard(model, mesh=mesh["data"], shard_placement_fn=across)
+        for block in (*trunk.blocks, *getattr(trunk, "encoder", ())):
+            fully_shard(block, mesh=mesh["data"], shard_placement_fn=undivided_dimension)
+        fully_shard(model, mesh=mesh["data"], shard_placement_fn=undivided_dimension)
+        # FSDP gathers weights before forward(), and before other methods only if told to
+        for name in ("logps", "values_and_logps"):
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
     return model
 
 
@@ -109,58 +121,79 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
     Raises ValueError for sizes that the ranks cannot share evenly.
     """
     from torch.distributed.tensor import Shard, _StridedShard, distribute_tensor
-    config, ways = model.config, mesh.size()
-    model.ways = ways
-    shared = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
-              "vocab_size": config.vocab_size, "n_experts": config.n_experts,
-              "n_shared_experts * d_expert": config.n_shared_experts * config.d_expert}
-    across_groups = {"d_model": config.d_model, "d_expert": config.d_expert}
-    for sizes, n in ((shared, ways), (across_groups, groups)):
-        for name, size in sizes.items():
-            if size % n:
-                raise ValueError(f"--tensor_parallel {ways}: {n} ranks cannot share {name} {size} "
-                                 "evenly; it must be a multiple of their number")
+    check_sizes(model.config, mesh.size(), groups)
+    model.tensor_parallel = mesh.size()
 
-    def keep(module: nn.Module, name: str, placement) -> None:
+    def keep_part(module: nn.Module, name: str, placement) -> None:
         whole = getattr(module, name).data
+        # every rank has the same weights, so that none has to be sent (src_data_rank=None)
         part = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
         setattr(module, name, nn.Parameter(part))
 
     def enter(module: nn.Module, args: tuple) -> tuple:
-        x, *seen = args
-        if seen and getattr(seen[0], "source", None) is not None:      # cross-attention's keys
-            seen = [seen[0]._replace(source=entering(seen[0].source, mesh))]
-        return entering(x, mesh), *seen
+        x, *others = args
+        return entering(x, mesh), *others
 
-    rows, columns = Shard(0), Shard(1)
-    halves = _StridedShard(0, split_factor=2)          # some rows of W1 and the same rows of W3
+    def enter_both(module: nn.Module, args: tuple) -> tuple:
+        x, source, *others = args                      # of cross-attention; the cache may have
+        if source is not None:                         # the source's keys and values already
+            source = entering(source, mesh)
+        return entering(x, mesh), source, *others
+
+    def leave(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        return leaving(y, mesh)
+
+    # nn.Linear stores (d_out, d_in): by rows a rank makes some of the outputs, by columns it reads
+    # some of the inputs, so that a pair of them needs no exchange in between
+    rows = Shard(0)
+    columns = Shard(1)
+    rows_of_w1_and_w3 = _StridedShard(0, split_factor=2)       # the same rows of both
     for path, module in list(model.named_modules()):
-        name = path.rpartition(".")[2]
+        name = path.rpartition(".")[2]                 # blocks.0.attention.wq -> wq
         if name in ("wq", "wk", "wv", "embedding", "lm_head"):
-            keep(module, "weight", rows)
+            keep_part(module, "weight", rows)
         elif name in ("wo", "w2"):
-            keep(module, "weight", columns)
+            keep_part(module, "weight", columns)
         elif name == "w13":
-            keep(module, "weight", halves)
-        elif hasattr(module, "router"):                                # experts
-            keep(module, "w13", rows)
-            keep(module, "w2", rows)
-        elif name in ("attention", "cross_attention", "mlp", "shared"):
+            keep_part(module, "weight", rows_of_w1_and_w3)
+        elif hasattr(module, "router"):                # (E, ., .): some of the experts
+            keep_part(module, "w13", rows)
+            keep_part(module, "w2", rows)
+        elif name in ("attention", "mlp", "shared"):
             module.register_forward_pre_hook(enter)
-            module.register_forward_hook(lambda module, args, y: leaving(y, mesh))
+            module.register_forward_hook(leave)
+        elif name == "cross_attention":
+            module.register_forward_pre_hook(enter_both)
+            module.register_forward_hook(leave)
 
 
-def across(parameter: nn.Parameter):
-    """The dimension that FSDP shares: the first, or one that is not divided already."""
+def check_sizes(config, tensor_parallel: int, groups: int) -> None:
+    """Raises ValueError for sizes that the ranks of a group, or the groups, cannot share evenly."""
+    d_shared = config.n_shared_experts * config.d_expert
+    among_ranks = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
+                   "vocab_size": config.vocab_size, "n_experts": config.n_experts,
+                   "n_shared_experts * d_expert": d_shared}
+    among_groups = {"d_model": config.d_model, "d_expert": config.d_expert}
+    for sizes, n in ((among_ranks, tensor_parallel), (among_groups, groups)):
+        for name, size in sizes.items():
+            if size % n:
+                raise ValueError(f"--tensor_parallel {tensor_parallel}: {n} ranks cannot share "
+                                 f"{name} {size} evenly; it must be a multiple of their number")
+
+
+def undivided_dimension(parameter: nn.Parameter):
+    """The dimension that FSDP shares: the first, or the second where ranks divide the first."""
     from torch.distributed.tensor import Shard
-    divided = parameter.placements[0].dim if is_sharded(parameter) else None
-    return Shard(1 if divided == 0 else 0)
+    if is_sharded(parameter) and parameter.placements[0].dim == 0:
+        return Shard(1)
+    return Shard(0)
 
 
 def entering(x: Tensor, mesh) -> Tensor:
     """x, the same on all ranks, each of which goes on with its own weights: in the backward pass
     their gradients are added up (f of Shoeybi et al. 2019, figure 3)."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
+    # no check that x is the same on all ranks, because the check is an all-gather
     x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     return x.to_local(grad_placements=[Partial()])
 
@@ -172,18 +205,21 @@ def leaving(y: Tensor, mesh) -> Tensor:
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight (V, D) by number. Where they are divided, a rank adds 0 for another's."""
+    """Rows of weight (V, D) by number. Where ranks divide the rows, a rank adds 0 for another's."""
     if not is_sharded(weight):
         return F.embedding(tokens, weight)
-    own, at, mine = own_rows(tokens, weight)
-    return leaving(F.embedding(at, own) * mine[..., None], weight.device_mesh)
+    own, at, is_own = own_rows(tokens, weight)
+    return leaving(F.embedding(at, own) * is_own[..., None], weight.device_mesh)
 
 
 def own_rows(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's rows of a divided weight (V, D); where in them the ids stand; whether they do."""
+    """This rank's rows of a divided weight (V, D), (V / n, D); the place of each id in them; and
+    whether the id is one of them, bool. A place of another rank's id is not to be used."""
     own = weight.to_local()
-    at = ids - weight.device_mesh.get_local_rank() * len(own)
-    return own, at.clamp(0, len(own) - 1), (at >= 0) & (at < len(own))
+    first = weight.device_mesh.get_local_rank() * len(own)
+    at = ids - first
+    is_own = (at >= 0) & (at < len(own))
+    return own, at.clamp(0, len(own) - 1), is_own
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -192,8 +228,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
     from torch.distributed.tensor import DTensor, Shard
     mesh = weight.device_mesh
-    y = F.linear(entering(x, mesh), weight.to_local().to(x.dtype))
-    return DTensor.from_local(y, mesh, [Shard(y.dim() - 1)], run_check=False).full_tensor()
+    y = F.linear(entering(x, mesh), weight.to_local().to(x.dtype))     # (..., V / n)
+    last = Shard(y.dim() - 1)                          # ranks have different words of V
+    return DTensor.from_local(y, mesh, [last], run_check=False).full_tensor()
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -209,44 +246,54 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temper
                                             with_entropy=with_entropy)
     from torch.distributed.tensor import DTensor, Partial
     mesh = weight.device_mesh
-    own, at, mine = own_rows(targets, weight)
+    own, at, is_own = own_rows(targets, weight)
 
-    def scores(h: Tensor, at: Tensor, mine: Tensor) -> Tensor:
-        z = F.linear(h, own.to(h.dtype)).float() / temperature         # (rows, V / ways)
-        m = DTensor.from_local(z.detach().amax(1), mesh, [Partial("max")]).full_tensor()
-        e = (z - m[:, None]).exp()
-        picked = z.gather(1, at[:, None]).squeeze(1) * mine
-        total, picked, weighted = leaving(torch.stack(
-            (e.sum(1), picked, (e * z).sum(1) if with_entropy else picked)), mesh)
-        lse = m + total.log()
-        return torch.stack((picked - lse, lse - weighted / total))
+    def scores(h: Tensor, at: Tensor, is_own: Tensor) -> Tensor:
+        """h (rows, D) -> log-probs and entropies, (2, rows)."""
+        z = F.linear(h, own.to(h.dtype)).float() / temperature         # (rows, V / n)
+        own_max = z.detach().amax(1)
+        m = DTensor.from_local(own_max, mesh, [Partial("max")]).full_tensor()
+        e = (z - m[:, None]).exp()                     # at most 1, so that no sum overflows
+        # the logit of the target, on the rank that has it; 0 on the others
+        target_logit = z.gather(1, at[:, None]).squeeze(1) * is_own
+        weighted = (e * z).sum(1) if with_entropy else target_logit
+        # stacked, because one all-reduce of three sums is faster than three
+        sums = leaving(torch.stack((e.sum(1), target_logit, weighted)), mesh)
+        total, target_logit, weighted = sums
+        log_sum = m + total.log()
+        return torch.stack((target_logit - log_sum, log_sum - weighted / total))
 
-    n = max(1, LOGITS // len(own))
-    parts = [checkpoint(scores, *part, use_reentrant=False) for part in zip(
-        entering(hidden, mesh).split(n), at.split(n), mine.split(n))]
-    logps, entropies = torch.cat(parts, 1)
+    rows = max(1, MAX_LOGITS // len(own))              # of hidden states at a time
+    chunks = zip(entering(hidden, mesh).split(rows), at.split(rows), is_own.split(rows))
+    # checkpointed, because the logits of all rows together may not fit into memory
+    scored = [checkpoint(scores, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, entropies = torch.cat(scored, 1)
     return (logps, entropies) if with_entropy else logps
 
 
-def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, routes: Routes) -> Tensor:
+def moe_experts(x: Tensor, w13: Tensor, w2: Tensor, tokens: Tensor, gates: Tensor,
+                offsets: Tensor) -> Tensor:
     """kernels.moe_experts. Where the experts are divided, every rank has routed all tokens alike,
     works off its own experts' part of the list, and counts the rest as dropped."""
     if not is_sharded(w13):
-        return kernels.moe_experts(x, w13, w2, *routes)
-    mesh, own = w13.device_mesh, w13.to_local()
+        return kernels.moe_experts(x, w13, w2, tokens, gates, offsets)
+    mesh = w13.device_mesh
+    own = w13.to_local()                               # (E / n, 2 F, D)
     first = mesh.get_local_rank() * len(own)
-    offsets = routes.offsets[first:first + len(own) + 1]
-    pairs = torch.arange(len(routes.tokens), device=x.device) + offsets[0]
-    pairs = pairs % len(pairs)                                         # its own come first
-    return leaving(kernels.moe_experts(
-        entering(x, mesh), own, w2.to_local(), routes.tokens[pairs],
-        entering(routes.gates, mesh)[pairs], offsets - offsets[0]), mesh)
+    own_offsets = offsets[first:first + len(own) + 1]
+    # rotated, so that the pairs of this rank's experts come first
+    pairs = torch.arange(len(tokens), device=x.device) + own_offsets[0]
+    pairs = pairs % len(pairs)
+    own_gates = entering(gates, mesh)[pairs]
+    y = kernels.moe_experts(entering(x, mesh), own, w2.to_local(), tokens[pairs], own_gates,
+                            own_offsets - own_offsets[0])
+    return leaving(y, mesh)
 
 
 # ---------------------------------------------------------------------- parts and wholes
 
 def local(t: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a sharded tensor; others as they are."""
     return t.to_local() if is_sharded(t) else t
 
 
@@ -262,11 +309,12 @@ def whole(t: Tensor) -> Tensor:
 
 def part(t: Tensor, like: Tensor | None) -> Tensor:
     """A copy of this rank's part of t, which all ranks have, sharded as `like` is."""
-    if like is None:                                                   # of another model
+    if like is None:                                   # a parameter that this model does not have
         return t
-    if t.dim() == like.dim() + 1 and t.numel() == like.numel():        # of halved()
-        t = t.flatten(0, 1)
-    if not is_sharded(like) or is_sharded(t) or t.shape != like.shape:  # AdamW counts in a scalar
+    if t.dim() == like.dim() + 1 and t.numel() == like.numel():
+        t = t.flatten(0, 1)                            # undo w1_w3_apart()
+    # AdamW counts its steps in a scalar, whose shape is not the parameter's
+    if not is_sharded(like) or is_sharded(t) or t.shape != like.shape:
         return t
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None).clone()
@@ -274,76 +322,111 @@ def part(t: Tensor, like: Tensor | None) -> Tensor:
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of all gradients together, each entry counted once."""
-    if not any(map(is_sharded, gradients)):
+    if not any(is_sharded(g) for g in gradients):
         return nn.utils.get_total_norm(gradients)
-    squares = sum(local(g).float().square().sum() / copies(g) for g in gradients)
+    # an entry that r ranks hold counts 1 / r on each of them
+    squares = sum(local(g).float().square().sum() / n_holders(g) for g in gradients)
     dist.all_reduce(squares)
     return squares.sqrt()
 
 
-def copies(t: Tensor) -> int:
-    """How many ranks hold the same entry."""
-    placed = zip(t.device_mesh.shape, t.placements) if is_sharded(t) else ()
-    return dist.get_world_size() // math.prod(n for n, placement in placed
-                                              if not placement.is_replicate())
+def n_holders(t: Tensor) -> int:
+    """How many ranks hold the same entry of t."""
+    holders = dist.get_world_size()
+    if is_sharded(t):
+        for ranks, placement in zip(t.device_mesh.shape, t.placements):
+            if not placement.is_replicate():
+                holders //= ranks
+    return holders
 
 
 def matrixwise(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor]:
     """f, which takes whole matrices (..., rows, columns) and keeps their shape, of parameters of
-    one shape.
-
-    If they are sharded by rows, n of them are worked on at a time, one by each of n ranks: it sends
-    its rows of matrix i to rank i, so that it has all rows of one matrix, and gets its rows of the
-    results in the same way. Experts are sharded too, but an expert's matrix is on one rank. Divided
-    matrices are gathered by all ranks, n at a time; each works on one and sends all of its result.
-    """
-    if not any(map(is_sharded, same)):
+    one shape, whether sharded or not. An expert's matrix is whole on its rank also where the
+    experts are shared by FSDP."""
+    if not any(is_sharded(t) for t in same):
         return list(f(torch.stack(same)))
-    from torch.distributed.tensor import DTensor
     if any(is_sharded(t) and "model" in t.device_mesh.mesh_dim_names for t in same):
-        results, rank, n = [], dist.get_rank(), dist.get_world_size()
-        for first in range(0, len(same), n):
-            some = [whole(t).contiguous() for t in same[first:first + n]]
-            some[rank:rank + 1] = [f(G).contiguous() for G in some[rank:rank + 1]]
-            for i, G in enumerate(some):
-                dist.broadcast(G, i)
-            results += [part(G, t) for G, t in zip(some, same[first:])]
-        return results
-    mesh, shape, mine = same[0].device_mesh, same[0].shape, [local(t) for t in same]
-    if len(shape) == 3:
-        results = [f(experts) for experts in mine]
+        return matrixwise_of_divided(f, same)
+    if same[0].dim() == 3:                             # experts (E, rows, columns), shared along E
+        results = [f(local(t)) for t in same]
     else:
-        n, own, results = mesh.size(), len(mine[0]), []
-        rows = [len(c) for c in torch.empty(shape[0]).chunk(n)]    # of each rank
-        rows += [0] * (n - len(rows))
-        for first in range(0, len(mine), n):
-            some = [mine[min(i, len(mine) - 1)] for i in range(first, first + n)]  # the last again
-            one, back = mine[0].new_empty(shape), mine[0].new_empty(n * own, shape[1])
-            dist.all_to_all_single(one, torch.cat(some), rows, [own] * n, mesh.get_group())
-            dist.all_to_all_single(back, f(one).contiguous(), [own] * n, rows, mesh.get_group())
-            results += back.unflatten(0, (n, own))
-    return [DTensor.from_local(result, mesh, t.placements, shape=shape, stride=t.stride())
-            for result, t in zip(results, same)]
+        results = matrixwise_of_rows(f, same)
+    return [shared_like(result, t) for result, t in zip(results, same)]
+
+
+def shared_like(own: Tensor, like: Tensor) -> Tensor:
+    """This rank's part `own` as a tensor that is shared as `like` is."""
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape,
+                              stride=like.stride())
+
+
+def matrixwise_of_divided(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor]:
+    """matrixwise() of matrices that --tensor_parallel divides: all ranks gather them, as many at a
+    time as there are ranks; each rank works on one and sends all of its result."""
+    results = []
+    rank = dist.get_rank()
+    n_ranks = dist.get_world_size()
+    for first in range(0, len(same), n_ranks):
+        # matrix i of these is this rank's to work on if i is its number
+        matrices = [whole(t).contiguous() for t in same[first:first + n_ranks]]
+        if rank < len(matrices):
+            matrices[rank] = f(matrices[rank]).contiguous()
+        for source, matrix in enumerate(matrices):     # rank `source` has worked on this matrix
+            dist.broadcast(matrix, source)
+        results += [part(matrix, t) for matrix, t in zip(matrices, same[first:])]
+    return results
+
+
+def matrixwise_of_rows(f: Callable[[Tensor], Tensor], same: list[Tensor]) -> list[Tensor]:
+    """matrixwise() of matrices that FSDP shares by rows, n of them at a time, one by each of n
+    ranks: a rank sends its rows of matrix i to rank i, so that it has all rows of one matrix, and
+    gets its rows of the results in the same way."""
+    mesh = same[0].device_mesh
+    shape = same[0].shape
+    own_parts = [local(t) for t in same]               # (n_own, columns) each
+    n_ranks = mesh.size()
+    n_own = len(own_parts[0])
+    # as FSDP shares them: 10 rows on 4 ranks are 3, 3, 3 and 1
+    rows = [len(chunk) for chunk in torch.empty(shape[0]).chunk(n_ranks)]
+    rows += [0] * (n_ranks - len(rows))
+    results = []
+    for first in range(0, len(same), n_ranks):
+        # the last matrix again, where fewer are left than there are ranks
+        numbers = [min(i, len(same) - 1) for i in range(first, first + n_ranks)]
+        sent = torch.cat([own_parts[i] for i in numbers])              # (n_ranks n_own, columns)
+        matrix = sent.new_empty(shape)
+        dist.all_to_all_single(matrix, sent, rows, [n_own] * n_ranks, mesh.get_group())
+        result = f(matrix).contiguous()                # (rows, columns), of this rank's matrix
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, result, [n_own] * n_ranks, rows, mesh.get_group())
+        results += received.unflatten(0, (n_ranks, n_own))
+    return results
 
 
 # ---------------------------------------------------------------------- what is saved
 
-def copied(tree, keep: bool):
+def whole_on_cpu(tree, keep: bool):
     """`tree` with each tensor copied to CPU memory, whole, one after the other; None instead of it
     on a rank that is not to keep it, which must call this all the same."""
     def copy(t: Tensor) -> Tensor | None:
-        t = whole(t.detach())
+        t = whole(t.detach())                          # all ranks take part
         return t.to("cpu", copy=True) if keep else None
+
     return tree_map_only(Tensor, copy, tree)
 
 
-def copied_parts(tree):
-    """`tree` with each tensor copied to CPU memory, of the sharded this rank's part."""
-    return tree_map_only(Tensor, lambda t: halved(t.detach()).to("cpu", copy=True), tree)
+def parts_on_cpu(tree):
+    """`tree` with each tensor copied to CPU memory; of a sharded tensor this rank's part."""
+    def copy(t: Tensor) -> Tensor:
+        return w1_w3_apart(t.detach()).to("cpu", copy=True)
+
+    return tree_map_only(Tensor, copy, tree)
 
 
 def save_parts(tree, folder: Path, group: dist.ProcessGroup):
-    """Write the tensors of copied_parts, all ranks of the group at once: of the sharded each its
+    """Write the tensors of parts_on_cpu, all ranks of the group at once: of the sharded each its
     part, of the others its share. Returns the tree with tensors without data in their place.
 
     Raises, on all ranks, what went wrong on the first that could not."""
@@ -352,54 +435,72 @@ def save_parts(tree, folder: Path, group: dist.ProcessGroup):
     try:
         save(by_path(tree), storage_writer=FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), tree)
+        failures = list(error.failures.values())       # (exception, traceback) of each rank
+        raise failures[0][0] from None
+
+    def without_data(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+    return tree_map_only(Tensor, without_data, tree)
 
 
-def halved(t: Tensor) -> Tensor:
+def w1_w3_apart(t: Tensor) -> Tensor:
     """W1 and W3 side by side, divided as divide() does: (2 F, D) as (2, F, D), divided along F, as
     torch.distributed.checkpoint can describe it. Other tensors as they are."""
     from torch.distributed.tensor import DTensor, Shard, _StridedShard
-    if not is_sharded(t) or not any(isinstance(p, _StridedShard) for p in t.placements):
+    if not is_sharded(t):
         return t
-    placements = [Shard(1 if isinstance(p, _StridedShard) else p.dim + 1) for p in t.placements]
+    if not any(isinstance(placement, _StridedShard) for placement in t.placements):
+        return t
+    placements = []
+    for placement in t.placements:
+        # F is the second dimension now, and all others moved up by one
+        strided = isinstance(placement, _StridedShard)
+        placements.append(Shard(1 if strided else placement.dim + 1))
     return DTensor.from_local(t.to_local().unflatten(0, (2, -1)), t.device_mesh, placements)
 
 
 def load_parts(tree, targets: dict, folder: Path) -> dict:
-    """The tree that save_parts returned, with its tensors: of those that have the shape of a
-    parameter of the target, as that is sharded here, on however many ranks there are."""
+    """The tree that save_parts returned, with its tensors: those that have the shape of a parameter
+    of the target are shared as that parameter is here, on however many ranks there are."""
     from torch.distributed.checkpoint import load
     warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
-    tree = {name: like(tree[name], target) for name, target in targets.items() if name in tree}
-    load(by_path(tree), checkpoint_id=folder)
-    return tree
+    loaded = {}
+    for name, target in targets.items():
+        if name in tree:
+            loaded[name] = zeros_for(tree[name], target)
+    load(by_path(loaded), checkpoint_id=folder)        # writes into these tensors
+    return loaded
 
 
 def by_path(tree) -> dict[str, Tensor]:
     """The tensors of a tree of dicts and lists, by names that tell where they are."""
     leaves, _ = tree_flatten_with_path(tree)
-    return {keystr(path): t for path, t in leaves if isinstance(t, Tensor)}
+    return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def like(state: dict, target: nn.Module | torch.optim.Optimizer) -> dict:
+def zeros_for(state: dict, target: nn.Module | torch.optim.Optimizer) -> dict:
     """A state of tensors without data -> the same of zeros, sharded as the target's parameters."""
-    def zeros(t: Tensor, p: Tensor | None) -> Tensor:
-        if p is not None and p.shape == t.shape:
-            return torch.zeros_like(p, dtype=t.dtype)
+    def zeros(t: Tensor, parameter: Tensor | None) -> Tensor:
+        if parameter is not None and parameter.shape == t.shape:
+            return torch.zeros_like(parameter, dtype=t.dtype)
         return torch.zeros(t.shape, dtype=t.dtype)
 
     if isinstance(target, nn.Module):
         own = target.state_dict()
         return {name: zeros(t, own.get(name)) for name, t in state.items()}
-    return with_state(state, target, zeros)
+    return map_optimizer_state(zeros, state, target)
 
 
-def with_state(state: dict, optimizer: torch.optim.Optimizer, f: Callable) -> dict:
+def map_optimizer_state(f: Callable, state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's state_dict with f(tensor, the parameter it belongs to) for each tensor."""
-    own = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    return state | {"state": {n: tree_map_only(Tensor, lambda t, n=n: f(t, own.get(n)), entries)
-                              for n, entries in state["state"].items()}}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_number = dict(enumerate(parameters))            # as state_dict() numbers them
+    mapped = {}
+    for number, entries in state["state"].items():
+        parameter = by_number.get(number)
+        mapped[number] = tree_map_only(Tensor, lambda t, p=parameter: f(t, p), entries)
+    return state | {"state": mapped}
 
 
 def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
@@ -411,6 +512,6 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
     if isinstance(target, nn.Module):
         own = target.state_dict()
         state = {name: part(t, own.get(name)) for name, t in state.items()}
-    elif isinstance(target, torch.optim.Optimizer):        # which numbers its parameters in order
-        state = with_state(state, target, part)
+    elif isinstance(target, torch.optim.Optimizer):    # other objects have no tensors to share
+        state = map_optimizer_state(part, state, target)
     target.load_state_dict(state)

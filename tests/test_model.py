@@ -1,28 +1,15 @@
 """model.py: counted by hand, and against a slow second Transformer made of loops in float64."""
 import cmath
-import json
 import math
 
 import pytest
-import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from data import Batch
-from model import (
-    ModelConfig,
-    Seen,
-    Transformer,
-    load_model,
-    parameter_count,
-    predecessors,
-    rope_frequencies,
-    save_model,
-    successors,
-    token_logps,
-)
-from tokenizer import Tokenizer
+from model import ModelConfig, Transformer, parameter_count, predecessors, rope_frequencies
+from scoring import token_logps
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 40, "context_length": 24, "d_model": 32, "n_layers": 2, "n_heads": 4,
@@ -57,7 +44,6 @@ def test_parameter_count_is_the_hand_count():
     assert trunk == 26_016
     assert parameter_count(tiny()) == trunk
     assert parameter_count(tiny(tied=False)) == trunk + 40 * 32
-    assert parameter_count(tiny(head="scalar")) == trunk + 32 + 1 + 1       # W_r, b_r, w_p
 
 
 def test_trainable_parameters_are_counted_apart():
@@ -71,8 +57,7 @@ def test_flops_per_token_are_the_hand_count():
     matmul = 2 * (3072 + 9216) + 32 * 40               # two blocks, the output projection
     assert config.matmul_parameters() == matmul == 25_856
     assert config.flops_per_token(10) == 6 * matmul + 6 * 2 * 10 * 32 == 158_976
-    scalar = ModelConfig(**SIZES, head="scalar")
-    assert scalar.matmul_parameters() == matmul + 32
+    assert Transformer(config).flops_per_token(10) == config.flops_per_token(10)
 
 
 def test_a_forward_pass_multiplies_every_matmul_parameter_once_per_token():
@@ -93,7 +78,7 @@ def test_initial_loss_is_log_vocabulary(tied, width):
     width 768 it would score itself exp(0.02 * 768) times as likely, and the loss be 15."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocab_size=1000, n_layers=2, d_model=width, tied=tied))
-    loss = -token_logps(model, a_batch(some_tokens(2, 128, vocab_size=1000))).mean()
+    loss = -token_logps(model.logps, a_batch(some_tokens(2, 128, vocab_size=1000))).mean()
     assert abs(loss.item() - math.log(1000)) < 0.1
 
 
@@ -101,7 +86,7 @@ def test_every_block_is_the_identity_at_the_start():
     model = Transformer(ModelConfig(**SIZES))
     h, documents = torch.randn(2, 9, 32), torch.zeros(2, 9, dtype=torch.int32)
     for block in model.blocks:
-        assert torch.equal(block(h, Seen(*model.rotation(9, None), documents=documents)), h)
+        assert torch.equal(block(h, model.cos[:9], model.sin[:9], documents=documents), h)
 
 
 def test_matrices_start_with_variance_one_over_fan_in():
@@ -109,14 +94,6 @@ def test_matrices_start_with_variance_one_over_fan_in():
     block = Transformer(ModelConfig(vocab_size=40, d_model=256, n_layers=1)).blocks[0]
     for matrix in (block.attention.wq, block.attention.wk, block.attention.wv, block.mlp.w13):
         assert matrix.weight.std().item() == pytest.approx(256 ** -0.5, rel=0.02)
-
-
-def test_the_scalar_head_starts_small_and_without_bias():
-    torch.manual_seed(0)
-    head = Transformer(ModelConfig(vocab_size=40, d_model=1024, n_layers=1, n_heads=8, d_ff=1,
-                                   head="scalar")).scalar_head
-    assert head.weight.std().item() == pytest.approx(1025 ** -0.5, rel=0.1)
-    assert head.bias.item() == 0
 
 
 # ---------------------------------------------------------------------- a second implementation
@@ -191,7 +168,7 @@ def test_every_gradient_equals_that_of_the_slow_implementation():
     documents, positions = [0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3, 4]
     batch = a_batch(torch.tensor([row]), loss_mask, torch.tensor([documents]),
                     torch.tensor([positions]))
-    token_logps(model, batch).sum().backward()
+    token_logps(model.logps, batch).sum().backward()
     weights = float64_weights(model)
     logps = slow_forward(weights, model.config, row[:-1], positions, documents).log_softmax(-1)
     sum(logps[t - 1, row[t]] for t in range(1, 9) if loss_mask[0, t]).backward()
@@ -231,8 +208,8 @@ def test_moving_a_sequence_along_changes_nothing_but_stretching_it_does():
     places, plain = torch.arange(8)[None], model(tokens)
     torch.testing.assert_close(model(tokens, positions=places + 11), plain, atol=1e-5, rtol=1e-5)
     assert (model(tokens, positions=2 * places) - plain).abs().max() > 1e-2
-    scores = [token_logps(model, a_batch(tokens, positions=i * places)) for i in (1, 2)]
-    assert torch.equal(scores[0], token_logps(model, a_batch(tokens)))
+    scores = [token_logps(model.logps, a_batch(tokens, positions=i * places)) for i in (1, 2)]
+    assert torch.equal(scores[0], token_logps(model.logps, a_batch(tokens)))
     assert (scores[1] - scores[0]).abs().max() > 1e-2
 
 
@@ -303,45 +280,12 @@ def test_tied_output_is_the_embedding_and_untied_is_its_own():
     assert torch.equal(untied(some_tokens(2, 9)), tied(some_tokens(2, 9)))
 
 
-def test_scalar_head_gives_one_number_per_token():
-    model, tokens = tiny(head="scalar"), some_tokens(2, 9)
-    hidden = model.hidden(tokens)
-    expected = (hidden * model.scalar_head.weight[0]).sum(-1) + model.scalar_head.bias
-    assert model(tokens).shape == (2, 9) and model(tokens).dtype == torch.float32
-    torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_value_reads_how_likely_the_targets_before_it_were_but_teaches_no_likelihood(tied):
-    model, tokens = tiny(tied=tied, head="scalar"), some_tokens(2, 9)
-    targets, loss_mask = tokens.roll(-1, 1), torch.rand(2, 9) < 0.5
-    model.likelihood.data.fill_(0.3)
-    model.likelihood_unit.fill_(1.5)
-    values, logps = model(tokens, targets=targets, loss_mask=loss_mask)
-    plain, h = model(tokens), model.hidden(tokens)
-    for b in range(2):
-        so_far = 0.0
-        for t in range(9):
-            torch.testing.assert_close(values[b, t], plain[b, t] + 0.3 * 1.5 * so_far)
-            if loss_mask[b, t]:
-                logp = (model.output_weight @ h[b, t]).log_softmax(-1)[targets[b, t]]
-                torch.testing.assert_close(logps[b, t], logp)
-                so_far += logp
-            else:
-                assert logps[b, t] == 0
-    grads = [torch.autograd.grad(v.sum(), model.embedding.weight, retain_graph=True)[0]
-             for v in (values, plain)]
-    torch.testing.assert_close(*grads)
-    weight, = torch.autograd.grad(values.sum(), model.likelihood)
-    torch.testing.assert_close(weight[0], (values - plain).sum() / 0.3)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 def test_token_logps_are_the_log_softmax_of_the_logits_before_each_token(temperature):
     model, tokens = tiny(), some_tokens(3, 12)
     loss_mask = some_tokens(3, 12, seed=2, vocab_size=2).bool()
     with torch.no_grad():
-        scores, entropy = token_logps(model, a_batch(tokens, loss_mask), temperature, True)
+        scores, entropy = token_logps(model.logps, a_batch(tokens, loss_mask), temperature, True)
         expected = (model(tokens) / temperature).log_softmax(-1)
     assert scores.shape == entropy.shape == (3, 11) and 10 < loss_mask[:, 1:].sum() < 25
     for b in range(3):
@@ -354,14 +298,15 @@ def test_token_logps_are_the_log_softmax_of_the_logits_before_each_token(tempera
 
 def test_temperature_divides_the_logits():
     model, tokens = tiny(), some_tokens(2, 9)
-    assert torch.equal(model(tokens, temperature=4.0), model(tokens) / 4)
+    expected = (model(tokens) / 4).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(model.logps(tokens, tokens, temperature=4.0), expected)
 
 
 def test_masked_scores_equal_the_unmasked_ones_where_the_mask_is_one():
     model, tokens = tiny(), some_tokens(3, 12)
     loss_mask = some_tokens(3, 12, seed=2, vocab_size=2).bool()
-    every = token_logps(model, a_batch(tokens))
-    some = token_logps(model, a_batch(tokens, loss_mask))
+    every = token_logps(model.logps, a_batch(tokens))
+    some = token_logps(model.logps, a_batch(tokens, loss_mask))
     assert (every < 0).all()
     torch.testing.assert_close(some, every * loss_mask[:, 1:], atol=1e-6, rtol=1e-6)
 
@@ -370,14 +315,14 @@ def test_equal_logits_score_minus_log_vocabulary_with_entropy_log_vocabulary():
     model = tiny()
     torch.nn.init.zeros_(model.embedding.weight)
     for temperature in (0.1, 1.0, 10.0):
-        scores, entropy = token_logps(model, a_batch(some_tokens(1, 6)), temperature, True)
+        scores, entropy = token_logps(model.logps, a_batch(some_tokens(1, 6)), temperature, True)
         torch.testing.assert_close(scores, torch.full((1, 5), -math.log(40)))
         torch.testing.assert_close(entropy, torch.full((1, 5), math.log(40)))
 
 
 def test_a_batch_without_targets_scores_zero_and_can_still_be_trained_on():
     model, tokens = tiny(), some_tokens(2, 6)
-    scores = token_logps(model, a_batch(tokens, torch.zeros_like(tokens).bool()))
+    scores = token_logps(model.logps, a_batch(tokens, torch.zeros_like(tokens).bool()))
     scores.sum().backward()
     assert scores.tolist() == [[0.0] * 5] * 2
 
@@ -391,7 +336,7 @@ def test_gradient_checkpointing_computes_the_same_gradients_by_running_blocks_tw
         model.gradient_checkpointing = on
         for block in model.blocks:
             block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        token_logps(model, a_batch(some_tokens(2, 10))).sum().backward()
+        token_logps(model.logps, a_batch(some_tokens(2, 10))).sum().backward()
         gradients[on], calls[on] = [w.grad for w in model.parameters()], len(count)
     assert calls == {False: 2, True: 4}
     for plain, recomputed in zip(*gradients.values(), strict=True):
@@ -403,7 +348,7 @@ def test_bfloat16_stays_close_to_float32_on_float32_weights():
     precise, rough = tiny(), tiny(dtype=torch.bfloat16)
     batch = a_batch(some_tokens(2, 12))
     assert rough.hidden(batch.tokens).dtype == torch.bfloat16
-    expected, scores = (token_logps(model, batch) for model in (precise, rough))
+    expected, scores = (token_logps(model.logps, batch) for model in (precise, rough))
     difference = (scores - expected).abs()
     assert scores.dtype == torch.float32 and 0 < difference.max() < 0.1
     for model, values in ((precise, expected), (rough, scores)):
@@ -419,9 +364,7 @@ def test_bfloat16_stays_close_to_float32_on_float32_weights():
     ({"n_heads": 5, "n_kv_heads": 5}, "d_model 32 is not a multiple of n_heads 5"),
     ({"n_heads": 32, "n_kv_heads": 32}, "head width 1 .* is odd"),
     ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
-    ({"n_layers": 0}, "n_layers is 0"),
-    ({"head": "value"}, "head is 'value'.*'lm', 'scalar'"),
-    ({"architecture": "T5"}, "architecture is 'T5'.*'encoder_decoder'")])
+    ({"n_layers": 0}, "n_layers is 0")])
 def test_sizes_that_do_not_fit_are_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         ModelConfig(**SIZES | changes)
@@ -434,117 +377,10 @@ def test_the_context_can_be_filled_but_not_exceeded():
         model(some_tokens(1, 25))
 
 
-# ---------------------------------------------------------------------- the model folder
-
-TOKENIZER = Tokenizer.bytes()                                          # 272 tokens
-
-
-def saved(folder, **changes) -> Transformer:
-    model = tiny(**{"vocab_size": 272} | changes)
-    save_model(folder, model, TOKENIZER, stage="test", seed=3)
-    return model
-
-
-@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"head": "scalar"}])
-def test_a_loaded_model_is_the_saved_one_bit_for_bit(tmp_path, changes):
-    model = saved(tmp_path / "new" / "folder", **changes)
-    loaded, tokenizer = load_model(tmp_path / "new" / "folder", head=None)
-    if "head" in changes:
-        with pytest.raises(ValueError, match="folder: this is a reward model; give a language"):
-            load_model(tmp_path / "new" / "folder")
-    assert tokenizer == TOKENIZER and loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
-    tokens = some_tokens(2, 9, vocab_size=272)
-    assert torch.equal(loaded(tokens), model(tokens))
-
-
-def test_a_model_folder_holds_three_files_and_its_record(tmp_path):
-    saved(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors",
-                                                          "tokenizer.json"]
-    record = json.loads((tmp_path / "config.json").read_text())
-    assert (record["stage"], record["seed"], record["model"]["d_ff"]) == ("test", 3, 96)
-
-
-def test_saving_over_a_model_replaces_it(tmp_path):
-    saved(tmp_path)
-    newer = saved(tmp_path, seed=1, n_layers=1)
-    assert torch.equal(load_model(tmp_path)[0].embedding.weight, newer.embedding.weight)
-
-
-def test_loading_casts_the_residual_stream_but_not_the_weights(tmp_path):
-    saved(tmp_path)
-    model, _ = load_model(tmp_path, dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and model.embedding.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_half_written_folder_is_refused_by_the_missing_file(tmp_path, missing):
-    saved(tmp_path)
-    (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=f"{missing}.*not finished"):
-        load_model(tmp_path)
-
-
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: there is no such folder"):
-        load_model(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("name, content", [
-    ("model.safetensors", None), ("model.safetensors", b""), ("config.json", b'{"mod'),
-    ("config.json", b"{}"), ("tokenizer.json", b"[1, 2")])
-def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
-    saved(tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[:len(whole) // 2] if content is None else content)
-    with pytest.raises(ValueError, match=name):
-        load_model(tmp_path)
-
-
-def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    saved(tmp_path)
-    Tokenizer(TOKENIZER.ranks | {b"th": 256}).save(tmp_path)
-    with pytest.raises(ValueError, match="272 tokens, its tokenizer 273"):
-        load_model(tmp_path)
-
-
-def test_weights_of_another_shape_or_name_are_refused(tmp_path):
-    for changes in ({"d_model": 64}, {"n_layers": 3}, {"tied": False}):
-        saved(tmp_path)
-        other = tiny(vocab_size=272, **changes).state_dict()
-        safetensors.torch.save_file(other, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match="does not fit config.json"):
-            load_model(tmp_path)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_language_model_becomes_a_reward_model_with_a_fresh_head(tmp_path, tied):
-    model = saved(tmp_path, tied=tied)
-    reward, _ = load_model(tmp_path, head="scalar")
-    tokens = some_tokens(2, 9, vocab_size=272)
-    assert torch.equal(reward.hidden(tokens), model.hidden(tokens))
-    assert reward(tokens).shape == (2, 9) and reward.scalar_head.weight.abs().min() > 0
-    assert reward.scalar_head.bias.item() == 0 and reward.likelihood.item() == 0
-    assert torch.equal(reward.output_weight, model.output_weight)
-    save_model(tmp_path / "rm", reward, TOKENIZER)
-    again = load_model(tmp_path / "rm", head="scalar")[0]              # now its head is kept
-    assert torch.equal(again(tokens), reward(tokens))
-
-
-def test_context_length_can_be_changed_on_loading(tmp_path):
-    model = saved(tmp_path)
-    longer, _ = load_model(tmp_path, context_length=50)
-    tokens = some_tokens(1, 50, vocab_size=272)
-    assert longer(tokens).shape == (1, 50, 272)
-    assert torch.equal(longer(tokens[:, :20]), model(tokens[:, :20]))
-
-
 # ---------------------------------------------------------------------- token shift
 
 @torch.no_grad()
-def test_neighbours_are_those_within_the_document():
+def test_predecessors_are_those_within_the_document():
     h = torch.arange(1.0, 7.0).view(1, 6, 1)
     before = torch.zeros(1, 1, 1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
@@ -553,8 +389,6 @@ def test_neighbours_are_those_within_the_document():
     positions = torch.tensor([[0, 0, 1, 2, 3, 4]])                     # one token of left padding
     assert predecessors(h, before, None, positions).flatten().tolist() == [0, 0, 2, 3, 4, 5]
     assert predecessors(h[:, 4:], h[:, 3:4], None, None).flatten().tolist() == [4, 5]
-    assert successors(h, None).flatten().tolist() == [2, 3, 4, 5, 6, 0]
-    assert successors(h, documents).flatten().tolist() == [2, 3, 0, 5, 0, 0]
 
 
 @torch.no_grad()

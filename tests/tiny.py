@@ -4,19 +4,33 @@ from pathlib import Path
 
 import torch
 
-from model import ModelConfig, Transformer, save_model
+from architectures import ARCHITECTURES, Encoder
+from heads import WithHead
+from model import ModelConfig, Transformer
+from plumbing.folders import save_model
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.bytes()
 END = TOKENIZER.end
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> Transformer:
-    """Random weights everywhere: a fresh model's zero projections would hide its own layers."""
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, architecture: str = "decoder",
+               head: str = "lm", n_segments: int = 0, **sizes) -> Transformer | WithHead:
+    """Random weights everywhere: a fresh model's zero projections would hide its own layers.
+
+    head="scalar": a reward model. n_segments: with the head for next sentences.
+    """
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**{
-        "vocab_size": TOKENIZER.vocab_size, "context_length": 64, "d_model": 32, "n_layers": 2,
-        "n_heads": 2} | sizes), dtype)
+    config = ModelConfig(**{"vocab_size": TOKENIZER.vocab_size, "context_length": 64, "d_model": 32,
+                            "n_layers": 2, "n_heads": 2} | sizes)
+    if architecture == "encoder":
+        model = Encoder(config, dtype, n_segments)
+    else:
+        model = ARCHITECTURES[architecture](config, dtype)
+    if n_segments:
+        model = WithHead(model, 2, zero=True)
+    if head == "scalar":
+        model = WithHead(model, 1, keep_lm_head=True)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

@@ -1,0 +1,202 @@
+"""
+Model folders: what every finished stage leaves in --out, and the next one reads as --init.
+
+    config.json          {"model": {sizes, architecture, n_segments, head}, **record of the stage}
+    model.safetensors    weights, named as in model.py (trunk.* and head.* of a model with a head)
+    tokenizer.json
+
+    save_model(folder, model, tokenizer, stage="sft")
+    model, tokenizer = load_model(folder)              # a decoder
+    model, tokenizer = load_any_model(folder)          # any architecture
+    reward_model, tokenizer = load_reward_model(folder)
+
+Folders of former versions open as well: their heads had other names, see current_names().
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from architectures import ARCHITECTURES, Encoder
+from heads import WithHead
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+FILES = "config.json", "model.safetensors", "tokenizer.json"
+FORMER_HEADS = "scalar_head", "next_sentence_head"
+
+
+# ---------------------------------------------------------------------- writing
+
+def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tokenizer,
+               weights: dict[str, Tensor] | None = None, **record) -> None:
+    """Write tokenizer.json, model.safetensors and, last, config.json = {"model": ..., **record}:
+    a folder with config.json is complete. Each file replaces the former one atomically.
+
+    weights: those of the whole model, for a rank that holds only its share of them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    if weights is None:
+        weights = model.state_dict()
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+    config = {"model": description(model), **record}
+    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json.tmp").replace(folder / "config.json")
+
+
+def description(model: Transformer | WithHead) -> dict:
+    """The "model" of config.json. head: "lm" for none, "scalar" for one number (reward model,
+    critic), else how many numbers."""
+    head = "lm"
+    trunk = model
+    if isinstance(model, WithHead):
+        n = model.head.out_features
+        head = "scalar" if n == 1 else n
+        trunk = model.trunk
+    return dataclasses.asdict(trunk.config) | {
+        "head": head, "architecture": trunk.architecture,
+        "n_segments": getattr(trunk, "n_segments", 0)}
+
+
+# ---------------------------------------------------------------------- reading
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu",
+               dtype: torch.dtype = torch.float32,
+               context_length: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """Read a decoder, which every stage after pretraining takes. A prefix model comes back as a
+    decoder, because the stages read conversations from left to right and its weights are the same.
+
+    context_length changes how far RoPE's table reaches. Raises ValueError for other models, and
+    when the folder is absent or half-written, or its parts do not fit together.
+    """
+    saved, weights, tokenizer = read_folder(folder)
+    refuse_reward_model(folder, saved)
+    architecture = saved["architecture"]
+    if architecture == "prefix":
+        saved["architecture"] = "decoder"
+    elif architecture != "decoder":
+        raise ValueError(f"{folder}: this model is an {architecture}; chatting and the "
+                         "stages after pretraining take a decoder or a prefix model")
+    return build(folder, saved, weights, tokenizer, dtype, context_length).to(device), tokenizer
+
+
+def load_any_model(folder: str | Path, device: torch.device | str = "cpu",
+                   dtype: torch.dtype = torch.float32, context_length: int | None = None
+                   ) -> tuple[Transformer | WithHead, Tokenizer]:
+    """Read a model of any architecture; one that has learned next-sentence prediction comes with
+    its head (WithHead). Raises as load_model() does, also for a reward model."""
+    saved, weights, tokenizer = read_folder(folder)
+    refuse_reward_model(folder, saved)
+    return build(folder, saved, weights, tokenizer, dtype, context_length).to(device), tokenizer
+
+
+def load_reward_model(folder: str | Path, device: torch.device | str = "cpu",
+                      dtype: torch.dtype = torch.float32) -> tuple[WithHead, Tokenizer]:
+    """Read a reward model. Raises as load_model() does, also for a model without such a head, and
+    for a reward model of former versions that reads log p as well."""
+    saved, weights, tokenizer = read_folder(folder)
+    if saved["head"] != "scalar":
+        raise ValueError(f"{folder}: this is a language model; give a reward model, the --out of "
+                         "train_rm.py")
+    return build(folder, saved, weights, tokenizer, dtype).to(device), tokenizer
+
+
+def refuse_reward_model(folder: str | Path, saved: dict) -> None:
+    if saved["head"] == "scalar":
+        raise ValueError(f"{folder}: this is a reward model; give a language model, the --out of "
+                         "train_pretrain.py, train_sft.py, train_dpo.py or train_ppo.py")
+
+
+def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
+    """The "model" of config.json, the weights by their current names, and the tokenizer."""
+    folder = Path(folder)
+    for name in FILES:
+        if not (folder / name).is_file():
+            problem = "there is no such folder"
+            if folder.is_dir():
+                problem = f"there is no {name}: the run that writes it has not finished"
+            raise ValueError(f"{folder}: {problem}; give the --out folder of a finished stage")
+    tokenizer = Tokenizer.load(folder)
+    try:
+        saved = json.loads((folder / "config.json").read_text())["model"]
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise ValueError(f"{folder}: config.json or model.safetensors is damaged ({error}); "
+                         "run the stage again or use a checkpoint of it") from error
+    # folders of former versions that predate these fields hold decoders
+    saved = {"head": "lm", "architecture": "decoder", "n_segments": 0} | saved
+    if saved["architecture"] not in ARCHITECTURES:
+        raise ValueError(f"{folder}: architecture is {saved['architecture']!r}; it must be one of "
+                         f"{tuple(ARCHITECTURES)}")
+    if "next_sentence_head.weight" in weights:
+        saved["head"] = len(weights["next_sentence_head.weight"])      # former versions wrote "lm"
+    try:
+        weights = current_names(weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return saved, weights, tokenizer
+
+
+def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer: Tokenizer,
+          dtype: torch.dtype, context_length: int | None = None) -> nn.Module:
+    """The model that read_folder() found."""
+    sizes = dict(saved)
+    architecture = sizes.pop("architecture")
+    n_segments = sizes.pop("n_segments")
+    head = sizes.pop("head")
+    if context_length:
+        sizes["context_length"] = context_length
+    config = ModelConfig(**sizes)
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
+                         f"{tokenizer.vocab_size}; they are not of one run")
+    if architecture == "encoder":
+        model = Encoder(config, dtype, n_segments)
+    else:
+        model = ARCHITECTURES[architecture](config, dtype)
+    if head != "lm":
+        n = 1 if head == "scalar" else head
+        model = WithHead(model, n, keep_lm_head=True)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
+                         f"one run ({error})") from error
+    return model
+
+
+def current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a folder or checkpoint of former versions, by the names of today; those of today
+    stay as they are.
+
+    Former models with a head named it scalar_head or next_sentence_head, beside the parts of the
+    trunk. Raises ValueError for a reward model whose reward was r = W_r h + b_r + w_p c log p(y|x)
+    with w_p ("likelihood") other than 0, because today's reward has no such term.
+    """
+    former_head = [name for name in FORMER_HEADS if f"{name}.weight" in weights]
+    if not former_head:
+        return weights
+    renamed = {}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".")
+        if part in former_head:
+            renamed[f"head.{rest}"] = weight
+        elif part == "likelihood":
+            refuse_likelihood(weight)
+        elif part != "likelihood_unit":                # its scale c
+            renamed[f"trunk.{name}"] = weight
+    return renamed
+
+
+def refuse_likelihood(weight: Tensor) -> None:
+    if weight.count_nonzero() > 0:
+        raise ValueError(f'the reward model has a weight "likelihood" of {weight.item():.3g}: its '
+                         "reward adds that much of log p(y | x), a term that reward models no "
+                         "longer have; train the reward model again (train_rm.py)")
