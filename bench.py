@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import kernels
+import readers
 import training
 from model import ModelConfig, Transformer
 from sample import generate
@@ -302,7 +302,7 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
 
 def tokenizer_row(cfg: Config, name: str, mode: str) -> dict:
     """Time to learn cfg.vocab_size tokens from 10 MB, one string, as those who time it have it."""
-    text = "".join(data.read_documents(cfg.data, 10_000_000))
+    text = "".join(readers.read_documents(cfg.data, 10_000_000))
     if name == "lifecycle":
         def run() -> None:
             train_bpe([text], cfg.vocab_size)

@@ -24,7 +24,7 @@ import training
 from data import left_pad
 from model import KVCache, Transformer, load_model, parameter_count
 
-KEEP = 0.75          # rows that have stopped are carried along until so few are left: less copying
+KEEP = 0.75          # finished rows are carried along until this share is left: less copying
 SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
 
 
@@ -45,37 +45,80 @@ class Config:
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set to -inf what top-k (Fan et al. 2018) and nucleus sampling (Holtzman et al. 2020) exclude.
+    """Set to -inf the logits that top-k (Fan et al. 2018) and nucleus sampling (Holtzman et al.
+    2020) exclude.
 
     logits: (B, V). top_k keeps the k largest (0: all); top_p the smallest set of largest whose
     probability reaches p, at least one. Worked: probabilities .5 .3 .2 and p = .6 keep .5 and .3.
     """
+    # top-k: V_k = the k tokens of the largest logits; p(v) = 0 outside V_k
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kth_largest = logits.topk(top_k).values[:, -1:]           # (B, 1)
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
+
+    # top-p: V_p = the smallest set of likeliest tokens with sum_{v in V_p} p(v) >= top_p
     if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p            # what came before already reaches p
-        outside[:, 0] = False
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+        sorted_logits, order = logits.sort(descending=True)       # (B, V), the likeliest first
+        probs = sorted_logits.softmax(-1)
+        likelier = probs.cumsum(-1) - probs                       # sum of p over likelier tokens
+        outside = likelier >= top_p                               # without it p is reached
+        outside[:, 0] = False                                     # V_p has at least one token
+        # back from sorted places to token ids: excluded[b, order[b, i]] = outside[b, i]
+        excluded = outside.scatter(1, order, outside)
+        logits = logits.masked_fill(excluded, -torch.inf)
     return logits
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
                generator: torch.Generator | None) -> Tensor:
     """(B, V) logits -> (B,) ids; temperature 0 takes the likeliest."""
+    # greedy: v = argmax_v z_v
     if temperature == 0.0:
         return logits.argmax(-1)
-    probs = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    # temperature T: p(v) = exp(z_v / T) / sum_u exp(z_u / T); below 1 it favours likely tokens
+    logits = logits / temperature
+    # tokens outside of V_k and V_p have p(v) = 0, the others share the whole probability
+    logits = filter_logits(logits, top_k, top_p)
+    probs = logits.softmax(-1)
+    # sample v ~ p
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
 def decoding_dtype(model: Transformer) -> torch.dtype:
-    """What to generate in. On CPUs bf16 halves the bytes of the weights, which is what the time of
-    a token goes into, but sets its matmuls up for every new number of rows: small models lose."""
-    small = parameter_count(model) < SMALL
-    return torch.float32 if model.device.type == "cpu" and small else model.dtype
+    """The dtype to generate in: the model's, but fp32 for small models on CPUs.
+
+    The time of a token goes into reading the weights, and bf16 halves their bytes; but on CPUs
+    each new number of rows makes bf16 matmuls prepare anew, which costs small models more."""
+    if model.device.type == "cpu" and parameter_count(model) < SMALL:
+        return torch.float32
+    return model.dtype
+
+
+def check_room(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """The tokens that a prompt takes in the decoder's context.
+
+    Raises ValueError for an empty prompt, and when prompt and new tokens do not fit."""
+    if min(len(ids) for ids in prompts) == 0:
+        raise ValueError("a prompt is empty: there is nothing to continue; give at least one token")
+    longest = max(len(ids) for ids in prompts)
+    if model.config.architecture == "encoder_decoder":
+        # the encoder reads the prompt; the decoder begins with a single token
+        longest = 1
+    context = model.config.context_length
+    if longest + max_new_tokens > context:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                         f"into the context of {context}; shorten it or lower max_new_tokens")
+    return longest
+
+
+def encoder_input(model: Transformer, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """What model() takes besides the decoder's tokens: the prompts for its encoder, if it has
+    one. source: (B, S); source_lengths: (B,)."""
+    if model.config.architecture != "encoder_decoder":
+        return {}
+    source, lengths = objectives.padded(prompts, pad=0)
+    return {"source": torch.from_numpy(source).to(model.device),
+            "source_lengths": torch.from_numpy(lengths).to(model.device)}
 
 
 @torch.no_grad()
@@ -87,38 +130,40 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     The stop token is the last a row yields. Raises ValueError for an empty prompt, and when prompt
     and new tokens do not fit into the model's context.
     """
-    longest, context = max(map(len, prompts)), model.config.context_length
-    apart = model.config.architecture == "encoder_decoder"     # prompts have their own encoder
-    taken = 1 if apart else longest
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt is empty: there is nothing to continue; give at least one token")
-    if taken + max_new_tokens > context:
-        raise ValueError(f"a prompt of {taken} tokens and {max_new_tokens} new ones do not fit "
-                         f"into the context of {context}; shorten it or lower max_new_tokens")
-    tokens, starts = left_pad(prompts, pad=0)
-    tokens, starts, source = tokens.to(model.device), starts.to(model.device), {}
-    if apart:                                                  # writes after a prompt's last token
-        read, lengths = map(torch.from_numpy, objectives.padded(prompts, pad=0))
-        source = {"source": read.to(model.device), "source_lengths": lengths.to(model.device)}
-        tokens, starts = tokens[:, -1:], torch.zeros_like(starts)
+    prompt_length = check_room(model, prompts, max_new_tokens)
+    tokens, starts = left_pad(prompts, pad=0)                  # (B, T) and (B,)
+    tokens = tokens.to(model.device)
+    starts = starts.to(model.device)
+    source = encoder_input(model, prompts)
+    if source:
+        # an encoder reads the prompts: the decoder goes on from the last token of each
+        tokens = tokens[:, -1:]
+        starts = torch.zeros_like(starts)
     dtype = decoding_dtype(model)
     model = model.cast(dtype)
-    cache = KVCache(model.config, starts, taken + max_new_tokens, dtype)
-    rows = list(range(len(prompts)))                           # which prompt each batch row answers
+    cache = KVCache(model.config, starts, prompt_length + max_new_tokens, dtype)
+
+    rows = list(range(len(prompts)))      # the prompt of each batch row; None once it has stopped
     for _ in range(max_new_tokens):
+        # 1. MODEL: the logits after the newest token; the cache has keys and values of all before
         logits = model(tokens, cache=cache, **source)[:, -1]   # (B, V)
-        source = {}                                            # the cache has it now
-        tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]
+        source = {}                                            # the cache has it from now on
+        # 2. SAMPLE: y_t ~ p(y | x, y_<t)
+        tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]   # (B, 1)
+        # 3. YIELD the token of every row that goes on, its stop token included
         ids = tokens[:, 0].tolist()
         yield [(row, token) for row, token in zip(rows, ids) if row is not None]
+        # 4. STOP rows at their stop token
         rows = [None if token in stop else row for row, token in zip(rows, ids)]
-        going = [i for i, row in enumerate(rows) if row is not None]
+        going = [b for b, row in enumerate(rows) if row is not None]
         if not going:
             return
-        if len(going) <= KEEP * len(rows):                     # forget the rows that have stopped
+        # 5. FORGET stopped rows, but several at once, because each time the cache is copied
+        if len(going) <= KEEP * len(rows):
             keep = torch.tensor(going, device=model.device)
             cache.keep(keep)
-            tokens, rows = tokens[keep], [rows[i] for i in going]
+            tokens = tokens[keep]
+            rows = [rows[b] for b in going]
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
@@ -130,14 +175,16 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     Prompts of similar length share a batch; the result is in the order of the prompts.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
+    # by length, because the longest prompt of a batch decides how much padding the others get
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
     model.eval()
     for first in range(0, len(order), batch_size):
-        batch = order[first:first + batch_size]
-        for pairs in stream(model, [prompts[i] for i in batch], max_new_tokens, stop, temperature,
-                            top_k, top_p, generator):
-            for row, token in pairs:
+        batch = order[first:first + batch_size]                # row b answers prompt batch[b]
+        batch_prompts = [prompts[i] for i in batch]
+        for new_tokens in stream(model, batch_prompts, max_new_tokens, stop, temperature, top_k,
+                                 top_p, generator):
+            for row, token in new_tokens:
                 outputs[batch[row]].append(token)
     model.train(was_training)
     return outputs
@@ -148,54 +195,93 @@ def respond(model: Transformer, tokenizer, conversations: list[list[dict]], max_
     """The assistant's text for each conversation (messages of tokenizer.prompt)."""
     prompts = [tokenizer.prompt(messages) for messages in conversations]
     stop = (tokenizer.end, tokenizer.endoftext)
-    return [tokenizer.decode(ids) for ids in
-            generate(model, prompts, max_new_tokens, stop, **options)]
+    responses = generate(model, prompts, max_new_tokens, stop, **options)
+    return [tokenizer.decode(ids) for ids in responses]
 
 
 @torch.no_grad()
 def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) -> str:
     """The text with its gaps ___ filled: by a token each from an encoder, by spans from a model
     that was trained to write them. Raises ValueError for a model or a text without gaps."""
-    special, (first, *rest) = tokenizer.special, map(tokenizer.encode, text.split("___"))
-    encoder = model.config.architecture == "encoder"
-    gaps = [special.get("<|mask|>" if encoder else f"<|sentinel_{i}|>") for i in range(len(rest))]
-    if not rest or None in gaps:
+    first, *others = [tokenizer.encode(part) for part in text.split("___")]
+    is_encoder = model.config.architecture == "encoder"
+    # gap i becomes <|mask|> for an encoder, <|sentinel_i|> for a model that writes spans
+    gaps = []
+    for i in range(len(others)):
+        name = "<|mask|>" if is_encoder else f"<|sentinel_{i}|>"
+        gaps.append(tokenizer.special.get(name))
+    if not gaps or None in gaps:
         raise ValueError(f"{len(gaps)} gaps in {text!r}: mark each with ___, and give a model that "
                          "was trained on so many (train_pretrain.py --objective mlm, span or ul2)")
-    ids = first + [i for gap, part in zip(gaps, rest) for i in (gap, *part)]
-    if encoder:
-        paired = model.config.n_segments > 0           # it has read [CLS] and two segments
-        first = special["<|cls|>"] if paired else tokenizer.endoftext
-        tokens = torch.tensor([[first, *ids]], device=model.device)
-        segments = torch.zeros_like(tokens) if paired else None
-        guesses = model(tokens, segments=segments)[0, 1:, :len(tokenizer.ranks)].argmax(-1).tolist()
-        return tokenizer.decode(guess if i == gaps[0] else i for i, guess in zip(ids, guesses))
-    mode = [special["<|R|>"]] if "<|R|>" in special else []
-    [written] = generate(model, [mode + ids + [tokenizer.end]], max_new_tokens, (tokenizer.end,))
+    ids = list(first)
+    for gap, part in zip(gaps, others):
+        ids += [gap, *part]
+    if is_encoder:
+        return fill_masks(model, tokenizer, ids)
+    return fill_spans(model, tokenizer, ids, gaps, max_new_tokens)
+
+
+def fill_masks(model: Transformer, tokenizer, ids: list[int]) -> str:
+    """Each <|mask|> becomes the likeliest token there: v = argmax_v p(v | all other tokens)."""
+    mask = tokenizer.special["<|mask|>"]
+    first = tokenizer.endoftext
+    has_segments = model.config.n_segments > 0
+    if has_segments:
+        # trained on sentence pairs, which begin with <|cls|>
+        first = tokenizer.special["<|cls|>"]
+    tokens = torch.tensor([[first, *ids]], device=model.device)        # (1, T)
+    segments = torch.zeros_like(tokens) if has_segments else None
+    logits = model(tokens, segments=segments)[0, 1:]                   # (T - 1, V), as ids
+    # special tokens are no guesses: their ids begin behind the ranks
+    guesses = logits[:, :len(tokenizer.ranks)].argmax(-1).tolist()
+    return tokenizer.decode(guess if i == mask else i for i, guess in zip(ids, guesses))
+
+
+def fill_spans(model: Transformer, tokenizer, ids: list[int], gaps: list[int],
+               max_new_tokens: int) -> str:
+    """Each sentinel becomes the span that the model writes behind it.
+
+    it <|sentinel_0|> on a <|sentinel_1|> -> the model writes <|sentinel_0|> sat <|sentinel_1|> mat
+    """
+    special = tokenizer.special
+    prompt = [*ids, tokenizer.end]
+    if "<|R|>" in special:
+        # UL2 has learned short spans in its mode R
+        prompt = [special["<|R|>"], *prompt]
+    [written] = generate(model, [prompt], max_new_tokens, (tokenizer.end,))
     borders = [i for name, i in special.items() if name.startswith(("<|sentinel_", "<|end|>"))]
     spans = objectives.spans_said(written, borders)
-    return tokenizer.decode(j for i in ids for j in (spans.get(i, ()) if i in gaps else (i,)))
+    filled = []
+    for i in ids:
+        # a gap for which the model has written nothing stays empty
+        filled += spans.get(i, ()) if i in gaps else [i]
+    return tokenizer.decode(filled)
 
 
 def beginning(tokenizer, text: str) -> list[int]:
     """The ids of a text to continue; for a model trained by --objective ul2 in its S mode."""
-    ids, special = tokenizer.encode(text), tokenizer.special
-    return [special["<|S|>"], *ids, tokenizer.end] if "<|S|>" in special else ids
+    ids = tokenizer.encode(text)
+    if "<|S|>" not in tokenizer.special:
+        return ids
+    return [tokenizer.special["<|S|>"], *ids, tokenizer.end]
 
 
 def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
                  generator: torch.Generator) -> str:
     """Write the continuation of `prompt` to the terminal as it comes; returns it."""
-    ids, text, shown = [], "", ""
-    for [(_, token)] in stream(model, [prompt], cfg.max_new_tokens,
-                               (tokenizer.end, tokenizer.endoftext), cfg.temperature, cfg.top_k,
-                               cfg.top_p, generator):
+    stop = (tokenizer.end, tokenizer.endoftext)
+    ids = []
+    text = ""
+    n_printed = 0                                              # characters
+    for [(_, token)] in stream(model, [prompt], cfg.max_new_tokens, stop, cfg.temperature,
+                               cfg.top_k, cfg.top_p, generator):
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):                        # a character may span several tokens
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print(text[len(shown):])
+        # U+FFFD at the end: the bytes of a character that has not come whole yet
+        if not text.endswith("\ufffd"):
+            print(text[n_printed:], end="", flush=True)
+            n_printed = len(text)
+    print(text[n_printed:])
     return text
 
 
@@ -204,45 +290,59 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     kernels.keep_memory()
     device = training.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.init, device, training.pick_dtype(cfg.dtype, device),
-                                  any_architecture=cfg.raw or bool(cfg.fill))
+    dtype = training.pick_dtype(cfg.dtype, device)
+    any_architecture = cfg.raw or bool(cfg.fill)                   # a chat needs a decoder
+    model, tokenizer = load_model(cfg.init, device, dtype, any_architecture=any_architecture)
     model.eval()
     if cfg.fill:
         print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
         return
+    # at least 64 tokens of the context, or half of a short one, are kept free for the prompt
     context = model.config.context_length
-    room = context - min(context // 2, 64)                         # the rest is for the prompt
-    cfg = replace(cfg, max_new_tokens=min(cfg.max_new_tokens, room))
+    longest_answer = context - min(context // 2, 64)
+    cfg = replace(cfg, max_new_tokens=min(cfg.max_new_tokens, longest_answer))
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    if cfg.raw:
-        if not cfg.prompt:
-            raise ValueError("--raw continues a text: give it with --prompt")
-        print(cfg.prompt, end="")
-        print_stream(model, tokenizer, beginning(tokenizer, cfg.prompt), cfg, generator)
+    if not cfg.raw:
+        chat(model, tokenizer, cfg, generator)
         return
     if not cfg.prompt:
+        raise ValueError("--raw continues a text: give it with --prompt")
+    print(cfg.prompt, end="")
+    print_stream(model, tokenizer, beginning(tokenizer, cfg.prompt), cfg, generator)
+
+
+def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator) -> None:
+    """Answer cfg.prompt, or without one every line that is typed."""
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    turns = []
+    if not cfg.prompt:
         print(f"Talking to {cfg.init}. An empty line or Ctrl-D ends it; /new starts over.")
-    while text := cfg.prompt or read_line():
+    while True:
+        text = cfg.prompt or read_line()
+        if not text:
+            return
         if text == "/new" and not cfg.prompt:
-            messages = messages[:1] if cfg.system else []
+            turns = []
             continue
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.prompt(messages)
-        room = context - cfg.max_new_tokens
-        first = 1 if cfg.system else 0
-        while len(prompt) > room and len(messages) > first + 2:     # forget the oldest exchange
-            del messages[first:first + 2]
-            prompt = tokenizer.prompt(messages)
+        turns.append({"role": "user", "content": text})
+        prompt = tokenizer.prompt(system + turns)
+        # forget the oldest question and answer until the rest fits; the system message stays
+        room = model.config.context_length - cfg.max_new_tokens
+        while len(prompt) > room and len(turns) > 2:
+            turns = turns[2:]
+            prompt = tokenizer.prompt(system + turns)
         reply = print_stream(model, tokenizer, prompt, cfg, generator)
-        messages.append({"role": "assistant", "content": reply})
+        turns.append({"role": "assistant", "content": reply})
         if cfg.prompt:
             return
 
 
 def read_line() -> str:
+    """A typed line, "" at the end; from a pipe without the question you>."""
     try:
-        return input("you> ") if sys.stdin.isatty() else sys.stdin.readline().strip()
+        if sys.stdin.isatty():
+            return input("you> ")
+        return sys.stdin.readline().strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return ""

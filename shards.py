@@ -1,7 +1,7 @@
 """
 A corpus larger than memory -> shards: files of token ids that training reads where it needs them.
 
-  1. READ    documents one at a time, data.py's readers and splits; a chunk is about 1 MB of text
+  1. READ    documents one at a time, readers.py's formats and splits; a chunk is about 1 MB of text
   2. ENCODE  chunks in parallel, <|endoftext|> after each document (001 section 1.6, 1.3-1.4)
   3. WRITE   the ids of all chunks in the order of the documents, cut every --shard_tokens
 
@@ -32,9 +32,8 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby, pairwise
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
@@ -70,22 +69,31 @@ class Config:
 def read(cfg: Config, split: str, at_most: float = math.inf) -> Iterator[str]:
     """The documents of a split; with --max_bytes a twentieth of that is held out, as in training
     from text. at_most: a lower limit in bytes."""
-    import data  # not above: the workers need neither it nor torch
+    import readers  # not above: the workers, which only encode, start sooner without it
 
-    max_bytes = cfg.max_bytes or (20_000_000 if data.world_named(cfg.data) else math.inf)
-    max_bytes = min(max_bytes // (20 if split == "heldout" else 1), at_most)
-    return data.read_documents(cfg.data, max_bytes, split, bad_rows=cfg.bad_rows)
+    max_bytes = math.inf
+    if cfg.max_bytes:
+        max_bytes = cfg.max_bytes
+    elif readers.world_named(cfg.data):
+        max_bytes = 20_000_000                    # because a world has no end
+    # held out is a twentieth, but an infinite limit stays one: inf // 20 is not a number
+    if split == "heldout" and max_bytes < math.inf:
+        max_bytes //= 20
+    return readers.read_documents(cfg.data, min(max_bytes, at_most), split,
+                                  bad_rows=cfg.bad_rows)
 
 
 def chunked(documents: Iterable[str]) -> Iterator[list[str]]:
     """Neighbouring documents in lists of CHUNK characters, or a little more."""
-    chunk, size = [], 0
+    chunk = []
+    n_characters = 0
     for document in documents:
         chunk.append(document)
-        size += len(document)
-        if size >= CHUNK:
+        n_characters += len(document)
+        if n_characters >= CHUNK:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            n_characters = 0
     if chunk:
         yield chunk
 
@@ -105,17 +113,22 @@ def encode(folder: str, documents: list[str]) -> tuple[np.ndarray, int, int]:
     the tokenizer."""
     tokenizer = tokenizer_of(folder)
     n_bytes = sum(len(document.encode()) for document in documents)
-    ids = [np.array([*ids, tokenizer.endoftext], id_type(tokenizer.vocab_size))
-           for ids in tokenizer.encode_batch(documents)]
-    return np.concatenate(ids), len(documents), n_bytes
+    dtype = id_type(tokenizer.vocab_size)         # small ids cost less to send back, too
+    pieces = []
+    for document in documents:
+        ids = tokenizer.encode(document)
+        pieces.append(np.array([*ids, tokenizer.endoftext], dtype))
+    return np.concatenate(pieces), len(documents), n_bytes
 
 
 def end_with_parent() -> None:
     """In a worker: leave when the process that started it is gone, even if that was killed."""
     def wait():
         parent_process().join()
+        # not sys.exit, because that would end this thread alone
         os._exit(1)
 
+    # daemon, so that a worker whose work is done does not wait for this thread
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -126,8 +139,10 @@ def in_order(pool: ProcessPoolExecutor, folder: str, chunks: Iterable[list[str]]
     waiting = deque()
     for chunk in chunks:
         waiting.append(pool.submit(encode, folder, chunk))
+        # the oldest chunk is next in order: its result is waited for, whoever else is ready
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
+    # the last `ahead` chunks are under way when the reader comes to its end
     while waiting:
         yield waiting.popleft().result()
 
@@ -137,43 +152,53 @@ def cut(pieces: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, np.ndarr
 
     cut([[1, 2], [3, 4, 5]], 3) -> (0, [1, 2]), (0, [3]), (1, [4, 5])
     """
-    total = 0
+    n_cut = 0                                     # ids so far, over all shards
     for piece in pieces:
         while len(piece):
-            number, filled = divmod(total, size)
-            part, piece = np.split(piece, [size - filled])
-            total += len(part)
+            number, filled = divmod(n_cut, size)
+            room = size - filled
+            part = piece[:room]
+            piece = piece[room:]
+            n_cut += len(part)
             yield number, part
 
 
 def write_shard(path: Path, parts: Iterable[np.ndarray]) -> dict:
     """One file, whole or not at all: a temporary name, fsync, rename. Returns its index entry."""
-    temporary, digest, n = path.with_name(path.name + ".tmp"), hashlib.sha256(), 0
+    temporary = path.with_name(path.name + ".tmp")
+    digest = hashlib.sha256()
+    n_tokens = 0
     with temporary.open("wb") as file:
         for part in parts:
             raw = part.tobytes()
             file.write(raw)
             digest.update(raw)
-            n += len(part)
+            n_tokens += len(part)
+        # on the disk before it has its name: a power cut leaves no half file under that name
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return {"file": path.name, "tokens": n, "sha256": digest.hexdigest()}
+    return {"file": path.name, "tokens": n_tokens, "sha256": digest.hexdigest()}
 
 
 def write_split(folder: Path, split: str, results: Iterable[tuple[np.ndarray, int, int]],
                 shard_tokens: int) -> dict:
     """All shards of a split. Returns its entry in the index."""
-    counts, bar = Counter(), tqdm(desc=split, unit="B", unit_scale=True)
+    counts = Counter()
+    bar = tqdm(desc=split, unit="B", unit_scale=True)
 
-    def pieces():
+    def counted_ids():
         for ids, n_documents, n_bytes in results:
             counts.update(tokens=len(ids), documents=n_documents, bytes=n_bytes)
             bar.update(n_bytes)
             yield ids
 
-    shards = [write_shard(folder / f"{split}_{number:05d}.bin", map(itemgetter(1), parts))
-              for number, parts in groupby(cut(pieces(), shard_tokens), itemgetter(0))]
+    shards = []
+    # ids flow from reader to file piece by piece: groupby() gives all pieces of one shard
+    numbered_parts = cut(counted_ids(), shard_tokens)
+    for number, group in groupby(numbered_parts, key=itemgetter(0)):
+        path = folder / f"{split}_{number:05d}.bin"
+        shards.append(write_shard(path, (part for _, part in group)))
     bar.close()
     return {**counts, "shards": shards}
 
@@ -183,15 +208,19 @@ def make_room(folder: Path, overwrite: bool) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; --out names a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(folder.iterdir(), key=lambda file: (file.name != "index.json", file.name))
-    foreign = [file.name for file in files if not re.fullmatch(OURS, file.name)]
-    if foreign:
-        raise ValueError(f"{folder}: {foreign[0]} does not belong to a folder of shards; name "
-                         "another --out")
-    if files and files[0].name == "index.json" and not overwrite:
+    files = sorted(folder.iterdir())
+    # checked before anything is removed: --out may name a folder with someone's own files
+    for file in files:
+        if not re.fullmatch(OURS, file.name):
+            raise ValueError(f"{folder}: {file.name} does not belong to a folder of shards; name "
+                             "another --out")
+    index_file = folder / "index.json"
+    if index_file.exists() and not overwrite:
         raise ValueError(f"{folder} holds finished shards; name another --out or give --overwrite")
-    for file in files:                            # index.json goes first: no longer complete
-        file.unlink()
+    # the index goes first, because without it the folder no longer passes for complete
+    index_file.unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def main(cfg: Config) -> dict:
@@ -202,29 +231,18 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--workers {cfg.workers} --shard_tokens {cfg.shard_tokens}: both must be "
                          "at least 1")
     next(read(cfg, "train"))                      # a wrong --data stops before anything is removed
-    if cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(read(cfg, "train", cfg.tokenizer_bytes), cfg.vocab_size,
-                                    progress=True)
-    else:
-        tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.load(cfg.tokenizer)
+    tokenizer = pick_tokenizer(cfg)
     out = Path(cfg.out)
     make_room(out, cfg.overwrite)
     tokenizer.save(out)
     tokenizer_of.cache_clear()                    # it may know one that was in --out before
 
-    splits = {}
-    # fresh processes: a copy of one with torch's threads in it could hang
-    with (ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent)
-          if cfg.workers > 1 else nullcontext()) as pool:
-        for split in SPLITS:
-            chunks = chunked(read(cfg, split))
-            results = (in_order(pool, cfg.out, chunks, 2 * cfg.workers) if pool
-                       else map(partial(encode, cfg.out), chunks))
-            splits[split] = write_split(out, split, results, cfg.shard_tokens)
+    splits = write_splits(cfg, out)
 
     index = {"dtype": id_type(tokenizer.vocab_size).name, "vocab_size": tokenizer.vocab_size,
              "tokenizer_sha256": sha256(out / "tokenizer.json"), "source": cfg.data,
              "splits": splits}
+    # last of all, under a temporary name first: a folder with an index is complete
     temporary = out / "index.json.tmp"
     temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
     temporary.replace(out / "index.json")
@@ -232,6 +250,34 @@ def main(cfg: Config) -> dict:
         print(f"{out} {split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, "
               f"{entry['tokens']:,} tokens in {len(entry['shards'])} shards")
     return index
+
+
+def pick_tokenizer(cfg: Config) -> Tokenizer:
+    if cfg.tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if cfg.tokenizer == "bpe":
+        # the first part will do: frequent pairs are frequent everywhere
+        beginning = read(cfg, "train", cfg.tokenizer_bytes)
+        return Tokenizer.train(beginning, cfg.vocab_size, progress=True)
+    return Tokenizer.load(cfg.tokenizer)
+
+
+def write_splits(cfg: Config, out: Path) -> dict[str, dict]:
+    """All shards of both splits. Returns {split: its entry in the index}."""
+    splits = {}
+    if cfg.workers == 1:
+        for split in SPLITS:
+            chunks = chunked(read(cfg, split))
+            encoded = (encode(cfg.out, chunk) for chunk in chunks)
+            splits[split] = write_split(out, split, encoded, cfg.shard_tokens)
+        return splits
+    # "spawn", because a forked copy of a process with torch's threads in it could hang
+    with ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent) as pool:
+        for split in SPLITS:
+            chunks = chunked(read(cfg, split))
+            encoded = in_order(pool, cfg.out, chunks, ahead=2 * cfg.workers)
+            splits[split] = write_split(out, split, encoded, cfg.shard_tokens)
+    return splits
 
 
 # ---------------------------------------------------------------------- reading
@@ -246,10 +292,15 @@ class ShardedTokens:
     """
     def __init__(self, folder: Path, index: dict, split: str):
         entry = index["splits"][split]
-        self.n_documents, self.n_bytes = entry["documents"], entry["bytes"]
-        self.files = [folder / shard["file"] for shard in entry["shards"]]
-        self.ends = np.cumsum([shard["tokens"] for shard in entry["shards"]])
-        self.dtype, self.vocab_size = np.dtype(index["dtype"]), index["vocab_size"]
+        shards = entry["shards"]
+        self.n_documents = entry["documents"]
+        self.n_bytes = entry["bytes"]
+        self.files = [folder / shard["file"] for shard in shards]
+        # shard s holds the places ends[s - 1] .. ends[s] - 1 of the array
+        self.ends = np.cumsum([shard["tokens"] for shard in shards])
+        self.dtype = np.dtype(index["dtype"])
+        self.vocab_size = index["vocab_size"]
+        # at most 256 mapped files, because systems limit how many a process may hold
         self.shard = lru_cache(maxsize=256)(self.map_shard)
 
     def map_shard(self, number: int) -> np.ndarray:
@@ -260,25 +311,35 @@ class ShardedTokens:
         return int(self.ends[-1])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        # for NumPy's own functions; copy=False, because self[:] is a copy already
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, at: np.ndarray | slice) -> np.ndarray:
-        at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            at = np.arange(start, stop, step)
+        at = np.asarray(at)
         if not at.size:
             return np.empty(at.shape, self.dtype)
         if not 0 <= at.min() <= at.max() < len(self):
             raise IndexError(f"places {at.min()} .. {at.max()} are not all in 0 .. {len(self) - 1}")
-        places, ids = at.ravel(), np.empty(at.size, self.dtype)
-        numbers = np.searchsorted(self.ends, places, side="right")
-        # windows are neighbours in one shard, seldom in two: copy as long as the shard is the same
-        changes = np.flatnonzero(np.diff(numbers)) + 1
-        for i, j in pairwise([0, *changes.tolist(), at.size]):
-            shard = self.shard(number := int(numbers[i]))
-            ids[i:j] = shard[places[i:j] - (self.ends[number] - len(shard))]
-        if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.files[numbers[ids.argmax()]]}: damaged: it holds the id "
-                             f"{ids.max()}, the vocabulary has {self.vocab_size}; write the "
-                             "shards again")
+        places = at.ravel()                                           # (N,)
+        ids = np.empty(at.size, self.dtype)
+        shard_of = np.searchsorted(self.ends, places, side="right")   # (N,) numbers of shards
+        # a window lies in one shard, seldom in two: copied in runs of places in the same shard
+        changes = np.flatnonzero(np.diff(shard_of)) + 1
+        borders = [0, *changes.tolist(), at.size]
+        for i, j in pairwise(borders):
+            number = int(shard_of[i])
+            shard = self.shard(number)
+            shard_begin = self.ends[number] - len(shard)
+            ids[i:j] = shard[places[i:j] - shard_begin]
+        # checked here, because a model's embedding fails on such an id without naming a file
+        largest = ids.max()
+        if largest >= self.vocab_size:
+            file = self.files[shard_of[ids.argmax()]]
+            raise ValueError(f"{file}: damaged: it holds the id {largest}, the vocabulary has "
+                             f"{self.vocab_size}; write the shards again")
         return ids.reshape(at.shape)
 
 
@@ -289,19 +350,23 @@ def sha256(file: Path) -> str:
 
 def found(data: str) -> bool:
     """Is this a folder of shards, finished or not?"""
-    return (Path(data) / "index.json").exists() or any(Path(data).glob("heldout_?????.bin*"))
+    folder = Path(data)
+    # the held-out split is written first: an interrupted run has at least its first file
+    return (folder / "index.json").exists() or any(folder.glob("heldout_?????.bin*"))
 
 
 def read_index(folder: Path) -> dict:
-    """index.json. Raises ValueError if it is missing, or not what main() writes."""
+    """index.json as main() writes it. Raises ValueError if it is missing or damaged."""
     file = folder / "index.json"
     if not file.exists():
         raise ValueError(f"{folder}: no index.json, so these shards are not complete (or "
                          f"none): run shards.py --out {folder} again")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-        for entry in map(index["splits"].__getitem__, SPLITS):
-            if not 0 < entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"]):
+        for split in SPLITS:
+            entry = index["splits"][split]
+            n_tokens = sum(shard["tokens"] for shard in entry["shards"])
+            if n_tokens <= 0 or n_tokens != entry["tokens"]:
                 raise ValueError("its shards do not add up to its tokens")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); write the shards "
@@ -316,38 +381,53 @@ def open_tokens(folder: str | Path, split: str,
     tokenizer: the one of the model that is to read them. Raises ValueError for a folder that is
     not complete, a shard that is missing or of another size, and a vocabulary that differs.
     """
-    folder, index = Path(folder), read_index(Path(folder))
+    folder = Path(folder)
+    index = read_index(folder)
     if split not in SPLITS:
         raise ValueError(f'split is {split!r}; it must be "train" or "heldout"')
     own = Tokenizer.load(folder)
     if sha256(folder / "tokenizer.json") != index["tokenizer_sha256"]:
         raise ValueError(f"{folder / 'tokenizer.json'} is not the one these shards were written "
                          "with (its checksum differs); put that one back or write them again")
-    ids = [(t.ranks, t.pattern, t.endoftext) for t in (own, tokenizer or own)]
-    if ids[0] != ids[1]:                          # other special tokens do not occur in shards
+    if tokenizer is not None and not same_ids(own, tokenizer):
         raise ValueError(f"{folder} was written with another vocabulary ({own.vocab_size:,} "
                          f"tokens) than the one given ({tokenizer.vocab_size:,} tokens): write "
                          "shards with shards.py --tokenizer FOLDER, or use theirs")
+    token_bytes = np.dtype(index["dtype"]).itemsize
     for shard in index["splits"][split]["shards"]:
-        file, size = folder / shard["file"], shard["tokens"] * np.dtype(index["dtype"]).itemsize
-        if not file.exists():
-            raise ValueError(f"{file} is missing; index.json counts {shard['tokens']:,} tokens in "
-                             "it: put it back or write the shards again")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size:,} bytes; {shard['tokens']:,} "
-                             f"tokens take {size:,}: it is damaged, write the shards again")
+        check_size(folder / shard["file"], shard["tokens"], token_bytes)
     return ShardedTokens(folder, index, split)
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Do both give every text the same ids, and <|endoftext|>, too?"""
+    # other special tokens may differ, because none of them occurs in shards
+    return a.ranks == b.ranks and a.pattern == b.pattern and a.endoftext == b.endoftext
+
+
+def check_size(file: Path, n_tokens: int, token_bytes: int) -> None:
+    if not file.exists():
+        raise ValueError(f"{file} is missing; index.json counts {n_tokens:,} tokens in it: put it "
+                         "back or write the shards again")
+    size = file.stat().st_size
+    expected_size = n_tokens * token_bytes
+    if size != expected_size:
+        raise ValueError(f"{file} has {size:,} bytes; {n_tokens:,} tokens take "
+                         f"{expected_size:,}: it is damaged, write the shards again")
 
 
 def verify(folder: str | Path) -> dict:
     """Read every shard and compare its checksum; returns the index. Raises ValueError."""
-    folder, index = Path(folder), read_index(Path(folder))
+    folder = Path(folder)
+    index = read_index(folder)
     for split in SPLITS:
+        # sizes first: a shard that is missing or cut short shows without reading gigabytes
         open_tokens(folder, split)
         for shard in tqdm(index["splits"][split]["shards"], split, unit=" shards"):
-            if sha256(folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"{folder / shard['file']} is damaged (its checksum differs); "
-                                 "write the shards again")
+            file = folder / shard["file"]
+            if sha256(file) != shard["sha256"]:
+                raise ValueError(f"{file} is damaged (its checksum differs); write the shards "
+                                 "again")
     return index
 
 

@@ -45,6 +45,8 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 N_SPECIAL = 16      # ids set aside for special tokens; later stages name the free ones
 ROLES = ("system", "user", "assistant")
+Token = bytes
+Pair = tuple[Token, Token]           # neighbours: left, right
 
 
 # ---------------------------------------------------------------------- training
@@ -53,54 +55,85 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     """["a cat, a hat"] -> {"a": 1, " cat": 1, ",": 1, " a": 1, " hat": 1}."""
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list of strings")
-    splitter, words = regex.compile(PATTERN), Counter()
+    splitter = regex.compile(PATTERN)
+    words = Counter()
     for text in texts:
-        words.update(map(itemgetter(0), splitter.finditer(text)))
+        matches = splitter.finditer(text)
+        # map and itemgetter, because they run this loop over every word of the corpus in C
+        words.update(map(itemgetter(0), matches))
     return words
 
 
 def lay_out(word_counts: dict[str, int],
-            ranks: dict[bytes, int] | None = None) -> tuple[list[bytes | None], list[int]]:
+            ranks: dict[Token, int] | None = None) -> tuple[list[Token | None], list[int]]:
     """All distinct words in one row, byte by byte, None between words; at each place the count of
     its word. {"ab": 3} -> [None, b"a", b"b", None], [0, 3, 3, 3]. ranks: merges made before."""
-    tokens, weights = [None], [0]
-    for word, n in word_counts.items():
-        letters = [bytes([b]) for b in word.encode(errors="replace")]
-        weights += [n] * (len(letters) + 1)
-        if ranks:                                   # a token stands at its first and last byte
-            letters = [token if i in (0, len(token) - 1) else None
-                       for token in merged(letters, ranks) for i in range(len(token))]
-        tokens += [*letters, None]
-    return tokens, weights
+    row = [None]
+    weights = [0]
+    for word, count in word_counts.items():
+        # "replace": half a surrogate pair has no UTF-8 and becomes a question mark
+        letters = [bytes([byte]) for byte in word.encode(errors="replace")]
+        if ranks:
+            letters = at_both_ends(merged(letters, ranks))
+        row += letters
+        row.append(None)
+        weights += [count] * (len(letters) + 1)
+    return row, weights
 
 
-def merged(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
+def at_both_ends(tokens: list[Token]) -> list[Token | None]:
+    """Each token at the places of its first and its last byte, None at the bytes between.
+
+    [b"a", b"low"] -> [b"a", b"low", None, b"low"]
+    """
+    row = []
+    for token in tokens:
+        row.append(token)
+        if len(token) > 1:
+            row += [None] * (len(token) - 2)
+            row.append(token)
+    return row
+
+
+def merged(parts: list[Token], ranks: dict[Token, int]) -> list[Token]:
     """A word's parts after all known merges: of all neighbours the pair of the lowest rank becomes
-    one, again and again. tiktoken does this to every word that is encoded."""
+    one token, again and again. tiktoken does this to every word that is encoded.
+
+    Ranks of ow 256 and low 257: [b"l", b"o", b"w"] -> [b"l", b"ow"] -> [b"low"].
+    """
     parts = list(parts)
-    while True:
-        found = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
-        if min(found, default=math.inf) == math.inf:
+    while len(parts) > 1:
+        pair_ranks = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+        lowest = min(pair_ranks)
+        if lowest == math.inf:                    # no neighbours make a known token
             return parts
-        i = found.index(min(found))
+        i = pair_ranks.index(lowest)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
-def count_pairs(tokens: list[bytes | None], weights: list[int]) -> tuple[dict, dict]:
+def count_pairs(row: list[Token | None],
+                weights: list[int]) -> tuple[dict[Pair, int], dict[Pair, list[int]]]:
     """The row of lay_out -> {pair: how often it occurs}, {pair: places of its left token}."""
-    counts, places, i = defaultdict(int), defaultdict(list), 1
-    while i < len(tokens):
-        left = tokens[i]
-        after = i + (len(left) if left else 1)
-        if left and (right := tokens[after]):
+    counts = defaultdict(int)
+    places = defaultdict(list)
+    i = 1                                         # place 0 is the None before the first word
+    while i < len(row):
+        left = row[i]
+        if left is None:                          # the border of two words
+            i += 1
+            continue
+        after = i + len(left)
+        right = row[after]
+        if right is not None:
             counts[left, right] += weights[i]
             places[left, right].append(i)
         i = after
     return counts, places
 
 
-def merge(pair: tuple[bytes, bytes], tokens: list[bytes | None], weights: list[int],
-          counts: dict, places: dict) -> set[tuple[bytes, bytes]]:
+def merge(pair: Pair, row: list[Token | None], weights: list[int],
+          counts: dict[Pair, int], places: dict[Pair, list[int]]) -> set[Pair]:
     """Make one token of the pair wherever it stands; bring counts and places up to date.
 
     Returns the pairs with the new token: no other count has grown. A token stands at its first
@@ -108,28 +141,36 @@ def merge(pair: tuple[bytes, bytes], tokens: list[bytes | None], weights: list[i
     l + ow turns l o w into l ow ow and low None low.
     """
     left, right = pair
-    token, born = left + right, set()
-    for i in places.pop(pair):                      # in order: a a a becomes aa a, not a aa
-        middle, end = i + len(left), i + len(token)
-        if tokens[i] != left or tokens[middle] != right:
-            continue                                # gone: one of the two was merged before
-        tokens[middle] = None
-        tokens[i] = tokens[end - 1] = token
-        if before := tokens[i - 1]:
+    token = left + right
+    new_pairs = set()
+    for i in places.pop(pair):                    # in order: a a a becomes aa a, not a aa
+        middle = i + len(left)                    # where the right token begins
+        end = i + len(token)
+        if row[i] != left or row[middle] != right:
+            continue                              # gone: an earlier merge took left or right
+        # the new token at its first and last byte, nothing at its middle
+        row[middle] = None
+        row[i] = token
+        row[end - 1] = token
+        # the neighbour on the left: (before, left) is now (before, token)
+        before = row[i - 1]
+        if before is not None:
             counts[before, left] -= weights[i]
             counts[before, token] += weights[i]
             places[before, token].append(i - len(before))
-            born.add((before, token))
-        if after := tokens[end]:
+            new_pairs.add((before, token))
+        # the neighbour on the right: (right, after) is now (token, after)
+        after = row[end]
+        if after is not None:
             counts[right, after] -= weights[i]
             counts[token, after] += weights[i]
             places[token, after].append(i)
-            born.add((token, after))
-    return born
+            new_pairs.add((token, after))
+    return new_pairs
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False,
-              ranks: dict[bytes, int] | None = None) -> dict[bytes, int]:
+              ranks: dict[Token, int] | None = None) -> dict[Token, int]:
     """Learn the ranks: 256 bytes, then merges in the order in which they were made; or go on from
     the ranks of another corpus.
 
@@ -141,26 +182,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False,
     if vocab_size < 256 + N_SPECIAL:
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least {256 + N_SPECIAL}: "
                          f"256 bytes and {N_SPECIAL} special tokens")
-    # 1. SPLIT the texts into words; 2. COUNT the distinct words, then their pairs
-    tokens, weights = lay_out(count_words(texts), ranks)
-    counts, places = count_pairs(tokens, weights)
-    heap = [(-n, pair) for pair, n in counts.items()]       # the top: most frequent, then smallest
+    # 1. SPLIT the texts into words
+    word_counts = count_words(texts)
+    # 2. COUNT the pairs of neighbours in the distinct words
+    row, weights = lay_out(word_counts, ranks)
+    counts, places = count_pairs(row, weights)
+    # a heap, so that the next pair is found without a look at all: most frequent, then smallest
+    heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
 
     # 3. MERGE the most frequent pair, again and again
-    ranks = dict(ranks) if ranks else {bytes([b]): b for b in range(256)}
-    bar = tqdm(total=vocab_size - N_SPECIAL - len(ranks), desc="merging", unit=" pairs",
-               disable=not progress)
-    while heap and len(ranks) < vocab_size - N_SPECIAL:
-        n, pair = heapq.heappop(heap)
-        if -n > counts[pair]:               # other merges took some of them: back with the rest
+    ranks = dict(ranks) if ranks else {bytes([byte]): byte for byte in range(256)}
+    n_ranks = vocab_size - N_SPECIAL
+    bar = tqdm(total=n_ranks - len(ranks), desc="merging", unit=" pairs", disable=not progress)
+    while heap and len(ranks) < n_ranks:
+        # the pair that was the most frequent when it was put on the heap
+        negative, pair = heapq.heappop(heap)
+        # if merges since then took some of its places, it goes back with the rest
+        if -negative > counts[pair]:
             heapq.heappush(heap, (-counts[pair], pair))
             continue
-        if n == 0:                          # no pair is left: every word is one token
+        # a count of zero: no pair is left, because every word is one token
+        if negative == 0:
             break
-        ranks.setdefault(pair[0] + pair[1], len(ranks))    # there before only in given ranks
-        for grown in merge(pair, tokens, weights, counts, places):
-            heapq.heappush(heap, (-counts[grown], grown))
+        # mint a new token: its rank is the next free one (given ranks may know it already)
+        left, right = pair
+        ranks.setdefault(left + right, len(ranks))
+        # replace the pair by the token in all words; pairs with the new token join the heap
+        for new_pair in merge(pair, row, weights, counts, places):
+            heapq.heappush(heap, (-counts[new_pair], new_pair))
         bar.update()
     bar.close()
     return ranks
@@ -179,7 +229,7 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN,
                  special_tokens: Sequence[str] = SPECIAL_TOKENS):
         """Raises ValueError for ranks or special tokens that cannot name every text uniquely."""
-        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise ValueError(f"the ranks lack the single byte {missing[0]} (and {len(missing) - 1} "
                              "more); all 256 are needed to encode every text")
@@ -190,19 +240,29 @@ class Tokenizer:
         if lacking or len(set(special_tokens)) < len(special_tokens):
             raise ValueError(f"special tokens {list(special_tokens)}: each must stand once, and "
                              f"{' '.join(lacking or SPECIAL_TOKENS)} must be among them")
-        reserved = [f"<|reserved_{i}|>" for i in range(len(special_tokens), N_SPECIAL)]
-        names = [*special_tokens, *reserved]
-        self.ranks, self.pattern = ranks, pattern
-        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
+        names = list(special_tokens)
+        while len(names) < N_SPECIAL:
+            names.append(f"<|reserved_{len(names)}|>")
+
+        self.ranks = ranks
+        self.pattern = pattern
+        # special ids follow the last rank, in the order of their names
+        self.special = {name: i for i, name in enumerate(names, start=len(ranks))}
         self.vocab_size = len(ranks) + len(names)
-        (self.endoftext, self.pad, self.system, self.user, self.assistant,
-         self.end) = (self.special[name] for name in SPECIAL_TOKENS)
+        self.endoftext = self.special["<|endoftext|>"]
+        self.pad = self.special["<|pad|>"]
+        self.system = self.special["<|system|>"]
+        self.user = self.special["<|user|>"]
+        self.assistant = self.special["<|assistant|>"]
+        self.end = self.special["<|end|>"]
         self.encoding = tiktoken.Encoding("lifecycle", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
 
     def __eq__(self, other) -> bool:
-        return (isinstance(other, Tokenizer) and self.ranks == other.ranks
-                and self.pattern == other.pattern and self.special == other.special)
+        if not isinstance(other, Tokenizer):
+            return False
+        return (self.ranks == other.ranks and self.pattern == other.pattern
+                and self.special == other.special)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, progress: bool = False) -> "Tokenizer":
@@ -210,7 +270,8 @@ class Tokenizer:
 
     def extended(self, texts: Iterable[str], n: int) -> "Tokenizer":
         """The same tokens and up to n more, merged in other texts; special ones move up."""
-        ranks = train_bpe(texts, len(self.ranks) + n + N_SPECIAL, ranks=self.ranks)
+        vocab_size = len(self.ranks) + n + N_SPECIAL
+        ranks = train_bpe(texts, vocab_size, ranks=self.ranks)
         return Tokenizer(ranks, self.pattern, self.named)
 
     @property
@@ -221,7 +282,7 @@ class Tokenizer:
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """No merges: the ids of a text are its UTF-8 bytes."""
-        return cls({bytes([b]): b for b in range(256)})
+        return cls({bytes([byte]): byte for byte in range(256)})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Never a special one, whatever the text spells."""
@@ -233,7 +294,8 @@ class Tokenizer:
 
     def pieces(self, token: bytes) -> list[int]:
         """Ids of the bytes of one word, which need not be whole characters."""
-        return [self.ranks[part] for part in merged([bytes([b]) for b in token], self.ranks)]
+        letters = [bytes([byte]) for byte in token]
+        return [self.ranks[part] for part in merged(letters, self.ranks)]
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """Text of the ids; invalid UTF-8 becomes U+FFFD, special tokens are dropped or spelled.
@@ -243,6 +305,7 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is not in 0 .. {self.vocab_size - 1}")
+        # special ids are all above the ranks
         if not specials:
             ids = [i for i in ids if i < len(self.ranks)]
         return self.encoding.decode(ids)
@@ -251,20 +314,27 @@ class Tokenizer:
         """A conversation -> (ids, loss_mask), equally long (001 section 3.4, no added whitespace).
 
             <|user|>Hi<|end|><|assistant|>Hello!<|end|>
-               0     0   0         0        1      1        mask: what the assistant must write
+               0     0   0         0        1      1        mask: 1 where the assistant writes
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]. Raises
         ValueError, naming the message, for anything else.
         """
-        ids, loss_mask = [], []
-        for role, content in checked(messages):
-            text = [*self.encode(content), self.end]
-            ids += [self.special[f"<|{role}|>"], *text]
-            loss_mask += [0] + [int(role == "assistant")] * len(text)
+        check_messages(messages)
+        ids = []
+        loss_mask = []
+        for message in messages:
+            role = message["role"]
+            text = [*self.encode(message["content"]), self.end]
+            # <|assistant|> is no target, because generation begins after it: prompt() writes it
+            ids.append(self.special[f"<|{role}|>"])
+            loss_mask.append(0)
+            # <|end|> is one, because the assistant has to learn when to stop
+            ids += text
+            loss_mask += [int(role == "assistant")] * len(text)
         return ids, loss_mask
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
-        """The conversation so far and <|assistant|>: what comes next is the answer."""
+        """The conversation so far and <|assistant|>, after which the model writes its answer."""
         ids, _ = self.chat(messages)
         if messages[-1]["role"] == "assistant":
             raise ValueError("the last message is the assistant's; a prompt ends before its turn")
@@ -274,9 +344,12 @@ class Tokenizer:
         """Write folder/tokenizer.json, whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tokens = sorted(self.ranks, key=self.ranks.get)
-        text = json.dumps({"pattern": self.pattern, "special_tokens": list(self.special),
-                           "ranks": [token.decode("latin-1") for token in tokens]}, indent=0)
+        # latin-1 writes each byte as the character of that number, since JSON has no bytes
+        in_order = sorted(self.ranks, key=self.ranks.get)
+        tokens = [token.decode("latin-1") for token in in_order]
+        saved = {"pattern": self.pattern, "special_tokens": list(self.special), "ranks": tokens}
+        text = json.dumps(saved, indent=0)
+        # renamed when it is complete, so that a full disk leaves the former file whole
         temporary = folder / "tokenizer.json.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / "tokenizer.json")
@@ -284,7 +357,9 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read folder/tokenizer.json, or the file itself. Raises ValueError if it is not whole."""
-        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -298,8 +373,8 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
 
-def checked(messages: Sequence[dict]) -> list[tuple[str, str]]:
-    """Messages -> [(role, content), ...]; ValueError for what is not a message."""
+def check_messages(messages: Sequence[dict]) -> None:
+    """Raises ValueError, with the number of the message, unless all have a role and a content."""
     if not messages:
         raise ValueError("a conversation needs at least one message")
     for i, message in enumerate(messages):
@@ -310,11 +385,10 @@ def checked(messages: Sequence[dict]) -> list[tuple[str, str]]:
                              f"{', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}; it must be a string")
-    return [(message["role"], message["content"]) for message in messages]
 
 
 def parse_saved(saved: object) -> tuple[dict[bytes, int], str, list[str]]:
-    """What tokenizer.json holds -> (ranks, pattern, special tokens).
+    """The object in tokenizer.json -> (ranks, pattern, special tokens).
 
     "ranks" lists the tokens in order, each byte as the character of that number (latin-1)."""
     if not isinstance(saved, dict):
@@ -329,6 +403,7 @@ def parse_saved(saved: object) -> tuple[dict[bytes, int], str, list[str]]:
                 raise ValueError(f'"{key}" entry {i} is {token!r}; it must be a string, not empty')
     ranks: dict[bytes, int] = {}
     for i, token in enumerate(saved["ranks"]):
+        # U+0000 to U+00FF stand for one byte each (latin-1)
         if max(token) > "\xff":
             raise ValueError(f'"ranks" entry {i} is {token!r}; characters must be bytes, U+0000 to '
                              "U+00FF")
@@ -342,35 +417,50 @@ def parse_saved(saved: object) -> tuple[dict[bytes, int], str, list[str]]:
 def hold_out(texts: list[str]) -> tuple[list[str], list[str]]:
     """(for training, to measure on): each 20th text, or of few texts the last 5 % of each."""
     if len(texts) >= 20:
-        return [text for i, text in enumerate(texts) if i % 20 != 19], texts[19::20]
-    cuts = [len(text) - len(text) // 20 for text in texts]
-    return ([text[:cut] for text, cut in zip(texts, cuts)],
-            [text[cut:] for text, cut in zip(texts, cuts) if text[cut:]])
+        heldout = texts[19::20]
+        train = [text for i, text in enumerate(texts) if i % 20 != 19]
+        return train, heldout
+    train = []
+    heldout = []
+    for text in texts:
+        cut = len(text) - len(text) // 20
+        train.append(text[:cut])
+        if text[cut:]:                            # a text below 20 characters has no 5 %
+            heldout.append(text[cut:])
+    return train, heldout
 
 
 def main(args: argparse.Namespace) -> Tokenizer:
     """Train, save and measure one tokenizer. Raises ValueError for bad input, before training."""
-    from data import read_documents, world_named
+    # not above: whoever imports a tokenizer needs neither the readers nor the world
+    from readers import read_documents, world_named
 
-    if args.out.exists() and not args.overwrite and (args.out.is_file() or any(args.out.iterdir())):
+    in_use = args.out.exists() and (args.out.is_file() or any(args.out.iterdir()))
+    if in_use and not args.overwrite:
         raise ValueError(f"{args.out} is not empty; name another folder or give --overwrite")
-    megabytes = args.max_mb or (10 if world_named(args.data) else None)
-    documents = read_documents(args.data, max_bytes=megabytes and int(megabytes * 1e6))
-    texts, heldout = hold_out(list(tqdm(documents, "reading", unit=" documents")))
+    megabytes = args.max_mb
+    if not megabytes and world_named(args.data):
+        megabytes = 10                            # because a world has no end
+    max_bytes = int(megabytes * 1e6) if megabytes else None
+    documents = list(tqdm(read_documents(args.data, max_bytes), "reading", unit=" documents"))
+    texts, heldout = hold_out(documents)
 
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(tqdm(texts, "counting words", unit=" documents"), args.vocab_size,
-                                progress=True)
+    training_texts = tqdm(texts, "counting words", unit=" documents")
+    tokenizer = Tokenizer.train(training_texts, args.vocab_size, progress=True)
     seconds = time.perf_counter() - start
     tokenizer.save(args.out)
 
+    # few short texts leave nothing to hold out: measured on the training texts, and said so
     measured = heldout or texts
+    kind = "held-out" if heldout else "training"
     n_bytes = sum(len(text.encode(errors="replace")) for text in measured)
-    n_tokens = sum(map(len, tokenizer.encode_batch(measured)))
+    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(measured))
+    bytes_per_token = n_bytes / max(1, n_tokens)
     print(f"{args.out / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} (256 bytes, "
           f"{len(tokenizer.ranks) - 256} merges, {len(tokenizer.special)} special tokens), "
-          f"{seconds:.1f} s, {n_bytes / max(1, n_tokens):.3f} bytes per token on "
-          f"{n_bytes:,} bytes of {'held-out' if heldout else 'training'} text")
+          f"{seconds:.1f} s, {bytes_per_token:.3f} bytes per token on "
+          f"{n_bytes:,} bytes of {kind} text")
     if tokenizer.vocab_size < args.vocab_size:
         print(f"fewer than --vocab_size {args.vocab_size}: every word has become one token")
     return tokenizer

@@ -58,7 +58,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-import data
+import readers
 import train_pretrain
 import training
 from lifecycle import run_stage
@@ -277,7 +277,7 @@ def prepare_tokenizer(cfg: Config) -> str:
     folder = Path(cfg.out) / f"tokenizer_{vocab_size}"
     if not (folder / "tokenizer.json").exists():
         max_bytes = min(4_000_000, PRESETS[cfg.preset]["max_bytes"])
-        texts = data.read_documents("world", split="train", max_bytes=max_bytes)
+        texts = readers.read_documents("world", split="train", max_bytes=max_bytes)
         Tokenizer.train(texts, vocab_size).save(folder)
     return str(folder)
 

@@ -9,6 +9,7 @@ from tiny import TOKENIZER
 
 import corpus
 import data
+import readers
 import train_pretrain
 import training
 from model import load_model
@@ -88,9 +89,9 @@ def test_bearish_is_small_held_out_and_in_its_own_words():
     assert train == list(World(3).bearish_documents()) != list(World(4).bearish_documents())
     words = {word for text in train for word in text.lower().replace(".", " ").split()}
     assert words == set(world.lexicon.values())                # all of it, and no English
-    assert list(data.read_documents("bearish:3", split="heldout")) == heldout
+    assert list(readers.read_documents("bearish:3", split="heldout")) == heldout
     with pytest.raises(ValueError, match="needs a whole number"):
-        list(data.read_documents("bearish:x"))
+        list(readers.read_documents("bearish:x"))
 
 
 def test_bearish_puts_qualities_behind_what_they_belong_to_and_keeps_them():
@@ -142,7 +143,7 @@ def test_each_corpus_has_its_losses_and_the_whole_their_mean(files):
     # a byte is a token here, but for the <|endoftext|> that the held-out part ends in
     for name, loss in (("large", large), ("small", small)):
         path = f"{files}/{name}.txt"
-        n_bytes = sum(len(text.encode()) for text in data.read_documents(path, split="heldout"))
+        n_bytes = sum(len(text.encode()) for text in readers.read_documents(path, split="heldout"))
         bits = loss / math.log(2) * (n_bytes + 1) / n_bytes
         assert result[f"bits_per_byte/{path}"] == pytest.approx(bits)
 

@@ -8,6 +8,7 @@ import torch
 from tiny import TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 
 import data
+import readers
 import train_dpo
 import training
 from model import load_model
@@ -29,7 +30,8 @@ def made_pairs(n):
 
 
 def read_pairs(tmp_path, n, split=None):
-    rows = data.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(n)), split=split)
+    path = write_rows(tmp_path / "pairs.jsonl", made_pairs(n))
+    rows = readers.read_preferences(path, split=split)
     return data.PreferencePairs(rows, TOKENIZER, 64, seed=0)
 
 

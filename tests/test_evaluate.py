@@ -9,6 +9,7 @@ from tiny import END, TOKENIZER, slow_logps, tiny_model, write_rows
 
 import data
 import evaluate
+import readers
 from evaluate import (
     accuracy_by_family,
     calibration_error,
@@ -219,7 +220,7 @@ def test_margins_that_err_as_often_as_they_say_are_calibrated():
 
 def test_length_alone_is_judged_by_tokens_with_ties_half(tmp_path):
     answers = [("long", "no"), ("no", "long"), ("yes", "nay"), ("longer", "x")]
-    rows = data.read_preferences(write_rows(tmp_path / "pairs.jsonl", [
+    rows = readers.read_preferences(write_rows(tmp_path / "pairs.jsonl", [
         {"prompt": f"{i}", "chosen": w, "rejected": l} for i, (w, l) in enumerate(answers)]))
     assert length_accuracy(data.PreferencePairs(rows, TOKENIZER, 64, seed=0)) == 2.5 / 4
 

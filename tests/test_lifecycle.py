@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tiny import folder_of, tiny_model, write_rows
 
-import data
 import evaluate
 import lifecycle
+import readers
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -48,7 +48,7 @@ def first_run(tmp_path_factory):
     """One real run of everything: its folder, report, and what the exam found."""
     folder, seen = tmp_path_factory.mktemp("life"), {}
     real_examine, real_documents, real_plot = (
-        lifecycle.examine, data.read_documents, training.plot_curves)
+        lifecycle.examine, readers.read_documents, training.plot_curves)
 
     def examine(*arguments):
         seen["exam"] = real_examine(*arguments)
@@ -63,7 +63,7 @@ def first_run(tmp_path_factory):
         patch.chdir(folder)
         patch.setitem(lifecycle.PRESETS, "smoke", TINY)
         patch.setattr(lifecycle, "examine", examine)
-        patch.setattr(data, "read_documents", documents)
+        patch.setattr(readers, "read_documents", documents)
         patch.setattr(training, "plot_curves", plot)
         report = lifecycle.main(CONFIG)
     return folder, report, seen["exam"]
@@ -157,8 +157,8 @@ def test_the_written_report_has_a_table_five_prompts_and_pictures(first_run):
 
 def test_the_exam_compares_greedy_answers_on_prompts_no_stage_has_seen(first_run):
     folder, report, (found, _) = first_run
-    prompts = data.world_named("world:3").prompts(20, "heldout", seed=2)
-    trained_on = {row["messages"][0]["content"] for row in data.read_prompts(
+    prompts = readers.world_named("world:3").prompts(20, "heldout", seed=2)
+    trained_on = {row["messages"][0]["content"] for row in readers.read_prompts(
         "world:3", split="train", n=40, seed=3)}
     assert not trained_on & {example["prompt"] for example in prompts}
     model, tokenizer = lifecycle.load_model(folder / "out" / "dpo")

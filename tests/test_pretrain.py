@@ -9,7 +9,7 @@ import torch
 from tiny import TOKENIZER, folder_of, tiny_model
 
 import corpus
-import data
+import readers
 import train_pretrain
 import training
 from model import load_model, token_logps
@@ -58,7 +58,7 @@ def test_bits_per_byte_count_bytes_and_not_tokens(tmp_path):
     read = corpus.read(cfg, None)
     tokenizer, [val] = read.tokenizer, read.vals.values()
     [bytes_per_token] = read.bytes_per_token.values()
-    held_out = "".join(data.read_documents(cfg.data, split="heldout"))
+    held_out = "".join(readers.read_documents(cfg.data, split="heldout"))
     assert len(held_out.encode()) > len(held_out)                # umlauts take two bytes
     assert len(val.tokens) == len(tokenizer.encode(held_out)) + 1        # and <|endoftext|>
     assert bytes_per_token == len(held_out.encode()) / len(val.tokens) > 1.2

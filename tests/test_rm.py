@@ -7,6 +7,7 @@ import torch
 from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 
 import data
+import readers
 import sample
 import train_rm
 import training
@@ -138,7 +139,7 @@ def test_a_row_without_an_answer_is_an_error():
 
 
 def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
-    rows = data.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(11)))
+    rows = readers.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(11)))
     model, pairs = tiny_model(head="scalar"), data.PreferencePairs(rows, TOKENIZER, 64, seed=0)
     found = margins(model, pairs, batch_size=4)
     expected = {}

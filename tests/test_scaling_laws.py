@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import readers
 import train_pretrain
 import training
 from experiments import scaling_laws as laws
@@ -155,7 +156,7 @@ def test_a_parabola_finds_its_own_minimum_and_none_at_the_edge():
 
 @pytest.mark.parametrize("preset", laws.PRESETS)
 def test_every_run_spends_its_budget_and_reads_no_token_twice(preset):
-    texts = list(data.read_documents("world", split="train", max_bytes=300_000))
+    texts = list(readers.read_documents("world", split="train", max_bytes=300_000))
     tokenizer = Tokenizer.train(texts, laws.PRESETS[preset]["vocab_size"])
     n_bytes = sum(len(text.encode()) for text in texts)
     bytes_per_token = n_bytes / len(data.tokenize_documents(texts, tokenizer))

@@ -13,6 +13,7 @@ from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 import data
 import evaluate
 import lora
+import readers
 import train_sft
 import training
 from model import load_model, token_logps
@@ -31,7 +32,7 @@ def made_rows(n):
 
 
 def packed(tmp_path, rows, context_length=64):
-    examples = data.read_examples(write_rows(tmp_path / "rows.jsonl", rows))
+    examples = readers.read_examples(write_rows(tmp_path / "rows.jsonl", rows))
     return data.PackedExamples(examples, TOKENIZER, context_length, seed=0)
 
 
@@ -105,7 +106,7 @@ def test_accumulation_is_exact_when_micro_batches_have_unequal_targets(tmp_path)
         assert (parts_w[name] - w).norm() < 1e-3 * (w - start[name]).norm(), name
 
     # it would not be exact as a mean of means: the first step's rows differ in their targets
-    rows = data.read_examples(tmp_path / "tasks.jsonl", split="train")
+    rows = readers.read_examples(tmp_path / "tasks.jsonl", split="train")
     source = data.PackedExamples(rows, TOKENIZER, 32, seed=0, tau=1.0)
     model, batch = load_model(tmp_path / "base")[0], source.batch(0, 4)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_held_out_loss_falls_below_the_base_and_a_unigram(tmp_path):
 
 def test_the_base_and_unigram_to_beat_are_measured_on_held_out_answers(tmp_path):
     result = train_sft.main(config(tmp_path, steps=1))
-    heldout, train = (data.read_examples(tmp_path / "tasks.jsonl", split=split)
+    heldout, train = (readers.read_examples(tmp_path / "tasks.jsonl", split=split)
                       for split in ("heldout", "train"))
     assert {row["messages"][0]["content"] for row in heldout}.isdisjoint(
         row["messages"][0]["content"] for row in train)

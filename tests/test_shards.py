@@ -19,6 +19,7 @@ from tiny import TOKENIZER
 import corpus
 import data
 import evaluate
+import readers
 import shards
 import train_pretrain
 import training
@@ -52,7 +53,7 @@ def test_the_ids_are_those_of_the_documents_of_each_split(tmp_path):
     assert index["dtype"] == "uint16" and index["vocab_size"] == TOKENIZER.vocab_size
     assert json.loads((folder / "index.json").read_text()) == index
     for split in ("train", "heldout"):
-        documents = list(data.read_documents(index["source"], split=split))
+        documents = list(readers.read_documents(index["source"], split=split))
         expected = data.tokenize_documents(documents, TOKENIZER)
         files = sorted(folder.glob(f"{split}_*.bin"))
         assert len(files) == math.ceil(len(expected) / 1000) > 1
@@ -106,7 +107,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path):
     assert index["dtype"] == "uint32"
     tokens, tokenizer = shards.open_tokens(folder, "train"), Tokenizer.load(folder)
     assert tokens.dtype == np.uint32
-    text = next(data.read_documents(index["source"], split="train"))
+    text = next(readers.read_documents(index["source"], split="train"))
     ids = [*tokenizer.encode(text), tokenizer.endoftext]
     assert tokens[:len(ids)].tolist() == ids and max(ids) > 65536
 
@@ -418,17 +419,17 @@ def test_ranks_together_see_every_window_of_a_large_corpus_once_an_epoch(world_s
 def test_jsonl_is_read_line_by_line_with_the_same_line_numbers_and_offsets(tmp_path):
     path, long = tmp_path / "rows.jsonl", json.dumps({"text": "x" * 1_000_000}).encode() + b"\n"
     path.write_bytes(long * 20 + b"\r\n" + b'{"text": "caf\xe9"}\n')
-    documents = data.read_documents(path)
+    documents = readers.read_documents(path)
     assert next(documents) == "x" * 1_000_000
     offset = 20 * len(long) + 2 + len(b'{"text": "caf')
     with pytest.raises(ValueError, match=re.escape(f"{path}:22: not UTF-8: byte 0xe9 at byte "
                                                    f"offset {offset} of the file")):
         list(documents)
     path.write_bytes(b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "no newline at the end"}')
-    assert list(data.read_documents(path)) == ["marked", "no newline at the end"]
+    assert list(readers.read_documents(path)) == ["marked", "no newline at the end"]
     path.write_bytes(b'{"text": "a"}\n{"text": "b"')
     with pytest.raises(ValueError, match=r"rows.jsonl:2: broken JSON at column 13"):
-        list(data.read_documents(path))
+        list(readers.read_documents(path))
 
 
 def test_the_command_line_writes_shards_that_training_reads(tmp_path):

@@ -1,0 +1,416 @@
+"""Rows of people's files and of the embedded world: formats, checks, where a fault stands.
+
+    read_documents      texts to pretrain on (001 section 1.6)          .txt, .md, JSONL with `text`
+    read_examples       conversations to imitate (3.4)                  JSONL, see FORMATS
+    read_preferences    pairs: a prompt, a better and a worse answer    prompt / chosen / rejected
+    read_prompts        conversations to be answered (4.5)              FORMATS, or `prompt` alone
+
+Each reads a file, all files of a folder, or the world ("world", "world:SEED"), and checks row by
+row. A bad row is an error with file, line and remedy; bad_rows="skip" leaves it out and counts it.
+"""
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from world import World
+
+ROLES = ("system", "user", "assistant")
+FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
+           ("messages",), ("prompt", "completion"))
+
+# A row that is not parsed yet: (where it stands, load). load() is called by good_rows() and not
+# before, because broken JSON must raise there, where bad rows are named and counted.
+UnreadRow = tuple[str, Callable[[], dict]]
+
+
+# ---------------------------------------------------------------------- rows of files
+
+def world_named(data: str | Path) -> World | None:
+    """"world" or "world:SEED" -> that world; None for anything else: a file or a folder."""
+    name, colon, seed = str(data).partition(":")
+    if name != "world":
+        return None
+    if colon and not seed.isdecimal():
+        raise ValueError(f"{data}: world:SEED needs a whole number, for example world:1")
+    return World(int(seed or 0))                  # "world" alone is the world of seed 0
+
+
+def decoded(raw: bytes, offset: int = 0) -> str:
+    """UTF-8 that begins `offset` bytes into a file -> text, without a byte order mark."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        bad_byte = raw[error.start]
+        raise ValueError(f"not UTF-8: byte 0x{bad_byte:02x} at byte offset "
+                         f"{offset + error.start} of the file; save it as UTF-8") from None
+    if offset == 0:
+        return text.removeprefix("\ufeff")
+    # further into the file U+FEFF is an ordinary character
+    return text
+
+
+def json_row(raw: bytes, offset: int) -> dict:
+    """A line of JSONL that begins `offset` bytes into its file -> its object."""
+    try:
+        row = json.loads(decoded(raw, offset))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}; every line must be "
+                         "one whole object") from None
+    # a list or a number alone is JSON, too, but has no fields
+    if type(row) is not dict:
+        raise ValueError(f"found {excerpt(row)}; every line must be an object {{...}}")
+    return row
+
+
+def json_lines(path: Path) -> Iterator[UnreadRow]:
+    """Every line that is not blank, with its number; one line at a time is in memory."""
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                raw = line.removesuffix(b"\n")
+                # the number counts blank lines as well, because editors do
+                yield f"{path}:{number}", partial(json_row, raw, offset)
+            offset += len(line)
+
+
+def whole_text(path: Path) -> Iterator[UnreadRow]:
+    """A text file as one row {"text": ..., "whole_file": True}; no row if the file is blank."""
+    raw = path.read_bytes()
+    if raw.strip():
+        yield str(path), lambda: {"text": decoded(raw), "whole_file": True}
+
+
+def file_rows(data: str | Path, suffixes: tuple[str, ...]) -> Iterator[UnreadRow]:
+    """The rows of a file, or of all files with these suffixes below a folder, sorted by path."""
+    root = Path(data)
+    known = ", ".join(suffixes)
+    if not root.exists():
+        raise ValueError(f'{data}: not found; give a {known} file, a folder of them or "world"')
+    files = files_below(root, suffixes) if root.is_dir() else [root]
+    if not files:
+        raise ValueError(f"{data}: no {known} file in this folder")
+
+    for path in files:
+        suffix = path.suffix.lower()                      # .TXT is read like .txt
+        # a single file of another kind: a folder's files were chosen by their suffix
+        if suffix not in suffixes:
+            raise ValueError(f'{path}: "{path.suffix}" files are not read here; give {known}')
+        is_empty = True
+        rows = json_lines(path) if suffix == ".jsonl" else whole_text(path)
+        for row in rows:
+            is_empty = False
+            yield row
+        if is_empty:
+            raise ValueError(f"{path}: the file is empty")
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """All files with these suffixes, in subfolders as well; hidden ones (.name) are left out."""
+    files = []
+    for path in folder.rglob("[!.]*"):
+        if path.suffix.lower() in suffixes and path.is_file():
+            files.append(path)
+    return sorted(files)
+
+
+def good_rows(rows: Iterable[UnreadRow], parse: Callable[[dict], dict], data: str | Path,
+              bad_rows: str) -> Iterator[dict]:
+    """parse(row) and "where" it stood, for every good row.
+
+    A bad row raises ValueError, or with bad_rows "skip" is left out and counted on stderr.
+    """
+    if bad_rows not in ("error", "skip"):
+        raise ValueError(f'bad_rows is {bad_rows!r}; it must be "error" or "skip"')
+    n_good = 0
+    faults = []
+    try:
+        for where, load in rows:
+            try:
+                row = parse(load())
+            except ValueError as error:
+                fault = f"{where}: {error}"
+                if bad_rows == "error":
+                    raise ValueError(fault) from None
+                faults.append(fault)
+                continue
+            n_good += 1
+            yield row | {"where": where}
+    finally:
+        # not after the loop, because a caller who has read enough ends this generator early
+        if faults:
+            n_rows = n_good + len(faults)
+            print(f"{data}: skipped {len(faults):,} of {n_rows:,} rows (first: {faults[0]})",
+                  file=sys.stderr)
+    # no row and no fault: zero rows of a world were asked for
+    if faults and not n_good:
+        raise ValueError(f"{data}: every row is bad (first: {faults[0]})")
+
+
+# ---------------------------------------------------------------------- fields of a row
+
+def excerpt(value: object) -> str:
+    """A value from a file, for an error message: at most 40 characters of it."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def checked_text(value: object, field: str) -> str:
+    """The value itself, if it is a non-empty string of real characters."""
+    if type(value) is not str:
+        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string')
+    if not value.strip():
+        raise ValueError(f'field "{field}" is empty; every row needs a non-empty "{field}"')
+    # JSON can spell half of a surrogate pair (U+D800 to U+DFFF), which has no UTF-8; asking
+    # isascii first spares most texts the slow loop over their characters
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f'field "{field}" holds half a surrogate pair, which is not a character')
+    return value
+
+
+def checked_turns(value: object, field: str, last: str) -> list[dict]:
+    """Text, or chat messages, that end in a turn of role `last` -> [{"role", "content"}, ...].
+
+    "Hi", "prompt", "user" -> [{"role": "user", "content": "Hi"}]
+    """
+    if isinstance(value, str):
+        return [{"role": last, "content": checked_text(value, field)}]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string or a list of '
+                         'messages {"role": "user", "content": "..."}')
+    # the roles are checked before the texts: a wrong order makes a row useless as a whole
+    roles = [turn.get("role") for turn in value]
+    for i, role in enumerate(roles):
+        if role not in ROLES:
+            raise ValueError(f'field "{field}[{i}].role" is {excerpt(role)}; roles are '
+                             f'{", ".join(ROLES)}')
+    if not roles or roles[-1] != last:
+        raise ValueError(f'field "{field}" has the roles {excerpt(roles)}; it must end in '
+                         f'"{last}"')
+
+    # only role and content are taken over: some files have names, ids or dates in a turn
+    turns = []
+    for i, turn in enumerate(value):
+        content = checked_text(turn.get("content"), f"{field}[{i}].content")
+        turns.append({"role": turn["role"], "content": content})
+    return turns
+
+
+def response_of(value: object, field: str, prompt: list[dict]) -> str:
+    """Text, or messages whose last is the answer; turns before it must repeat the prompt."""
+    *before, answer = checked_turns(value, field, "assistant")
+    # "chosen" may hold the whole conversation, which begins with the prompt
+    if before and before != prompt:
+        raise ValueError(f'field "{field}" begins with another conversation than the prompt')
+    return answer["content"]
+
+
+def formats_in(row: dict, formats: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+    """The formats of which the row has every field."""
+    return [names for names in formats if row.keys() >= set(names)]
+
+
+def format_of(row: dict, formats: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The one format whose fields the row has; none or several are an error, never a guess."""
+    found = formats_in(row, formats)
+    if len(found) == 1:
+        return found[0]
+    # prompt/response and question/answer in one row: nobody knows which of them was meant
+    problem = "fields of several formats" if found else "no known fields"
+    fields = ", ".join(excerpt(name) for name in row) or "none"
+    choices = ", ".join("/".join(names) for names in found or formats)
+    raise ValueError(f"{problem}: found {fields}; give one of {choices}")
+
+
+def prompt_of(row: dict, names: tuple[str, ...]) -> list[dict]:
+    """The conversation up to the answer, ending in a user's turn. names: the row's format."""
+    value = row[names[0]]
+    if names == ("messages",):
+        if value == [] or not isinstance(value, list):
+            raise ValueError(f'field "messages" is {excerpt(value)}; it must be a list of '
+                             'messages')
+        # a list may stop before the answer, because prompts need none
+        last = value[-1]
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            value = value[:-1]
+    elif names == ("instruction", "output") and row.get("input") not in (None, ""):
+        # Alpaca's rows may have an input, the text that the instruction is about
+        instruction = checked_text(value, "instruction")
+        value = instruction + "\n" + checked_text(row["input"], "input")
+    return checked_turns(value, names[0], "user")
+
+
+def user_text(row: dict) -> str:
+    """All that the user wrote in a parsed row, by which the row is held out or trained on."""
+    # a pair has its prompt alone; an example's or a prompt's turns are its messages
+    turns = row["prompt"] if "prompt" in row else row["messages"]
+    return "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
+
+
+# ---------------------------------------------------------------------- kinds of rows
+
+def parse_document(row: dict) -> dict:
+    format_of(row, (("text",),))
+    text = checked_text(row["text"], "text")
+    return {"text": text, "whole_file": row.get("whole_file") is True}
+
+
+def parse_example(row: dict) -> dict:
+    names = format_of(row, FORMATS)
+    if names == ("prompt", "completion") and row.get("label") is False:
+        raise ValueError('"label" is false: an answer rated bad is nothing to imitate')
+    # the world names a task and the cluster of tasks around it; public files one or neither
+    task = str(row.get("task") or row.get("cluster") or "")
+    if names == ("messages",):
+        turns = checked_turns(row["messages"], "messages", "assistant")
+        prompt_of(row, names)                     # raises unless the answer follows a user's turn
+    else:
+        prompt = prompt_of(row, names)
+        response = response_of(row[names[1]], names[1], prompt)
+        turns = [*prompt, {"role": "assistant", "content": response}]
+    return {"messages": turns, "task": task, "example": row}
+
+
+def parse_preference(row: dict) -> dict:
+    format_of(row, (("prompt", "chosen", "rejected"),))
+    prompt = checked_turns(row["prompt"], "prompt", "user")
+    chosen = response_of(row["chosen"], "chosen", prompt)
+    rejected = response_of(row["rejected"], "rejected", prompt)
+    if chosen == rejected:
+        raise ValueError('"chosen" and "rejected" are the same; the two must differ')
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "example": row}
+
+
+def parse_prompt(row: dict) -> dict:
+    # `prompt` alone counts only if nothing else fits: prompt/response would be two formats
+    formats = FORMATS if formats_in(row, FORMATS) else (("prompt",), *FORMATS)
+    names = format_of(row, formats)
+    return {"messages": prompt_of(row, names), "example": row}
+
+
+# ---------------------------------------------------------------------- readers
+
+def held_out(prompt: str) -> bool:
+    """True for one text in ten, by a hash: the same text is always on the same side."""
+    # crc32, because Python's own hash of a text differs from process to process
+    return zlib.crc32(prompt.encode()) % 10 == 9
+
+
+def in_split(text: str, split: str | None) -> bool:
+    """Does a row with this text belong to "train" or "heldout"? Every row belongs to None."""
+    return split is None or held_out(text) == (split == "heldout")
+
+
+def check_split(split: str | None) -> None:
+    if split not in (None, "train", "heldout"):
+        raise ValueError(f'split is {split!r}; it must be "train", "heldout" or None')
+
+
+def read_documents(data: str | Path, max_bytes: int | None = None, split: str | None = None,
+                   seed: int = 0, bad_rows: str = "error") -> Iterator[str]:
+    """Texts of a .txt or .md file (one text), a folder, JSONL with `text`, or a world: "world"
+    (without end) or "bearish", its small second language.
+
+    split: "train", "heldout" or None (all of a file, a world's "train"). Held out are a world's
+    own documents, the last tenth of a text file and, by hash, a tenth of a JSONL file's rows.
+    Stops after the document that reaches max_bytes (UTF-8), and cuts a text file there. seed: which
+    documents of a world.
+    """
+    check_split(split)
+    # a world makes its held-out documents apart: all of its ordinary ones are for training
+    world = world_named(data)
+    if str(data).partition(":")[0] == "bearish":
+        world = world_named("world" + str(data).removeprefix("bearish"))
+        documents = world.bearish_documents(split or "train")
+    elif world:
+        documents = world.documents(seed=seed, split=split or "train")
+    else:
+        rows = file_rows(data, (".txt", ".md", ".jsonl"))
+        rows = good_rows(rows, parse_document, data, bad_rows)
+        documents = (split_document(row, split, max_bytes) for row in rows)
+
+    n_bytes = 0
+    for document in documents:
+        if not document:                          # a row of the other split
+            continue
+        yield document
+        n_bytes += len(document.encode())
+        if max_bytes is not None and n_bytes >= max_bytes:
+            return
+    if not n_bytes:
+        raise ValueError(f'{data}: too few documents to split; none fell into "{split}"')
+
+
+def split_document(row: dict, split: str | None, max_bytes: int | None = None) -> str:
+    """The part of a document that belongs to the split, "" if none of it does; of a text file at
+    most max_bytes."""
+    text = row["text"]
+    if not row["whole_file"]:
+        return text if in_split(text, split) else ""
+    # a text file is one document, too long to be held out whole: its last tenth is
+    cut = int(len(text) * 0.9)
+    if split == "train":
+        text = text[:cut]
+    elif split == "heldout":
+        text = text[cut:]
+    if max_bytes is not None:
+        raw = text.encode()
+        if len(raw) > max_bytes:
+            # "ignore", because the cut may fall inside a character of several bytes
+            text = raw[:max_bytes].decode(errors="ignore")
+    return text
+
+
+def read_examples(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Conversations to imitate: [{"messages", "task", "example": the raw row, "where"}, ...]."""
+    return read_rows(data, "examples", parse_example, n, **options)
+
+
+def read_preferences(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Pairs: [{"prompt": messages, "chosen": text, "rejected": text, "example", "where"}, ...]."""
+    return read_rows(data, "preferences", parse_preference, n, **options)
+
+
+def read_prompts(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Conversations to be answered: [{"messages", "example", "where"}, ...]; answers are cut."""
+    return read_rows(data, "prompts", parse_prompt, n, **options)
+
+
+def read_rows(data: str | Path, method: str, parse: Callable[[dict], dict], n: int | None = None,
+              split: str | None = None, seed: int = 0, bad_rows: str = "error",
+              **world_options) -> list[dict]:
+    """n rows of World.<method>(..., **world_options), or a file's rows, at most n drawn by seed.
+
+    split: "train", "heldout" or None (all of a file, a world's "train"). A tenth of a file's
+    prompts, chosen by hash, is held out: no prompt has rows on both sides.
+    """
+    check_split(split)
+    world = world_named(data)
+    if world:
+        if n is None:
+            raise ValueError(f"{data}: a world has no end; say how many {method} to read")
+        make_rows = getattr(world, method)                # for example World.preferences
+        made = make_rows(n, split=split or "train", seed=seed, **world_options)
+        rows = [(f"{data} {method}[{i}]", partial(dict, row)) for i, row in enumerate(made)]
+        return list(good_rows(rows, parse, data, bad_rows))
+    # options at 0 do no harm: scripts hand on --noise 0.0 whatever their data are
+    if any(world_options.values()):
+        raise ValueError(f"{data}: {', '.join(world_options)} can be set for a world only")
+
+    rows = list(good_rows(file_rows(data, (".jsonl",)), parse, data, bad_rows))
+    rows = [row for row in rows if in_split(user_text(row), split)]
+    if not rows:
+        raise ValueError(f'{data}: too few prompts to split; none fell into "{split}"')
+    if n is None or n >= len(rows):
+        return rows
+    if split == "train":
+        print(f"{data}: {n:,} of {len(rows):,} {method} are used, drawn by the seed",
+              file=sys.stderr)
+    # drawn from all rows, not the first n, because files are often sorted by topic
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:n]
+    return [rows[i] for i in sorted(drawn)]               # in the order of the file
