@@ -31,42 +31,29 @@ LISTED = 1 << 20        # up to so many items an epoch's order is an array (8 MB
 
 @dataclass
 class Batch:
-    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]; or,
-    where a batch has targets of its own (objectives.py), logits by targets under loss_mask."""
+    """B rows of T tokens: logits[:, :-1] are scored by tokens[:, 1:] under loss_mask[:, 1:]."""
     tokens: torch.Tensor                # (B, T) int64
     loss_mask: torch.Tensor             # (B, T) bool: this token is a target
     documents: torch.Tensor | None      # (B, T) int32: number within the row, padding -1
     positions: torch.Tensor | None      # (B, T) int64: from 0 in each document
     index: torch.Tensor                 # int64: which windows, examples or pairs these are
-    targets: torch.Tensor | None = None          # (B, T) int64, not shifted
-    prefix: torch.Tensor | None = None           # (B,) int64: so many tokens see each other
-    source: torch.Tensor | None = None           # (B, S) int64: what an encoder reads
-    source_lengths: torch.Tensor | None = None   # (B,) int64: tokens of it, the rest is padding
-    segments: torch.Tensor | None = None         # (B, T) int64: 0 or 1
-    is_next: torch.Tensor | None = None          # (B,) int64: 1 if the second segment follows
 
     @cached_property
     def n_targets(self) -> int:
-        if self.targets is not None:
-            return int(self.loss_mask.sum())
         # shifted targets: nothing predicts the first token of a row
         return int(self.loss_mask[:, 1:].sum())
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a model reads, padding included; an ordinary row's last is only a target."""
-        if self.targets is None:
-            return self.tokens[:, 1:].numel()
-        if self.source is None:
-            return self.tokens.numel()
-        return self.tokens.numel() + self.source.numel()
+        """Tokens that a model reads, padding included; a row's last is only a target."""
+        return self.tokens[:, 1:].numel()
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
             moved[field.name] = None if value is None else value.to(device)
-        batch = Batch(**moved)
+        batch = type(self)(**moved)
         # counted before the move, because asking a GPU for a number waits for all its work
         batch.n_targets = self.n_targets
         return batch
@@ -153,10 +140,14 @@ def once(source: "TokenStream | PackedExamples | PreferencePairs",
 
 # ---------------------------------------------------------------------- windows of a corpus
 
+def id_dtype(vocab_size: int) -> type:
+    """Two bytes hold every id of a vocabulary up to 65,536: half the memory of int32."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
 def tokenize_documents(documents: Iterable[str], tokenizer) -> np.ndarray:
-    """001 1.6 steps 1.3-1.4: all documents as one array of ids, <|endoftext|> after each."""
-    # two bytes hold every id of a vocabulary up to 65,536: half the memory of int32
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    """All documents as one array of ids, <|endoftext|> after each."""
+    dtype = id_dtype(tokenizer.vocab_size)
     pieces = [np.zeros(0, dtype)]                 # so that no documents are an array, too
     for document in documents:
         ids = tokenizer.encode(document)
@@ -327,18 +318,21 @@ def mixing_weights(counts: dict[str, int], tau: float = 1.0,
     return {task: power / total for task, power in powers.items()}
 
 
-def draw(tasks: list[str], tau: float, cap: int | None, rng: np.random.Generator) -> np.ndarray:
-    """The examples of an epoch under mixing_weights: sum_k min(N_k, cap) indices into tasks.
+def draw(tasks: list[str], weights: dict[str, float], cap: int | None,
+         rng: np.random.Generator) -> np.ndarray:
+    """The examples of an epoch in the shares `weights` of their tasks (mixing_weights): sum_k
+    min(N_k, cap) indices into tasks.
 
     Shares are rounded at random, by one offset for all, so that they add up and are right on
     average. A task is repeated only after all of it was used; with tau >= 1 none exceeds its cap.
     """
     counts = Counter(tasks)
     n_drawn = sum(min(n, cap or n) for n in counts.values())
-    weights = mixing_weights(counts, tau, cap)
+    # of the tasks that are there: all examples of one may have been too long
+    present = [weights[task] for task in counts]
     # the tasks lie side by side on a line of length n_drawn; shifted by a random offset, a task
     # gets as many examples as whole numbers fall into its part: for 1.5 one or two of them
-    borders = n_drawn * np.cumsum([0.0, *weights.values()])
+    borders = n_drawn * np.cumsum([0.0, *present]) / sum(present)
     offset = rng.random()
     # 6 digits, because 2.9999999999 is 3 with an error of rounding
     shares = np.diff(np.floor(borders.round(6) + offset)).astype(int)
@@ -386,24 +380,36 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
     return rows
 
 
+def format_examples(examples: list[dict], tokenizer) -> list[dict]:
+    """Conversations with their "ids" in the chat template and "mask", 1 on what the assistant says:
+    train_sft.py shows these two steps."""
+    formatted = []
+    for example in examples:
+        ids = tokenizer.conversation(example["messages"])
+        formatted.append(example | {"ids": ids, "mask": tokenizer.response_mask(ids)})
+    return formatted
+
+
 class PackedExamples:
     """Conversations in the chat template, several to a row of context_length + 1 tokens.
 
     Each is a document with positions of its own, so neither attention nor the shifted loss crosses
     examples (a first token is a role token, never a target); <|pad|> fills the row. Every epoch is
-    packed anew and holds each example once, or what 001's task mixing draws if tau or cap is set.
+    packed anew and holds each example once, or with weights what 001's task mixing draws. Examples
+    come with their ids and loss mask (format_examples).
     Batch.index lists the examples, row after row, as places in .examples (those not dropped), and
     .sequences has the tokens of each, (ids, mask).
     """
     def __init__(self, examples: list[dict], tokenizer, context_length: int, seed: int,
-                 truncate: str = "error", tau: float | None = None, cap: int | None = None):
+                 truncate: str = "error", weights: dict[str, float] | None = None,
+                 cap: int | None = None):
         def sequences_of(example):
-            return [tokenizer.chat(example["messages"])]
+            return [(example["ids"], example["mask"])]
 
         self.size = context_length + 1
         self.pad = tokenizer.pad
         self.seed = seed
-        self.tau = tau
+        self.weights = weights
         self.cap = cap
         self.examples, sequences = fit_all(examples, sequences_of, self.size, truncate)
         self.sequences = [sequence for [sequence] in sequences]
@@ -419,10 +425,9 @@ class PackedExamples:
         """The rows of one epoch, each a list of examples."""
         rng = np.random.default_rng((self.seed, epoch))
         chosen = np.arange(len(self.examples))
-        if self.tau is not None or self.cap is not None:
+        if self.weights is not None:
             tasks = [example["task"] for example in self.examples]
-            tau = 1.0 if self.tau is None else self.tau
-            chosen = draw(tasks, tau, self.cap, rng)
+            chosen = draw(tasks, self.weights, self.cap, rng)
         # shuffled before packing, because pack() takes examples of one length in their order
         chosen = rng.permutation(chosen).tolist()
         lengths = [len(self.sequences[i][0]) for i in chosen]
@@ -445,6 +450,15 @@ class PackedExamples:
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
         return self.rows(row_numbers(step, batch_size, rank, world_size))
+
+    def micro_batches(self, step: int, cfg, run) -> list[Batch]:
+        """The grad_accum batches of an optimizer step, this rank's share, on its device."""
+        batches = []
+        for i in range(cfg.grad_accum):
+            number = step * cfg.grad_accum + i
+            batch = self.batch(number, cfg.batch_size, run.replica, run.replicas)
+            batches.append(batch.to(run.device))
+        return batches
 
     def epoch(self, batch_size: int) -> Iterator[Batch]:
         return once(self, batch_size)

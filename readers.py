@@ -8,6 +8,7 @@
 Each reads a file, all files of a folder, or the world ("world", "world:SEED"), and checks row by
 row. A bad row is an error with file, line and remedy; bad_rows="skip" leaves it out and counts it.
 """
+import hashlib
 import json
 import sys
 import zlib
@@ -162,10 +163,16 @@ def excerpt(value: object) -> str:
 
 def checked_text(value: object, field: str) -> str:
     """The value itself, if it is a non-empty string of real characters."""
-    if type(value) is not str:
-        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string')
+    checked_characters(value, field)
     if not value.strip():
         raise ValueError(f'field "{field}" is empty; every row needs a non-empty "{field}"')
+    return value
+
+
+def checked_characters(value: object, field: str) -> str:
+    """The value itself, if it is a string of real characters."""
+    if type(value) is not str:
+        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string')
     # JSON can spell half of a surrogate pair (U+D800 to U+DFFF), which has no UTF-8; asking
     # isascii first spares most texts the slow loop over their characters
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
@@ -256,7 +263,8 @@ def user_text(row: dict) -> str:
 
 def parse_document(row: dict) -> dict:
     format_of(row, (("text",),))
-    text = checked_text(row["text"], "text")
+    # an empty text is no error here, because pretraining drops and counts empty documents
+    text = checked_characters(row["text"], "text")
     return {"text": text, "whole_file": row.get("whole_file") is True}
 
 
@@ -335,23 +343,25 @@ def read_documents(data: str | Path, max_bytes: int | None = None, split: str | 
         documents = (split_document(row, split, max_bytes) for row in rows)
 
     n_bytes = 0
+    n_read = 0
     for document in documents:
-        if not document:                          # a row of the other split
+        if document is None:                      # a row of the other split
             continue
         yield document
+        n_read += 1
         n_bytes += len(document.encode())
         if max_bytes is not None and n_bytes >= max_bytes:
             return
-    if not n_bytes:
+    if not n_read:
         raise ValueError(f'{data}: too few documents to split; none fell into "{split}"')
 
 
-def split_document(row: dict, split: str | None, max_bytes: int | None = None) -> str:
-    """The part of a document that belongs to the split, "" if none of it does; of a text file at
+def split_document(row: dict, split: str | None, max_bytes: int | None = None) -> str | None:
+    """The part of a document that belongs to the split, None if none of it does; of a text file at
     most max_bytes."""
     text = row["text"]
     if not row["whole_file"]:
-        return text if in_split(text, split) else ""
+        return text if in_split(text, split) else None
     # a text file is one document, too long to be held out whole: its last tenth is
     cut = int(len(text) * 0.9)
     if split == "train":
@@ -363,7 +373,25 @@ def split_document(row: dict, split: str | None, max_bytes: int | None = None) -
         if len(raw) > max_bytes:
             # "ignore", because the cut may fall inside a character of several bytes
             text = raw[:max_bytes].decode(errors="ignore")
-    return text
+    return text or None
+
+
+def without_duplicates(documents: Iterable[str]) -> Iterator[str]:
+    """Of documents that are the same to the letter the first. A digest of 16 bytes is kept of each,
+    so that a corpus larger than memory can be read."""
+    digests = set()
+    for document in documents:
+        digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
+        if digest not in digests:
+            digests.add(digest)
+            yield document
+
+
+def without_empty(documents: Iterable[str]) -> Iterator[str]:
+    """The documents with at least one letter or digit: "\n", "" or "***" teach nothing."""
+    for document in documents:
+        if any(character.isalnum() for character in document):
+            yield document
 
 
 def read_examples(data: str | Path, n: int | None = None, **options) -> list[dict]:

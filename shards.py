@@ -79,8 +79,10 @@ def read(cfg: Config, split: str, at_most: float = math.inf) -> Iterator[str]:
     # held out is a twentieth, but an infinite limit stays one: inf // 20 is not a number
     if split == "heldout" and max_bytes < math.inf:
         max_bytes //= 20
-    return readers.read_documents(cfg.data, min(max_bytes, at_most), split,
-                                  bad_rows=cfg.bad_rows)
+    documents = readers.read_documents(cfg.data, min(max_bytes, at_most), split,
+                                       bad_rows=cfg.bad_rows)
+    # as pretraining from text does (001 section 1.6, 1.1 and 1.2)
+    return readers.without_empty(readers.without_duplicates(documents))
 
 
 def chunked(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -432,6 +434,6 @@ def verify(folder: str | Path) -> dict:
 
 
 if __name__ == "__main__":
-    import training
+    from plumbing.options import command_line
 
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -310,32 +310,50 @@ class Tokenizer:
             ids = [i for i in ids if i < len(self.ranks)]
         return self.encoding.decode(ids)
 
-    def chat(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
-        """A conversation -> (ids, loss_mask), equally long (001 section 3.4, no added whitespace).
+    def conversation(self, messages: Sequence[dict]) -> list[int]:
+        """Messages -> ids in the chat template (001 section 3.4, no added whitespace):
 
             <|user|>Hi<|end|><|assistant|>Hello!<|end|>
-               0     0   0         0        1      1        mask: 1 where the assistant writes
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]. Raises
         ValueError, naming the message, for anything else.
         """
         check_messages(messages)
         ids = []
-        loss_mask = []
         for message in messages:
-            role = message["role"]
-            text = [*self.encode(message["content"]), self.end]
-            # <|assistant|> is no target, because generation begins after it: prompt() writes it
-            ids.append(self.special[f"<|{role}|>"])
-            loss_mask.append(0)
-            # <|end|> is one, because the assistant has to learn when to stop
-            ids += text
-            loss_mask += [int(role == "assistant")] * len(text)
-        return ids, loss_mask
+            ids.append(self.special[f"<|{message['role']}|>"])
+            ids += self.encode(message["content"])
+            ids.append(self.end)
+        return ids
+
+    def response_mask(self, ids: Sequence[int]) -> list[int]:
+        """The loss mask of a conversation's ids: 1 where the assistant writes.
+
+            <|user|>Hi<|end|><|assistant|>Hello!<|end|>
+               0     0   0         0        1      1
+
+        The ids alone tell, because no text becomes a role's token: only the template writes them.
+        """
+        mask = []
+        assistant_writes = False
+        for i in ids:
+            # <|end|> is a target, because the assistant has to learn when to stop; <|assistant|> is
+            # none, because generation begins after it
+            mask.append(int(assistant_writes))
+            if i == self.assistant:
+                assistant_writes = True
+            elif i == self.end:
+                assistant_writes = False
+        return mask
+
+    def chat(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+        """A conversation -> (ids, loss mask), equally long."""
+        ids = self.conversation(messages)
+        return ids, self.response_mask(ids)
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """The conversation so far and <|assistant|>, after which the model writes its answer."""
-        ids, _ = self.chat(messages)
+        ids = self.conversation(messages)
         if messages[-1]["role"] == "assistant":
             raise ValueError("the last message is the assistant's; a prompt ends before its turn")
         return [*ids, self.assistant]

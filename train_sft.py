@@ -83,7 +83,7 @@ def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
 
 
 def format_rows(rows: list[dict], tokenizer) -> None:
-    """Give each conversation its token ids and loss mask, two lists of one length."""
+    """Give each conversation its "ids" and its loss "mask", two lists of one length."""
     for row in rows:
         # 2.1 Construct prompt-completion sequence: the template's role tokens around each turn
         row["ids"] = tokenizer.conversation(row["messages"])
