@@ -6,11 +6,16 @@ LoRA (001 section 2.4.1; Hu et al. 2021): freeze W_0 and learn a low-rank change
 An adapter is small (2 r d numbers per square matrix), can be saved alone, swapped for another over
 the same base, and merged into the weights, after which inference costs nothing more.
 
+    adapters = add_adapters(model, rank=16, alpha=32.0, targets="wq,wv")
+    init_A(adapters)                       # 001 section 2.5, step 1.1
+    init_B(adapters)                       # 1.2
+    freeze_base(model)                     # 1.3
+
     python train_sft.py --peft lora --lora_rank 16 --lora_targets wq,wv
     python lora.py --init out/pretrain --adapter out/sft --out out/merged      # merge by hand
 """
 import json
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import training
-from model import Linear, Transformer, load_model, save_model
+from model import Transformer
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear and its low-rank change. At the start its output is the base's bit for bit:
-    B = 0, so the second term is exactly 0."""
+    """A Linear without bias and its low-rank change. Its A is set by init_A; as long as B = 0 the
+    second term is exactly 0, and the output is the base's bit for bit."""
 
-    def __init__(self, base: Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.scale = base.requires_grad_(False), alpha / rank
         device = base.weight.device
+        self.base = base
+        self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.A.to(x.dtype))                      # (..., r)
@@ -44,37 +48,97 @@ class LoRALinear(nn.Module):
         return self.base.weight + self.scale * self.B @ self.A
 
 
-def apply(model: Transformer, rank: int, alpha: float, targets: str = "wq,wv") -> Transformer:
-    """Freeze the model and put an adapter beside every Linear named in `targets`, in place.
+# ---------------------------------------------------------------------- 2.5, step 1
 
-    targets: comma-separated names of wq, wk, wv, wo, w13, w2. Raises ValueError for others.
+def add_adapters(model: Transformer, rank: int, alpha: float,
+                 targets: str = "wq,wv") -> list[LoRALinear]:
+    """Put an adapter beside every Linear of the model that is named in `targets`, in place.
+
+    targets: comma-separated names of wq, wk, wv, wo, w13, w2. Raises ValueError for others. Returns
+    the adapters, whose A is yet to be set (init_A).
     """
-    names = [name.strip() for name in targets.split(",")]
-    known = {name.rsplit(".", 1)[-1] for name, module in model.blocks.named_modules()
-             if isinstance(module, Linear)}
-    if unknown := sorted(set(names) - known):
+    names = {name.strip() for name in targets.split(",")}
+    known = {name for _, name, _ in linears(model.blocks)}
+    unknown = sorted(names - known)
+    if unknown:
         raise ValueError(f"--lora_targets: no matrix is called {', '.join(unknown)}; "
                          f"the model has {', '.join(sorted(known))}")
     if rank < 1:
         raise ValueError(f"--lora_rank is {rank}; it must be at least 1")
+    adapters = []
+    # listed first, because the loop changes the modules that linears() walks through
+    for parent, name, base in list(linears(model)):
+        if name in names:
+            adapter = LoRALinear(base, rank, alpha)
+            setattr(parent, name, adapter)
+            adapters.append(adapter)
+    return adapters
+
+
+@torch.no_grad()
+def init_A(adapters: list[LoRALinear]) -> None:
+    """A ~ N(0, 1 / r^2): std 1 / r (001 section 2.5, step 1.1)."""
+    for adapter in adapters:
+        rank = adapter.A.shape[0]
+        adapter.A.normal_(std=1 / rank)
+
+
+@torch.no_grad()
+def init_B(adapters: list[LoRALinear]) -> None:
+    """B = 0 (step 1.2), so that training starts from the base model's outputs."""
+    for adapter in adapters:
+        adapter.B.zero_()
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Only A and B of the adapters learn (step 1.3)."""
     model.requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in names and isinstance(child, Linear):
-                setattr(module, name, LoRALinear(child, rank, alpha))
+    for adapter in adapters_of(model):
+        adapter.A.requires_grad_(True)
+        adapter.B.requires_grad_(True)
+
+
+def apply(model: Transformer, rank: int, alpha: float, targets: str = "wq,wv") -> Transformer:
+    """Step 1 as a whole, in place."""
+    adapters = add_adapters(model, rank, alpha, targets)
+    init_A(adapters)
+    init_B(adapters)
+    freeze_base(model)
     return model
 
+
+def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(the module that it belongs to, its name there, the matrix) of every nn.Linear."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                yield parent, name, child
+
+
+def adapters_of(model: nn.Module) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+# ---------------------------------------------------------------------- adapters off again
 
 @torch.no_grad()
 def merge(model: Transformer) -> Transformer:
     """Fold every adapter into its base weight, in place: the model is plain and trainable again."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    for adapter in adapters_of(model):
+        adapter.base.weight.copy_(adapter.merged_weight())
+    return detach(model)
+
+
+def detach(model: Transformer) -> Transformer:
+    """Remove every adapter, in place: the base as it was, and trainable."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                child.base.weight.copy_(child.merged_weight())
-                setattr(module, name, child.base)
+                setattr(parent, name, child.base)
     return model.requires_grad_(True)
 
+
+# ---------------------------------------------------------------------- adapters on the disk
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The A and B of every adapter, by name."""
@@ -87,6 +151,7 @@ def save_adapter(folder: str | Path, model: nn.Module, rank: int, alpha: float,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in adapter_state(model).items()}
+    # replaced as a whole, because a kill must not leave half a file behind
     safetensors.torch.save_file(weights, folder / "adapter.safetensors.tmp")
     (folder / "adapter.safetensors.tmp").replace(folder / "adapter.safetensors")
     shape = {"rank": rank, "alpha": alpha, "targets": targets}
@@ -99,6 +164,23 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     Raises ValueError when the folder has no whole adapter or one made for another model.
     """
     folder = Path(folder)
+    shape, weights = read_adapter(folder)
+    detach(model)
+    apply(model, **shape)
+    own = adapter_state(model)
+    for name in sorted(set(weights) | set(own)):
+        found = shape_of(weights.get(name))
+        wanted = shape_of(own.get(name))
+        if found != wanted:
+            raise ValueError(f"{folder}/adapter.safetensors: {name} is {found}, the model takes "
+                             f"{wanted}; the adapter was made for another model")
+    # not strict, because the base has no weights there; the loop above has compared all A and B
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """adapter.json (rank, alpha, targets) and the weights by name."""
     if not (folder / "adapter.json").is_file() or not (folder / "adapter.safetensors").is_file():
         raise ValueError(f"{folder}: no adapter.json and adapter.safetensors there; "
                          "train_sft.py --peft lora writes them")
@@ -108,26 +190,14 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     except Exception as error:
         raise ValueError(f"{folder}: adapter.json or adapter.safetensors is damaged ({error}); "
                          "train the adapter again") from error
-    apply(detach(model), **shape)
-    there = adapter_state(model)
-    for name in sorted(set(weights) | set(there)):
-        found, wanted = (tuple(state[name].shape) if name in state else None
-                         for state in (weights, there))
-        if found != wanted:
-            raise ValueError(f"{folder}/adapter.safetensors: {name} is {found}, the model takes "
-                             f"{wanted}; the adapter was made for another model")
-    model.load_state_dict(weights, strict=False)                   # checked above: A and B, all
-    return model
+    return shape, weights
 
 
-def detach(model: Transformer) -> Transformer:
-    """Remove every adapter, in place: the base as it was."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(module, name, child.base)
-    return model.requires_grad_(True)
+def shape_of(weight: Tensor | None) -> tuple | None:
+    return None if weight is None else tuple(weight.shape)
 
+
+# ---------------------------------------------------------------------- merging by hand
 
 @dataclass
 class Config:
@@ -137,14 +207,18 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    # imported here, because plumbing/ stands above this file, and only this command needs it
+    from plumbing.folders import load_model, save_model
     if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
         raise ValueError(f"--out {cfg.out} is not empty; give another folder to write")
     model, tokenizer = load_model(cfg.init)
-    merge(load_adapter(model, cfg.adapter))
+    load_adapter(model, cfg.adapter)
+    merge(model)
     save_model(cfg.out, model, tokenizer, stage="merge",
                parent={"folder": cfg.init, "adapter": cfg.adapter})
     print(f"{cfg.init} with the adapter of {cfg.adapter} merged: {cfg.out}")
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    from plumbing.options import command_line
+    command_line(main, Config, __doc__)
