@@ -31,10 +31,12 @@ from torch import Tensor, nn
 
 import kernels
 import readers
-import training
 from model import ModelConfig, Transformer
 from sample import generate
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
+from plumbing.optimizers import adamw
+from plumbing.options import parse
+from plumbing.run import DTYPES, pick_device
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
               "generate": ("hf_llama", "nanogpt", "lifecycle"),
@@ -197,7 +199,7 @@ class NanoChat(nn.Module):
         self.head = nn.Linear(D, cfg.vocab_size, bias=False)
         angles = torch.outer(torch.arange(cfg.context_length),
                              10_000.0 ** (-torch.arange(0, C, 2) / C))[:, None]
-        dtype = training.DTYPES[cfg.dtype]
+        dtype = DTYPES[cfg.dtype]
         self.register_buffer("cos", angles.cos().to(dtype))
         self.register_buffer("sin", angles.sin().to(dtype))
         self.apply(small_init)
@@ -231,22 +233,24 @@ def hf_llama(cfg: Config) -> nn.Module:
 
 def lifecycle(cfg: Config, context_length: int) -> Transformer:
     return Transformer(ModelConfig(cfg.vocab_size, context_length, cfg.d_model, cfg.n_layers,
-                                   cfg.n_heads), training.DTYPES[cfg.dtype])
+                                   cfg.n_heads), DTYPES[cfg.dtype])
 
 
 # ---------------------------------------------------------------------- one measurement
 
 def train_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a training step, in this process."""
-    device = training.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     if name == "lifecycle":
         kernels.keep_memory()                              # the others: as their code does
     model = {"hf_llama": lambda: hf_llama(cfg), "nanogpt": lambda: NanoGPT(cfg),
              "minimind": lambda: MiniMind(cfg), "nanochat": lambda: NanoChat(cfg),
              "lifecycle": lambda: lifecycle(cfg, cfg.context_length)}[name]().to(device)
-    optimizer = training.adamw(model, lr=3e-4, weight_decay=0.1)
-    call = torch.compile(model) if mode == "compile" else model
-    autocast = torch.autocast(device.type, training.DTYPES[cfg.dtype],
+    optimizer = adamw(model, lr=3e-4, weight_decay=0.1)
+    call = model.logps if name == "lifecycle" else model
+    if mode == "compile":
+        call = torch.compile(call)
+    autocast = torch.autocast(device.type, DTYPES[cfg.dtype],
                               enabled=cfg.dtype != "float32" and name != "lifecycle")
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context_length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -254,7 +258,7 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
     def step() -> None:
         with autocast:
             if name == "lifecycle":
-                loss = -call(inputs, targets=targets).mean()
+                loss = -call(inputs, targets).mean()
             elif name == "hf_llama":                       # shifts by itself: same tokens per step
                 loss = call(input_ids=inputs, labels=inputs).loss
             else:
@@ -270,7 +274,7 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
 
 def generate_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a whole generation (greedy, no stop token), in this process."""
-    device, dtype = training.pick_device(cfg.device), training.DTYPES[cfg.dtype]
+    device, dtype = pick_device(cfg.device), DTYPES[cfg.dtype]
     length = 16 + cfg.new_tokens
     prompts = torch.randint(1, cfg.vocab_size, (cfg.batch_size, 16), device=device)
     if name == "lifecycle":
@@ -402,10 +406,10 @@ if __name__ == "__main__":
         try:
             if sys.argv[1] == "kernels":
                 import bench_kernels
-                bench_kernels.main(training.parse(bench_kernels.Config, sys.argv[2:],
+                bench_kernels.main(parse(bench_kernels.Config, sys.argv[2:],
                                                   bench_kernels.__doc__))
             else:
-                main(sys.argv[1], training.parse(Config, sys.argv[2:], __doc__))
+                main(sys.argv[1], parse(Config, sys.argv[2:], __doc__))
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
     else:

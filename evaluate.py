@@ -12,6 +12,7 @@ import json
 import math
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,16 @@ import data
 import kernels
 import objectives
 import parallel
+import readers
 import sample
-import training
-from model import Transformer, load_model, token_logps
+from heads import WithHead
+from model import Transformer
+from plumbing.folders import load_model
+from plumbing.options import command_line
+from plumbing.run import pick_device, pick_dtype
+from scoring import token_logps
 from world import HELDOUT_FAMILIES, parse_answer, true_reward
 
-LN2 = math.log(2)
 MAX_ANSWER = 64                       # tokens
 
 
@@ -48,20 +53,24 @@ class Config:
 # ---------------------------------------------------------------------- language
 
 @torch.no_grad()
-def validation_loss(model: Transformer, source, rows: int, batch_size: int) -> float:
+def validation_loss(model: Transformer, source, rows: int, batch_size: int,
+                    scores: Callable = token_logps) -> float:
     """Mean -log p per target token in nats over the first `rows` rows of a data source's epoch 0:
-    the same rows at every call. source: data.TokenStream, data.PackedExamples, or one of
-    objectives.py."""
+    the same rows at every call.
+
+    source: data.TokenStream or data.PackedExamples; or objectives.Denoised, with
+    scores=denoised_logps.
+    """
     model.eval()
-    loss = count = 0.0
+    loss = 0.0
+    n_targets = 0
     rows = min(rows, len(source))
     for first in range(0, rows, batch_size):
         batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
-        scores = token_logps(model, batch)
-        loss -= (scores if batch.segments is None else scores[0]).sum().item()
-        count += batch.n_targets
+        loss -= scores(model.logps, batch).sum().item()
+        n_targets += batch.n_targets
     model.train()
-    return loss / count
+    return loss / n_targets
 
 
 def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
@@ -84,6 +93,18 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
     return float(-np.log(unigram[val]).mean()), float(-np.log(bigram).mean())
 
 
+def ngram_baselines(windows: dict, shares: dict[str, float], vocab_size: int) -> dict[str, float]:
+    """ngram_losses of several corpora, weighted by their shares. windows: {(corpus, split):
+    data.TokenStream}."""
+    baselines = {"unigram_loss": 0.0, "bigram_loss": 0.0}
+    for name, share in shares.items():
+        unigram, bigram = ngram_losses(windows[name, "train"].tokens,
+                                       windows[name, "heldout"].tokens, vocab_size)
+        baselines["unigram_loss"] += share * unigram
+        baselines["bigram_loss"] += share * bigram
+    return baselines
+
+
 def response_loss(model: Transformer, examples: data.PackedExamples, batch_size: int) -> float:
     """Nats per response token over all examples."""
     return validation_loss(model, examples, len(examples), batch_size)
@@ -92,9 +113,11 @@ def response_loss(model: Transformer, examples: data.PackedExamples, batch_size:
 def unigram_response_loss(train: data.PackedExamples, val: data.PackedExamples,
                           vocab_size: int) -> float:
     """Nats per response token of a unigram model of the training responses, on `val`'s."""
-    counted, wanted = (np.concatenate([ids[mask] for ids, mask in source.sides])
-                       for source in (train, val))
-    return ngram_losses(counted, wanted, vocab_size)[0]
+    def responses(source: data.PackedExamples) -> np.ndarray:
+        return np.concatenate([ids[mask] for ids, mask in source.sequences])
+
+    unigram, _ = ngram_losses(responses(train), responses(val), vocab_size)
+    return unigram
 
 
 def fluency(texts: list[str], corpus: list[str], order: int = 3) -> dict[str, float]:
@@ -136,48 +159,63 @@ def word_perplexity(texts: list[list[str]], corpus: list[list[str]], order: int)
 
 
 @torch.no_grad()
-def masked_figures(model: Transformer, source: objectives.Denoised, rows: int,
+def masked_figures(model: Transformer | WithHead, source: objectives.Denoised, rows: int,
                    batch_size: int) -> dict[str, float]:
-    """How often the likeliest token is the hidden one, and what always guessing the corpus' most
-    frequent token gets; next_sentence_accuracy where that is asked. The same rows at every call."""
+    """How often the likeliest token is the hidden one, and the share that always guessing the
+    corpus' most frequent token would get; next_sentence_accuracy for a model with that head. The
+    same rows at every call."""
     model.eval()
-    right, guessed, next_right = [], [], []
-    common = np.bincount(source.tokens).argmax()
+    trunk = model.trunk if isinstance(model, WithHead) else model
+    right = []
+    guessed = []
+    next_right = []
+    most_frequent = np.bincount(source.tokens).argmax()
     for first in range(0, rows, batch_size):
         batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
-        h = model.hidden(batch.tokens, batch.documents, batch.positions, segments=batch.segments)
-        logits = parallel.linear(h[batch.loss_mask], model.output_weight)
+        h = trunk.hidden(batch.tokens, batch.documents, batch.positions, segments=batch.segments)
+        logits = parallel.linear(h[batch.loss_mask], trunk.output_weight)      # (hidden, V)
         targets = batch.targets[batch.loss_mask]
         right += (logits.argmax(-1) == targets).tolist()
-        guessed += (targets == common).tolist()
+        guessed += (targets == most_frequent).tolist()
         if batch.segments is not None:
-            scores = model.next_sentence_head(h[:, 0].float())
-            next_right += (scores.argmax(-1) == batch.is_next).tolist()
+            next_logits = model.values_of(h)[:, 0]                             # (B, 2)
+            next_right += (next_logits.argmax(-1) == batch.is_next).tolist()
     model.train()
-    groups = {"masked_accuracy": right, "guess_accuracy": guessed,
-              "next_sentence_accuracy": next_right}
-    return {name: float(np.mean(group)) for name, group in groups.items() if group}
+    figures = {"masked_accuracy": float(np.mean(right)), "guess_accuracy": float(np.mean(guessed))}
+    if next_right:
+        figures["next_sentence_accuracy"] = float(np.mean(next_right))
+    return figures
 
 
 def span_figures(model: Transformer, source: objectives.Denoised, rows: int,
-                 longest: int = 5) -> dict[str, float]:
-    """Share of the hidden spans of at most `longest` tokens that greedy decoding rebuilds exactly,
-    and of those of one token, in 15 % noise of short spans. The same rows at every call."""
+                 longest_span: int = 5) -> dict[str, float]:
+    """Share of the hidden spans of at most `longest_span` tokens that greedy decoding rebuilds
+    exactly, and of the spans of one token, in 15 % noise of short spans. The same rows at every
+    call."""
     windows = source.stream.rows(range(rows)).tokens.numpy()
-    sides = source.pairs(windows[:, :-1], np.random.default_rng(0), modes=("R",))
-    inputs, targets = ([row[:n].tolist() for row, n in zip(*side)] for side in sides)
-    most = min(max(map(len, targets)) + 8, model.config.context_length - 1)
-    if model.config.architecture != "encoder_decoder":
-        most = min(most, model.config.context_length - max(map(len, inputs)))
-    written = sample.generate(model, inputs, most, (source.tokenizer.end,))
-    hits: dict[int, list[bool]] = defaultdict(list)
-    for wanted, ids in zip(targets, written):
-        said = objectives.spans_said(ids, [*source.sentinels, source.tokenizer.end])
-        for sentinel, span in objectives.spans_said(wanted[:-1], source.sentinels).items():
-            hits[len(span)].append(said.get(sentinel) == span)
-    short = sum((hits[n] for n in range(1, longest + 1)), [])
-    groups = {"short_spans_rebuilt": short, "single_tokens_rebuilt": hits[1]}
-    return {name: float(np.mean(group)) for name, group in groups.items() if group}
+    inputs, targets = source.pairs(windows[:, :-1], np.random.default_rng(0), modes=("R",))
+    inputs = [ids.tolist() for ids in objectives.unpadded(inputs)]
+    targets = [ids.tolist() for ids in objectives.unpadded(targets)]
+    room = model.config.context_length - 1
+    if model.architecture != "encoder_decoder":
+        room -= max(len(ids) for ids in inputs) - 1
+    max_new_tokens = min(max(len(ids) for ids in targets) + 8, room)
+    answers = sample.generate(model, inputs, max_new_tokens, (source.tokenizer.end,))
+
+    rebuilt: dict[int, list[bool]] = defaultdict(list)             # by the length of the span
+    for target, answer in zip(targets, answers):
+        found = objectives.spans_after(answer, [*source.sentinels, source.tokenizer.end])
+        for sentinel, span in objectives.spans_after(target[:-1], source.sentinels).items():
+            rebuilt[len(span)].append(found.get(sentinel) == span)
+    short = []
+    for length in range(1, longest_span + 1):
+        short += rebuilt[length]
+    figures = {}
+    if short:
+        figures["short_spans_rebuilt"] = float(np.mean(short))
+    if rebuilt[1]:
+        figures["single_tokens_rebuilt"] = float(np.mean(rebuilt[1]))
+    return figures
 
 
 # ---------------------------------------------------------------------- tasks of the world
@@ -208,13 +246,13 @@ def accuracy_by_family(examples: list[dict], texts: list[str]) -> dict[str, floa
 
 def exam(name: str, n: int, families: tuple[str, ...] | None = None) -> list[dict]:
     """n held-out examples of a world; [] when `name` is not a world: files have no answer key."""
-    world = data.world_named(name)
+    world = readers.world_named(name)
     return world.examples(n, split="heldout", seed=1, families=families) if world else []
 
 
 def quiz(name: str, n: int) -> dict[str, list[dict]]:
     """Small exams for use during training: trained families, and families never trained on."""
-    if not data.world_named(name):
+    if not readers.world_named(name):
         return {}
     return {"accuracy": exam(name, n),
             "unseen_families": exam(name, n // 4, HELDOUT_FAMILIES)}
@@ -265,7 +303,7 @@ def kl_to(model: Transformer, reference: Transformer, tokenizer, examples: list[
         part = slice(first, first + 64)
         batch = data.response_batch(prompts[part], responses[part], tokenizer.pad,
                                     model.config.context_length).to(model.device)
-        total += (token_logps(model, batch) - token_logps(reference, batch)).sum().item()
+        total += (token_logps(model.logps, batch) - token_logps(reference.logps, batch)).sum().item()
     return total / len(examples)
 
 
@@ -281,14 +319,14 @@ def calibration_error(margin: Tensor, bins: int = 10) -> float:
 
 def length_accuracy(pairs: data.PreferencePairs) -> float:
     """How often the longer response (in tokens) is the chosen one, ties counting half."""
-    lengths = [tuple(len(ids) for ids, _ in sides) for sides in pairs.sides]
+    lengths = [tuple(len(ids) for ids, _ in sides) for sides in pairs.sequences]
     return sum((w > r) + 0.5 * (w == r) for w, r in lengths) / len(lengths)
 
 
 def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int) -> dict:
     """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", and the
     per-prompt "rewards" of the first n prompts that are compared in win rates}."""
-    tasks, prompts = exam(name, n_tasks), data.world_named(name).prompts(n, "heldout", seed=2)
+    tasks, prompts = exam(name, n_tasks), readers.world_named(name).prompts(n, "heldout", seed=2)
     texts = [complete_text(tokenizer, ids) for ids in answers(model, tokenizer, tasks + prompts)]
     families = accuracy_by_family(tasks, texts[:n_tasks])
     rewards = true_rewards(prompts, texts[n_tasks:])
@@ -298,9 +336,9 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
 
 def main(cfg: Config) -> dict:
     kernels.keep_memory()
-    device = training.pick_device(cfg.device)
-    dtype = training.pick_dtype(cfg.dtype, device)
-    if data.world_named(cfg.data) is None:
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    if readers.world_named(cfg.data) is None:
         raise ValueError(f"--data {cfg.data}: only a world has an answer key; give world or "
                          "world:SEED")
     model, tokenizer = load_model(cfg.init, device, dtype)
@@ -314,7 +352,7 @@ def main(cfg: Config) -> dict:
     if cfg.reference:
         theirs = evaluate_policy(reference, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
         rate, low, high = win_rate(rewards, theirs["rewards"])
-        prompts = data.world_named(cfg.data).prompts(cfg.n, "heldout", seed=2)
+        prompts = readers.world_named(cfg.data).prompts(cfg.n, "heldout", seed=2)
         found |= {"win_rate": rate, "win_rate_95": [low, high],
                   "reference_true_reward": theirs["true_reward"],
                   "reference_accuracy": theirs["accuracy"],
@@ -328,4 +366,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -66,6 +66,10 @@ class WithHead(nn.Module):
         return self.trunk.config
 
     @property
+    def architecture(self) -> str:
+        return self.trunk.architecture
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.trunk.dtype
 

@@ -21,16 +21,20 @@ from pathlib import Path
 
 import torch
 
-import data
 import evaluate
+import readers
 import sample
 import train_dpo
 import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
-import training
-from model import load_model, parameter_count
+from model import parameter_count
+from plumbing.checkpoints import newest_checkpoint
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model, parents
+from plumbing.options import build, command_line, flat
+from plumbing.run import pick_device, pick_dtype
 
 # Only what differs from the scripts' own defaults, which are those of `tiny`.
 PRESETS = {
@@ -79,7 +83,7 @@ def stages(cfg: Config) -> dict[str, tuple[Callable, object]]:
     def stage(script, name: str, parent: str = "", **inputs):
         init = {"init": str(out / parent)} if parent else {}
         special = PRESETS[cfg.preset].get(name, {})
-        config = script.Config(out=str(out / name), **init, **inputs, **common, **special)
+        config = build(script.Config, {"out": str(out / name), **init, **inputs, **common, **special})
         return script.main, config
 
     return {"pretrain": stage(train_pretrain, "pretrain", data=world),
@@ -94,15 +98,15 @@ def run_stage(main: Callable, cfg) -> dict:
     interrupted, and run anything else afresh. Returns the stage's result."""
     def same(record: dict) -> bool:
         ignored = {"resume": False, "overwrite": False}
-        return (record["config"] | ignored == dataclasses.asdict(cfg) | ignored
-                and record["parents"] == training.parents(cfg))
+        return (record["config"] | ignored == flat(cfg) | ignored
+                and record["parents"] == parents(cfg))
 
     finished = Path(cfg.out) / "config.json"
     record = json.loads(finished.read_text()) if finished.exists() else None
     if record and same(record):
         print(f"{record['stage']}: finished before, skipped ({cfg.out})", file=sys.stderr)
         return record["result"]
-    checkpoint = training.newest_checkpoint(Path(cfg.out))
+    checkpoint = newest_checkpoint(Path(cfg.out))
     going_on = record is None and checkpoint is not None and same(
         json.loads((checkpoint / "meta.json").read_text()))
     if not going_on and Path(cfg.out).is_dir():
@@ -119,12 +123,12 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
 
     Returns the figures of each model and the answers to five prompts.
     """
-    device = training.pick_device(cfg.device)
-    dtype = training.pick_dtype(cfg.dtype, device)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     world = f"world:{cfg.seed}"
     size = {"n_tasks": 1000, "n": 500} | PRESETS[cfg.preset].get("exam", {})
     five = [evaluate.exam(world, 1, (family,))[0] for family in FIVE_FAMILIES]
-    prompts = data.world_named(world).prompts(size["n"], "heldout", seed=2)
+    prompts = readers.world_named(world).prompts(size["n"], "heldout", seed=2)
     found, shown = {}, {}
     for name in ("pretrain", "sft", "dpo", "ppo"):
         model, tokenizer = load_model(configs[name].out, device, dtype)
@@ -148,8 +152,8 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
 
 def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) -> dict:
     """Fluency of documents sampled from the base model, beside held-out documents of the corpus."""
-    corpus = list(data.read_documents(cfg.data, split="train", max_bytes=2_000_000))
-    heldout = data.read_documents(cfg.data, split="heldout", max_bytes=1_000_000)
+    corpus = list(readers.read_documents(cfg.data, split="train", max_bytes=2_000_000))
+    heldout = readers.read_documents(cfg.data, split="heldout", max_bytes=1_000_000)
     generator = torch.Generator(model.device).manual_seed(cfg.seed)
     length = min(160, model.config.context_length - 1)
     stories = [tokenizer.decode(ids) for ids in sample.generate(
@@ -242,7 +246,7 @@ def draw(report: dict, configs: dict, file: Path) -> None:
 
     s = report["stages"]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))
-    curves = {name: training.read_metrics(cfg.out) for name, cfg in configs.items()}
+    curves = {name: read_metrics(cfg.out) for name, cfg in configs.items()}
 
     def plot(axis, rows, key, **style):
         axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), **style)
@@ -250,7 +254,7 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     axis = axes[0, 0]
     plot(axis, curves["pretrain"], "loss", label="training", alpha=0.6)
     plot(axis, curves["pretrain"], "val_loss", label="validation", marker="o")
-    copying = train_pretrain.copy_steps(configs["pretrain"])
+    copying = min(configs["pretrain"].copy_steps, configs["pretrain"].steps // 6)
     axis.axvspan(0, copying, color="gray", alpha=0.15, label="copying" if copying else None)
     for name, style in (("unigram", ":"), ("bigram", "--")):
         axis.axhline(s["pretrain"][f"{name}_loss"], color="gray", ls=style, label=f"{name} model")
@@ -325,4 +329,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

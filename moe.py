@@ -260,3 +260,18 @@ def balance_experts(model: nn.Module, nudge: bool = True) -> Tensor | None:
         if nudge and layer.bias is not None:
             layer.bias.copy_(nudged(layer.bias, share, layer.config.bias_rate))
     return loads
+
+
+def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
+    """After an optimizer step: balance the experts, and the figures to log; {} for a dense model.
+
+    busiest_expert: the largest load over an even share. load/e: the share of expert e, over all
+    blocks. dropped: the share of the pairs that found no place.
+    """
+    loads = balance_experts(model, nudge)              # (sparse blocks, E)
+    if loads is None:
+        return {}
+    figures = {"busiest_expert": loads.max() * loads.shape[1], "dropped": dropped(model)}
+    for expert, share in enumerate(loads.mean(0)):
+        figures[f"load/{expert}"] = share
+    return figures

@@ -20,9 +20,13 @@ from torch import Tensor
 
 import kernels
 import objectives
-import training
+from architectures import SourceCache
 from data import left_pad
-from model import KVCache, Transformer, load_model, parameter_count
+from heads import WithHead
+from model import KVCache, Transformer, parameter_count
+from plumbing.folders import load_any_model, load_model
+from plumbing.options import command_line
+from plumbing.run import pick_device, pick_dtype
 
 KEEP = 0.75          # finished rows are carried along until this share is left: less copying
 SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
@@ -101,7 +105,7 @@ def check_room(model: Transformer, prompts: list[list[int]], max_new_tokens: int
     if min(len(ids) for ids in prompts) == 0:
         raise ValueError("a prompt is empty: there is nothing to continue; give at least one token")
     longest = max(len(ids) for ids in prompts)
-    if model.config.architecture == "encoder_decoder":
+    if model.architecture == "encoder_decoder":
         # the encoder reads the prompt; the decoder begins with a single token
         longest = 1
     context = model.config.context_length
@@ -114,7 +118,7 @@ def check_room(model: Transformer, prompts: list[list[int]], max_new_tokens: int
 def encoder_input(model: Transformer, prompts: list[list[int]]) -> dict[str, Tensor]:
     """What model() takes besides the decoder's tokens: the prompts for its encoder, if it has
     one. source: (B, S); source_lengths: (B,)."""
-    if model.config.architecture != "encoder_decoder":
+    if model.architecture != "encoder_decoder":
         return {}
     source, lengths = objectives.padded(prompts, pad=0)
     return {"source": torch.from_numpy(source).to(model.device),
@@ -141,7 +145,8 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         starts = torch.zeros_like(starts)
     dtype = decoding_dtype(model)
     model = model.cast(dtype)
-    cache = KVCache(model.config, starts, prompt_length + max_new_tokens, dtype)
+    make_cache = SourceCache if source else KVCache
+    cache = make_cache(model.config, starts, prompt_length + max_new_tokens, dtype)
 
     rows = list(range(len(prompts)))      # the prompt of each batch row; None once it has stopped
     for _ in range(max_new_tokens):
@@ -204,7 +209,7 @@ def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) ->
     """The text with its gaps ___ filled: by a token each from an encoder, by spans from a model
     that was trained to write them. Raises ValueError for a model or a text without gaps."""
     first, *others = [tokenizer.encode(part) for part in text.split("___")]
-    is_encoder = model.config.architecture == "encoder"
+    is_encoder = model.architecture == "encoder"
     # gap i becomes <|mask|> for an encoder, <|sentinel_i|> for a model that writes spans
     gaps = []
     for i in range(len(others)):
@@ -212,7 +217,7 @@ def fill(model: Transformer, tokenizer, text: str, max_new_tokens: int = 128) ->
         gaps.append(tokenizer.special.get(name))
     if not gaps or None in gaps:
         raise ValueError(f"{len(gaps)} gaps in {text!r}: mark each with ___, and give a model that "
-                         "was trained on so many (train_pretrain.py --objective mlm, span or ul2)")
+                         "was trained on so many (train_denoise.py --objective mlm, span or ul2)")
     ids = list(first)
     for gap, part in zip(gaps, others):
         ids += [gap, *part]
@@ -225,7 +230,7 @@ def fill_masks(model: Transformer, tokenizer, ids: list[int]) -> str:
     """Each <|mask|> becomes the likeliest token there: v = argmax_v p(v | all other tokens)."""
     mask = tokenizer.special["<|mask|>"]
     first = tokenizer.endoftext
-    has_segments = model.config.n_segments > 0
+    has_segments = model.n_segments > 0
     if has_segments:
         # trained on sentence pairs, which begin with <|cls|>
         first = tokenizer.special["<|cls|>"]
@@ -250,7 +255,7 @@ def fill_spans(model: Transformer, tokenizer, ids: list[int], gaps: list[int],
         prompt = [special["<|R|>"], *prompt]
     [written] = generate(model, [prompt], max_new_tokens, (tokenizer.end,))
     borders = [i for name, i in special.items() if name.startswith(("<|sentinel_", "<|end|>"))]
-    spans = objectives.spans_said(written, borders)
+    spans = objectives.spans_after(written, borders)
     filled = []
     for i in ids:
         # a gap for which the model has written nothing stays empty
@@ -289,10 +294,12 @@ def main(cfg: Config) -> None:
     if cfg.temperature < 0:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     kernels.keep_memory()
-    device = training.pick_device(cfg.device)
-    dtype = training.pick_dtype(cfg.dtype, device)
-    any_architecture = cfg.raw or bool(cfg.fill)                   # a chat needs a decoder
-    model, tokenizer = load_model(cfg.init, device, dtype, any_architecture=any_architecture)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    load = load_any_model if cfg.raw or cfg.fill else load_model   # a chat needs a decoder
+    model, tokenizer = load(cfg.init, device, dtype)
+    if isinstance(model, WithHead):
+        model = model.trunk                                        # without its next sentences
     model.eval()
     if cfg.fill:
         print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
@@ -349,4 +356,4 @@ def read_line() -> str:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -125,6 +125,19 @@ def new_or_loaded(cfg: Config, run) -> tuple[Transformer | None, object]:
     return model, tokenizer
 
 
+def describe(model, streams: dict, shares: dict[str, float], baselines: dict) -> str:
+    """A sentence about the run: sizes, and the losses that counting alone reaches."""
+    flops = model.flops_per_token(model.config.context_length)
+    n_tokens = sum(len(stream.tokens) for (_, split), stream in streams.items() if split == "train")
+    bytes_of = corpus.bytes_per_token(streams)
+    mean_bytes = sum(share * bytes_of[name] for name, share in shares.items())
+    return (f"{parameter_count(model) / 1e6:.2f}M parameters, "
+            f"{active_parameter_count(model) / 1e6:.2f}M at work on a token "
+            f"({flops / 1e6:.1f} MFLOPs in training), {n_tokens / 1e6:.2f}M training tokens, "
+            f"{mean_bytes:.2f} bytes per token; validation loss to beat: unigram "
+            f"{baselines['unigram_loss']:.2f}, bigram {baselines['bigram_loss']:.2f} nats")
+
+
 def rate(step: int, cfg: Config) -> float:
     if cfg.schedule == "wsd":
         return warmup_stable_decay(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
@@ -189,7 +202,7 @@ def main(cfg: Config) -> dict:
     run.track(model=model, optimizer=optimizer)
     baselines = evaluate.ngram_baselines(windows, train.shares, tokenizer.vocab_size)
     bytes_per_token = corpus.bytes_per_token(streams)
-    run.say(describe(model, windows, bytes_per_token, baselines, train.shares))
+    run.say(describe(model, streams, train.shares, baselines))
     run.forecast(model)
 
     # 3. TRAINING LOOP
@@ -231,5 +244,14 @@ def main(cfg: Config) -> dict:
     return run.finish(model, tokenizer, results)
 
 
+def refuse_moved_options(arguments: list[str]) -> None:
+    """BERT, T5 and UL2 have a script of their own: answer their options with its command."""
+    for argument in arguments:
+        if argument.split("=")[0] in ("--objective", "--next_sentence", "--architecture"):
+            sys.exit(f"train_pretrain.py: {argument} is an option of train_denoise.py:\n"
+                     f"    python train_denoise.py {' '.join(arguments)}")
+
+
 if __name__ == "__main__":
+    refuse_moved_options(sys.argv[1:])
     command_line(main, Config, __doc__, PRESETS)

@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_pretrain
-import training
+from plumbing.curves import read_metrics
+from plumbing.options import command_line
 
 VARIANTS = {"all three": {}, "AdamW": {"optimizer": "adamw"},
             "no token shift": {"token_shift": False}, "no copying first": {"copy_steps": 0}}
@@ -38,7 +39,7 @@ def draw(folders: dict[str, Path], file: Path) -> None:
     """Validation loss of each run against the step."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, folder in folders.items():
-        rows = [row for row in training.read_metrics(folder) if "val_loss" in row]
+        rows = [row for row in read_metrics(folder) if "val_loss" in row]
         axis.plot([row["step"] + 1 for row in rows], [row["val_loss"] for row in rows],
                   marker="o", label=f"{name}: {rows[-1]['val_loss']:.3f}")
     axis.set(title="pretraining, with one thing left out", xlabel="step", ylim=(0.8, 3),
@@ -61,4 +62,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -24,8 +24,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_pretrain
-import training
 from model import active_parameter_count, load_model, parameter_count
+from plumbing.curves import read_metrics
+from plumbing.options import command_line
 
 F = 352                                                # of the default width
 VARIANTS = {"dense": {}, "8 experts, 2 per token": {"n_experts": 8},
@@ -44,7 +45,7 @@ class Config:
 def draw(folders: dict[str, Path], labels: dict[str, str], file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, folder in folders.items():
-        rows = training.read_metrics(folder)
+        rows = read_metrics(folder)
         measured = [row for row in rows if "val_loss" in row]
         line, = left.plot([row["step"] + 1 for row in measured],
                           [row["val_loss"] for row in measured], marker="o", label=labels[name])
@@ -80,4 +81,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -27,8 +27,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_pretrain
-import training
 from world import World
+from plumbing.curves import read_metrics
+from plumbing.options import command_line
 
 ALPHAS = 1.0, 0.5, 0.3, 0.0
 LATER = {"same rate, no replay": (1.0, "1,0"), "a quarter, no replay": (0.25, "1,0"),
@@ -108,7 +109,7 @@ def main(cfg: Config) -> None:
         folder = out / name.replace(" ", "_").replace(",", "").replace("%", "percent")
         train(folder, init=str(out / "english"), data="bearish,world", shares=shares,
               lr=rate * LR, steps=steps // 3, eval_every=steps // 24)
-        later[name] = training.read_metrics(folder)
+        later[name] = read_metrics(folder)
     at_the_end = {}
     for name, both in (("Bearish", "world,bearish"), ("clean", wrong_and_clean(out))):
         for when, options in (("all along", {"shares": "0.9,0.1"}),
@@ -118,10 +119,10 @@ def main(cfg: Config) -> None:
                   eval_every=steps // 30, **options)
             tenth = f"val_loss/{both.split(',')[1]}"
             at_the_end[f"{name}, {when}"] = [
-                (row["step"] + 1, row[tenth]) for row in training.read_metrics(folder)
+                (row["step"] + 1, row[tenth]) for row in read_metrics(folder)
                 if tenth in row]
     draw(together, later, at_the_end, Path(cfg.figure))
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

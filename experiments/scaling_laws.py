@@ -60,10 +60,11 @@ from torch import Tensor
 
 import readers
 import train_pretrain
-import training
 from lifecycle import run_stage
 from model import ModelConfig
 from tokenizer import Tokenizer
+from plumbing.options import command_line
+from plumbing.run import pick_device
 
 PARAMETERS = ("A", "B", "alpha", "beta", "L_inf")
 CHINCHILLA = {"A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28, "L_inf": 1.69}
@@ -397,7 +398,7 @@ def main(cfg: Config) -> dict:
 
     # 4. ALLOCATE
     report = {"command": f"python experiments/scaling_laws.py --preset {cfg.preset}",
-              "machine": f"{platform.machine()}, {training.pick_device(cfg.device)}, "
+              "machine": f"{platform.machine()}, {pick_device(cfg.device)}, "
                          f"{torch.get_num_threads()} threads, torch {torch.__version__}",
               "date": str(datetime.date.today()), "law": law,
               "a": law["beta"] / (law["alpha"] + law["beta"]), "intervals_80": intervals,
@@ -410,4 +411,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    training.command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__)

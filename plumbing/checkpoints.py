@@ -124,7 +124,7 @@ class Writer:
     def start(self, state: dict, models: list[str], meta: dict) -> None:
         """Copy the state to CPU memory and begin to write it. models: the names of the modules
         among state["parts"]."""
-        copy = parallel.copied_parts(state)
+        copy = parallel.parts_on_cpu(state)
         # A new thread for each checkpoint, because a thread that stayed would keep OpenMP workers,
         # and with more workers than cores OpenMP lets all of them sleep between operations: the
         # steps after the first checkpoint would take nearly twice as long.

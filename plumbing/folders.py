@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
+from plumbing.checkpoints import sha256
 from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
@@ -63,6 +64,16 @@ def description(model: Transformer | WithHead) -> dict:
     return dataclasses.asdict(trunk.config) | {
         "head": head, "architecture": trunk.architecture,
         "n_segments": getattr(trunk, "n_segments", 0)}
+
+
+def parents(cfg) -> dict[str, str]:
+    """The model folders that a stage starts from, each with the checksum of its weights."""
+    found = {}
+    for option in ("init", "reward_model"):
+        folder = getattr(cfg, option, "")
+        if folder:
+            found[folder] = sha256(Path(folder) / "model.safetensors")
+    return found
 
 
 # ---------------------------------------------------------------------- reading

@@ -64,7 +64,8 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
     def activations(checkpointing: bool) -> int:
         scores_are_kept = model.device.type == "cpu"       # because no fused kernel runs there
         return activation_bytes(config, work.rows, work.length, model.dtype.itemsize,
-                                checkpointing, scores_are_kept, tensor_parallel)
+                                checkpointing, scores_are_kept, tensor_parallel,
+                                model.architecture)
 
     state = 0
     for each in models:
@@ -77,7 +78,7 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
                          f"weights, gradients and optimizer, {kept / 1e9:.1f} for activations), "
                          f"but there are {memory / 1e9:.1f} GB: give "
                          f"{advice(state, with_checkpointing, memory, options)}")
-    flops = config.flops_per_token(work.length) * work.tokens
+    flops = model.flops_per_token(work.length) * work.tokens
     # The ranks of a tensor-parallel group share the FLOPs of the same tokens.
     seconds = flops / tensor_parallel / (peak * USUAL_MFU)
     return (f"{work.tokens / 1e6:.1f}M tokens to train on, {flops:.1e} FLOPs; about "
@@ -113,7 +114,7 @@ def advice(state: int, with_checkpointing: int, memory: int, options: Iterable[s
 
 def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
                      checkpointing: bool = False, keeps_scores: bool = False,
-                     tensor_parallel: int = 1) -> int:
+                     tensor_parallel: int = 1, architecture: str = "decoder") -> int:
     """Bytes that the forward pass of rows * length tokens keeps for the backward pass.
 
     element: bytes of a number in the residual stream. keeps_scores: attention probabilities are
@@ -122,7 +123,7 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
     ranks that share heads, F and experts.
     """
     D = config.d_model
-    blocks = kept_by_block(config, length, keeps_scores, tensor_parallel)
+    blocks = kept_by_block(config, length, keeps_scores, tensor_parallel, architecture)
     if checkpointing:
         n_inputs = len(blocks) * config.n_layers           # one per block, of both stacks if two
         kept = n_inputs * D + max(blocks)                  # the largest is made again in full
@@ -132,8 +133,8 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
     return int(rows * length * element * kept)
 
 
-def kept_by_block(config: ModelConfig, length: int, keeps_scores: bool,
-                  tensor_parallel: int) -> list[float]:
+def kept_by_block(config: ModelConfig, length: int, keeps_scores: bool, tensor_parallel: int,
+                  architecture: str) -> list[float]:
     """Numbers that a block keeps for the backward pass, per token: [block], or of an
     encoder-decoder [encoder's block, decoder's block]."""
     D = config.d_model
@@ -152,9 +153,9 @@ def kept_by_block(config: ModelConfig, length: int, keeps_scores: bool,
         scores = config.n_heads * length / tensor_parallel     # with each token of the sequence
     sees_all = attention + mlp + scores
     looks_back = attention + mlp + scores / 2              # causal: half of the scores, on average
-    if config.architecture == "encoder":
+    if architecture == "encoder":
         return [sees_all]
-    if config.architecture == "encoder_decoder":
+    if architecture == "encoder_decoder":
         cross_attention = attention + scores               # every token sees all of the source
         return [sees_all, looks_back + cross_attention]
     return [looks_back]
@@ -210,11 +211,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
     return 2 * n ** 3 / best
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(model: nn.Module, length: int) -> float:
     """FLOPs to train on one token of a sequence of `length`, for the MFU that a run logs."""
-    flops = config.flops_per_token(length)
-    if config.architecture == "encoder_decoder":
-        flops /= 2             # because ModelConfig counts a pair: one token in each of the stacks
+    flops = model.flops_per_token(length)
+    if model.architecture == "encoder_decoder":
+        flops /= 2             # because the model counts a pair: one token in each of the stacks
     return flops
 
 

@@ -488,7 +488,7 @@ class Run:
         speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
         result = {"minutes": (time.perf_counter() - self.started) / 60,
                   "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
-        weights = parallel.copied(model.state_dict(), keep=self.rank == 0)
+        weights = parallel.whole_on_cpu(model.state_dict(), keep=self.rank == 0)
         if self.rank == 0:
             plot_curves(rows, self.out / "curves.png", self.name)
             versions = {"python": sys.version.split()[0], "torch": torch.__version__,
