@@ -174,7 +174,8 @@ def main(cfg: Config) -> dict:
 
     # 4. MERGE (the adapters alone are kept, too)
     if cfg.peft == "lora":
-        lora.save_adapter(run, model, cfg)
+        if run.rank == 0:
+            lora.save_adapter(run.out, model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         lora.merge(model)
     results = run.last("val_loss") | {"base_loss": base_loss, "unigram_loss": unigram_loss}
     # 5. RETURN phi*, theta_ft
