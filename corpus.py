@@ -275,28 +275,24 @@ class TrainingData:
         self.last_text_from = cfg.steps
         if cfg.schedule == "wsd":
             self.last_text_from = round((1 - cfg.decay) * cfg.steps)
+        # steps at which other text begins, whose losses are no measure of a spike
+        self.changes = (self.text_from, self.last_text_from)
 
     def batch(self, step: int) -> list[Batch]:
         """The micro-batches of this step, this rank's share, on its device."""
-        micro_batches = []
-        for i in range(self.cfg.grad_accum):
-            number = step * self.cfg.grad_accum + i
-            micro_batches.append(self.micro_batch(step, number).to(self.run.device))
-        return micro_batches
-
-    def micro_batch(self, step: int, number: int) -> Batch:
-        """number: of the micro-batch, counted through all steps."""
         run = self.run
         size = self.cfg.batch_size
-        if step < self.text_from:
-            # shorter rows and twice as many: a period has at most 16 tokens
-            make = getattr(self.text, "copying_batch", copying_batch)
-            length = min(64, self.text.context_length)
-            return make(self.n_words, 2 * size, length, self.cfg.seed,
-                        number * run.replicas + run.replica)
-        source = self.text if step < self.last_text_from else self.last_text
-        return source.batch(number, size, run.replica, run.replicas)
-
-    def changes(self, step: int) -> bool:
-        """Whether other text begins at this step, whose losses are no measure of a spike."""
-        return step in (self.text_from, self.last_text_from)
+        micro_batches = []
+        for i in range(self.cfg.grad_accum):
+            number = step * self.cfg.grad_accum + i        # counted through all steps
+            if step < self.text_from:
+                # twice as many rows of at most 64 tokens, because a period has at most 16
+                make = getattr(self.text, "copying_batch", copying_batch)
+                length = min(64, self.text.context_length)
+                batch = make(self.n_words, 2 * size, length, self.cfg.seed,
+                             number * run.replicas + run.replica)
+            else:
+                source = self.text if step < self.last_text_from else self.last_text
+                batch = source.rows(row_numbers(number, size, run.replica, run.replicas))
+            micro_batches.append(batch.to(run.device))
+        return micro_batches

@@ -175,11 +175,11 @@ class TokenStream:
         self.seed = seed
         self.endoftext = endoftext
         self.document_masks = document_masks
+        n_targets = len(tokens) - 1
+        self.n_windows = math.ceil(n_targets / context_length)        # in an epoch
 
     def __len__(self) -> int:
-        """Windows in an epoch."""
-        n_targets = len(self.tokens) - 1
-        return math.ceil(n_targets / self.context_length)
+        return self.n_windows
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
         return self.rows(row_numbers(step, batch_size, rank, world_size))
@@ -189,7 +189,7 @@ class TokenStream:
 
     def rows(self, numbers: Iterable[int]) -> Batch:
         size = self.context_length
-        index = shuffled(numbers, len(self), self.seed)               # (B,) windows
+        index = shuffled(numbers, self.n_windows, self.seed)          # (B,) windows
         first_target = index * size + 1                               # (B,) places in the corpus
         # the last window would reach beyond the corpus: it begins earlier and is full
         start = np.minimum(first_target - 1, len(self.tokens) - size - 1)

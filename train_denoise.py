@@ -179,7 +179,7 @@ def main(cfg: Config) -> dict:
         # 3.1 Sample mini-batch
         batches = train.batch(step)
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
-        if train.changes(step):
+        if step in train.changes:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
@@ -211,7 +211,8 @@ def main(cfg: Config) -> dict:
             figures |= heldout_figures(model, heldout, train.shares, cfg)
         tokens = sum(batch.n_tokens for batch in batches)
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
-        run.checkpoint(step)
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)
 
     # 4. RETURN theta*
     measured = run.last_with("val_loss", "masked_", "guess_", "next_sentence_", "short_", "single_")

@@ -156,7 +156,8 @@ def main(cfg: Config) -> dict:
             figures |= heldout_figures(model, heldout, heldout_ref, cfg)
         tokens = batch.tokens.numel()
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
-        run.checkpoint(step)
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)
 
     # 4. RETURN theta_aligned
     results = run.last("val_accuracy", "val_margin")

@@ -330,7 +330,8 @@ def main(cfg: Config) -> dict:
         mean_kl = run.mean_over_ranks(figures["kl"].item())
         controller.beta = adapt_beta(controller.beta, mean_kl, cfg.kl_target,
                                      cfg.batch_size * run.world_size, cfg.kl_horizon)
-        run.checkpoint(step)
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)
 
     # 6. RETURN theta_aligned
     results = run.last("kl", "reward")

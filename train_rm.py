@@ -216,7 +216,8 @@ def main(cfg: Config) -> dict:
             figures |= heldout_figures(model, heldout, cfg)
         tokens = batch.tokens.numel()
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
-        run.checkpoint(step)
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)
 
     # 3. Freeze r_psi
     model.requires_grad_(False)

@@ -170,7 +170,8 @@ def main(cfg: Config) -> dict:
             figures |= heldout_figures(model, heldout, tokenizer, quiz, cfg)
         tokens = sum(batch.tokens.numel() for batch in batches)
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
-        run.checkpoint(step)
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)
 
     # 4. MERGE (the adapters alone are kept, too)
     if cfg.peft == "lora":

@@ -53,8 +53,7 @@ class Guard:
 
     def unscale(self, gradients: list[Tensor]) -> None:
         """Divide the gradients of a scaled loss by the scale, in place."""
-        if self.float16:
-            torch._foreach_div_(gradients, self.scale)
+        torch._foreach_div_(gradients, self.scale)
 
     def fault(self, name: str, loss: float, norm: float) -> str:
         """Why the update of the optimizer called `name` would do harm; "" when it is good.
@@ -70,7 +69,8 @@ class Guard:
             fault = f"the loss leaps to {loss:.3g}, the gradient norm to {norm:.3g}"
         else:
             fault = ""
-        self.adapt_scale(overflow=not math.isfinite(norm))
+        if self.float16:
+            self.adapt_scale(overflow=not math.isfinite(norm))
         if fault:
             self.skipped += 1
             past["in_a_row"] += 1
@@ -81,8 +81,6 @@ class Guard:
 
     def adapt_scale(self, overflow: bool) -> None:
         """Halve the scale after an overflow, double it after many updates without one."""
-        if not self.float16:
-            return
         if overflow:
             self.scale /= 2
             self.without_overflow = 0

@@ -10,7 +10,8 @@ One run of one stage: device, precision, ranks, folder, and the few things every
         run.step(optimizer, lr, loss, grad_norm)           skips an update that would do harm
         optimizer.zero_grad()
         run.log(step, loss=loss, tokens=n)                 metrics.jsonl
-        run.checkpoint(step)                               written while training goes on
+        if run.due(step, cfg.save_every):
+            run.save_checkpoint(step + 1)                  written while training goes on
     run.finish(model, tokenizer)                           the model folder and curves.png
 
 Nothing here knows about losses or data.
@@ -280,7 +281,8 @@ class Run:
                 self.current_step = step
                 yield step
                 self.bar.update()
-                stop = bool(signals or self.writer.error(wait=False))
+                failed = self.writer.writing and self.writer.error(wait=False)
+                stop = bool(signals or failed)
                 if self.mean_over_ranks(stop):                  # all ranks, at the same step
                     self.save_checkpoint(step + 1)
                     self.wait_for_checkpoint()
@@ -311,7 +313,8 @@ class Run:
         Returns their norm before that (scalar), over all ranks where they are shared.
         """
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        self.guard.unscale(gradients)
+        if self.guard.float16:
+            self.guard.unscale(gradients)
         norm = parallel.total_norm(gradients)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], factor)
@@ -441,11 +444,6 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state.get("gpu_rng") is not None:
             torch.cuda.set_rng_state(state["gpu_rng"])        # because noisy routers draw from it
-
-    def checkpoint(self, step: int) -> None:
-        """Save every save_every steps."""
-        if self.due(step, self.cfg.save_every):
-            self.save_checkpoint(step + 1)
 
     def save_checkpoint(self, steps_done: int) -> None:
         """Copy everything to CPU memory; a thread of rank 0, or of each rank where they share the
