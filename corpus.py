@@ -92,7 +92,8 @@ def pick_tokenizer(cfg, texts: Texts, init: Tokenizer | None, out: Path) -> Toke
     trained on all texts."""
     if cfg.resume and (out / "tokenizer.json").exists():
         return Tokenizer.load(out)
-    first = all_names(cfg)[0]
+    first = all_names(cfg)[0]                         # the corpus that decides
+    # a model's embeddings belong to its own tokenizer
     if init is not None:
         if cfg.new_words:
             return init.extended(texts[first, "train"], cfg.new_words)
@@ -103,6 +104,7 @@ def pick_tokenizer(cfg, texts: Texts, init: Tokenizer | None, out: Path) -> Toke
         return Tokenizer.load(cfg.tokenizer)
     if shards.found(first):
         return Tokenizer.load(first)
+    # on held-out texts nothing is trained, not even a tokenizer
     training_texts = [texts[name, "train"] for name in all_names(cfg) if (name, "train") in texts]
     return Tokenizer.train(itertools.chain(*training_texts), cfg.model.vocab_size)
 
@@ -121,6 +123,7 @@ def concatenate(ids: dict[tuple[str, str], list[np.ndarray]], texts: Texts,
     """All documents of a split behind each other, <|endoftext|> after each."""
     streams = {}
     for key, documents in ids.items():
+        # behind each document, so that a text is predicted to end and the next one begins after it
         end = np.array([tokenizer.endoftext], id_dtype(tokenizer.vocab_size))
         pieces = [end[:0]]                            # so that no document at all is an array, too
         for document in documents:
@@ -184,9 +187,9 @@ def mixed(names: list[str], shares: str,
     shares: "0.8,0.2", or "" for shares by alpha."""
     streams = [windows[name, "train"] for name in names]
     parts = [float(share) for share in names_of(shares)]
-    if not parts:
+    if not parts:                                     # n_i: tokens, not documents
         parts = mixing_shares([len(stream.tokens) for stream in streams], alpha)
-    mixture = Mixture(streams, parts)                 # refuses shares that do not fit
+    mixture = Mixture(streams, parts)                 # also checks the shares of a single one
     source = mixture if len(names) > 1 else streams[0]
     return source, dict(zip(names, parts))
 
@@ -243,6 +246,7 @@ class Mixture:
             stream_of, number_in_stream = self.order(block)
             stream = self.streams[stream_of[place]]
             rows.append(stream.rows([number_in_stream[place]]))
+        # one row each -> columns of the batch: tokens (B, T), loss_mask (B, T), ...
         columns = {}
         for name in ("tokens", "loss_mask", "documents", "positions", "index"):
             values = [getattr(row, name) for row in rows]
@@ -264,6 +268,7 @@ class TrainingData:
         self.cfg = cfg
         self.run = run
         self.n_words = n_words                        # ordinary tokens, to copy
+        # (corpora by name, so that losses and shares can be told apart in the log)
         source, self.shares = mixed(names_of(cfg.data), cfg.shares, windows, cfg.alpha)
         self.text = wrap(source)
         self.last_text = self.text

@@ -63,7 +63,7 @@ def mask_tokens(tokens: np.ndarray, n_ordinary: int, mask: int, rng: np.random.G
     n_ordinary on are special and never chosen.
     """
     chosen = choose(tokens < n_ordinary, rate, rng)
-    fate = rng.random(tokens.shape)
+    fate = rng.random(tokens.shape)                                        # one number decides
     masked = chosen & (fate < 0.8)
     replaced = chosen & (fate >= 0.8) & (fate < 0.9)
     inputs = np.where(masked, mask, tokens)
@@ -95,6 +95,7 @@ def noise_spans(rows: int, length: int, rate: float, mean_span: float,
     """(rows, length) bool: the hidden tokens of T5 (Raffel et al. 2020, section 3.3.4). The number
     of tokens and of spans is fixed, their lengths are random; a row begins with kept text."""
     n_hidden, n_spans = span_sizes(length, rate, mean_span)
+    # as many kept runs as hidden ones, because they alternate and a row begins with a kept one
     kept_runs = random_partition(rows, length - n_hidden, n_spans, rng)
     hidden_runs = random_partition(rows, n_hidden, n_spans, rng)
     # kept, hidden, kept, hidden, ...: (rows, 2 n_spans) lengths, then where each run ends
@@ -148,6 +149,7 @@ def split_prefix(tokens: np.ndarray, end: int, pad: int,
     B, T = tokens.shape
     cut = rng.integers(1, T, (B, 1))
     t = np.arange(T + 1)
+    # both sides end in `end`: the beginning gets a copy of it
     text = np.pad(tokens, ((0, 0), (0, 1)), constant_values=end)           # (B, T + 1)
     beginning = t < cut
     is_end = t == T
@@ -202,6 +204,7 @@ def padded(rows: list, pad: int) -> Side:
 
 def sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
     """(V,) bool: tokens whose text ends a sentence."""
+    # a quotation mark may stand behind the full stop: He said: "Yes."
     ends = []
     for i in range(tokenizer.vocab_size):
         text = tokenizer.decode([i]).strip().rstrip('"\')')
@@ -217,6 +220,7 @@ def find_cuts(tokens: np.ndarray, ends: np.ndarray, endoftext: int) -> np.ndarra
     n_ended = np.searchsorted(borders, cuts)                       # documents that end before
     begin = np.concatenate([[0], borders + 1])[n_ended]
     end = np.concatenate([borders, [len(tokens)]])[n_ended]
+    # a cut at a border would leave one of the halves empty
     inside = (cuts > begin) & (cuts < end)
     return np.stack([begin, cuts, end], 1)[inside]
 
@@ -251,6 +255,7 @@ def sentence_pairs(tokens: np.ndarray, cuts: np.ndarray, rows: int, length: int,
     in_a = a_begin[:, None] + t - 1                                # (rows, length) in the corpus
     in_b = b_begin[:, None] + t - n_a - 2
     place = np.where(t <= n_a, in_a, in_b)
+    # places outside the corpus belong to [CLS], [SEP] or padding, which are written over below
     ids = tokens[place.clip(0, len(tokens) - 1)].astype(np.int64)
     ids = np.where((t == first_sep) | (t == last_sep), sep, ids)
     ids = np.where(t == 0, cls, ids)
@@ -387,6 +392,7 @@ class Denoised:
         text = windows.tokens[:, :-1].numpy()          # the last token is the neighbour's first
         batch = self.hide(text, rng)
         batch.index = windows.index
+        # only BERT keeps a window's places, so that attention can stay inside its documents
         if self.objective == "mlm" and windows.documents is not None:
             batch.documents = windows.documents[:, :-1]
             batch.positions = windows.positions[:, :-1]

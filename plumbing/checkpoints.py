@@ -34,6 +34,7 @@ KEEP = 2
 
 def checkpoints(out: str | Path) -> list[Path]:
     """The checkpoints in a model folder, damaged ones too, in the order of their steps."""
+    # by number and not by name, because step_1000000 sorts before step_999999
     folders = {}
     for folder in Path(out).glob("checkpoints/step_*"):
         step = folder.name.removeprefix("step_")
@@ -60,6 +61,7 @@ def newest_checkpoint(out: str | Path) -> Path | None:
 
 def read_checkpoint(folder: Path) -> dict:
     """state.pt of a checkpoint. Raises ValueError when a file is not what was written."""
+    # meta.json is written last: without it no file can be trusted
     checksums = read_meta(folder).get("sha256", {"meta.json": "unreadable"})
     for name, checksum in checksums.items():
         file = folder / name
@@ -204,7 +206,7 @@ def prune_checkpoints(out: Path) -> None:
         if meta := read_meta(folder):
             losses[folder] = meta.get("val_loss")
     evaluated = {folder: loss for folder, loss in losses.items() if loss is not None}
-    best = min(evaluated, key=evaluated.get, default=None)
+    best = min(evaluated, key=evaluated.get, default=None)     # the lowest validation loss
     for folder in list(losses)[:-KEEP]:
         if folder != best:
             # renamed first, because a kill in between must not leave half of a checkpoint
@@ -229,6 +231,7 @@ def room_for(path: Path, parts: list) -> Iterator[None]:
     except Exception as error:                 # torch and safetensors raise their own for this
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
+        # sizes, because "No space left on device" does not say how much is missing
         size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
         existing = next(folder for folder in path.parents if folder.exists())
         free = shutil.disk_usage(existing).free

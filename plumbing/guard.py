@@ -30,6 +30,7 @@ def is_spike(loss: float, norm: float, recent: list[tuple[float, float]]) -> boo
     """
     if len(recent) < SPIKE_WINDOW:
         return False
+    # both must leap, because a hard batch has a high loss and a usual gradient
     losses = [past_loss for past_loss, _ in recent]
     norms = [past_norm for _, past_norm in recent]
     median = statistics.median(losses)
@@ -60,6 +61,7 @@ class Guard:
 
         loss: of this update, in the unit of the objective; norm: of its gradient before clipping.
         """
+        # of each optimizer its own: an actor's gradients are no measure of a critic's
         past = self.history.setdefault(name, {"recent": [], "in_a_row": 0})
         if not math.isfinite(loss):
             fault = f"the loss is {loss}"
@@ -75,6 +77,7 @@ class Guard:
             self.skipped += 1
             past["in_a_row"] += 1
             return fault
+        # only good updates count as usual, so that a series of spikes stays one of spikes
         past["recent"] = [*past["recent"], (loss, norm)][-SPIKE_WINDOW:]
         past["in_a_row"] = 0
         return ""
@@ -82,6 +85,7 @@ class Guard:
     def adapt_scale(self, overflow: bool) -> None:
         """Halve the scale after an overflow, double it after many updates without one."""
         if overflow:
+            # the largest gradient times the scale was beyond float16's 65,504
             self.scale /= 2
             self.without_overflow = 0
             return

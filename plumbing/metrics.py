@@ -33,7 +33,7 @@ class Metrics:
         self.pending_tokens += tokens
         for name, value in figures.items():
             if isinstance(value, Tensor):
-                value = value.detach()
+                value = value.detach()                 # else its whole graph would stay in memory
             self.pending.setdefault(name, []).append(value)
 
     def row(self, step: int, skipped: int, mean_over_ranks: Callable) -> dict:
@@ -43,10 +43,11 @@ class Metrics:
         row of a skipped update the means leave out values that are not finite.
         """
         just_skipped = skipped > self.last.get("skipped", 0)
+        # sums and counts, not means: a figure may have been logged less often on one rank
         sums = []
         counts = []
         for values in self.pending.values():
-            numbers = [float(value) for value in values]
+            numbers = [float(value) for value in values]       # here a GPU is waited for
             if just_skipped:
                 numbers = [number for number in numbers if math.isfinite(number)]
             sums.append(sum(numbers))
@@ -61,6 +62,7 @@ class Metrics:
         if skipped:
             row["skipped"] = skipped
         now = time.perf_counter()
+        # since the last row, so that a slow phase shows in the rows where it happened
         if self.pending_tokens:
             row["tokens"] = self.tokens
             row["tokens_per_s"] = self.pending_tokens / (now - self.row_time)
@@ -80,6 +82,7 @@ class Metrics:
     def load_pending(self, states: list[dict], rank: int, world_size: int) -> None:
         """What pending_state() gave on each rank of the run that was stopped. On another number of
         ranks each goes on with the means over all of them."""
+        # "tokens" are counted over all ranks already, so that their mean is the count
         if len(states) == world_size:
             pending = dict(states[rank])
         else:
@@ -103,6 +106,7 @@ class Metrics:
             whole = line.endswith("\n")            # a kill may leave half a line
             if whole and json.loads(line)["step"] < step:
                 rows.append(line)
+        # written beside it and renamed, because a kill must leave one of the two whole
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(rows))
         temporary.replace(self.file)

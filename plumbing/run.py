@@ -73,6 +73,7 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        # torch's own message runs over many lines of which the first names the problem
         raise ValueError(f"--device {name}: {reason}; give auto, cpu, cuda, cuda:N or "
                          "mps") from error
 
@@ -82,6 +83,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32"
         if device.type == "cuda":
+            # a T4, say, emulates bfloat16 slowly and multiplies float16 fast
             fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "bfloat16" if fast_bf16 else "float16"
         elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
@@ -146,6 +148,7 @@ class Run:
         tensor_parallel = getattr(cfg, "tensor_parallel", 1)
         self.replica = self.rank // tensor_parallel
         self.replicas = self.world_size // tensor_parallel
+        # the same on all ranks, so that they start from the same weights
         torch.manual_seed(cfg.seed)
         np.random.seed(cfg.seed)
         random.seed(cfg.seed)
@@ -169,6 +172,7 @@ class Run:
                 if path and self.out.resolve() in inside:
                     raise ValueError(f"--out {self.out} is or holds what this stage reads "
                                      f"(--{option} {path}); give another one to write")
+        # rank 0 alone changes the folder, and the others wait for it
         if self.rank == 0:
             occupied = self.out.is_dir() and any(self.out.iterdir())
             if occupied and not self.cfg.resume:
@@ -218,6 +222,7 @@ class Run:
         fsdp = getattr(self.cfg, "shard", "none") == "fsdp"
         tensor_parallel = getattr(self.cfg, "tensor_parallel", 1)
         if fsdp or tensor_parallel > 1:
+            # checkpoints travel through a group of their own: NCCL has no CPU tensors
             self.writer.ranks = dist.new_group(backend="gloo")
             parallel.shard(model, fsdp, tensor_parallel)
             return getattr(model, method)
@@ -237,6 +242,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers for one step and rank, the same after a resume."""
+        # primes, so that no two of (seed, step, rank) share their numbers
         seed = self.cfg.seed * 1_000_003 + step * 1_009 + self.replica
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -270,6 +276,7 @@ class Run:
         def remember(signum, frame):
             signals.append(signum)
 
+        # a signal in the middle of a step only leaves a note, because half a step cannot be saved
         handlers = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
             handlers[signum] = signal.signal(signum, remember)
@@ -313,9 +320,11 @@ class Run:
         Returns their norm before that (scalar), over all ranks where they are shared.
         """
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        # the norm is that of the loss itself, not of the loss times the scale
         if self.guard.float16:
             self.guard.unscale(gradients)
         norm = parallel.total_norm(gradients)
+        # a tensor, so that no GPU is waited for; 1e-6, because the norm may be 0
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], factor)
         return norm
@@ -360,6 +369,7 @@ class Run:
         tokens: how many tokens this rank processed in this step (the row has the total so far).
         """
         self.metrics.add(tokens * self.replicas, figures)
+        # every validation gets a row of its own, whenever it comes
         if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
             return
         row = self.metrics.row(step, self.guard.skipped, self.mean_over_ranks)
@@ -428,6 +438,7 @@ class Run:
             pending = [{}] * self.world_size
             dist.all_gather_object(pending, mine)
         gpu_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        # a loss of an earlier step says nothing about these weights
         evaluated_now = self.metrics.evaluated == steps_done - 1
         return {"step": steps_done, "tokens": self.metrics.tokens, "last": self.metrics.last,
                 "pending": pending, "rng": torch.get_rng_state(), "gpu_rng": gpu_rng,
@@ -482,7 +493,8 @@ class Run:
         Raises OSError when the disk is full, and what wait_for_checkpoint() raises.
         """
         self.wait_for_checkpoint()
-        rows = read_metrics(self.out)
+        rows = read_metrics(self.out)                  # also those from before a resume
+        # the median, because rows with a validation or a checkpoint in them are slower
         speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
         result = {"minutes": (time.perf_counter() - self.started) / 60,
                   "tokens_per_s": speeds[len(speeds) // 2] if speeds else None, **(result or {})}
