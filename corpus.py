@@ -6,7 +6,7 @@ Pretraining's data (001 section 1.6, step 1): corpora, as text or as shards, bec
     texts, n = drop_duplicates(texts)             1.1
     texts, n = drop_empty(texts)                  1.2
     ids = tokenize(texts, tokenizer)              1.3
-    streams = concatenate(ids, texts, tokenizer)  1.4, and open_shards() for corpora that lie as shards
+    streams = concatenate(ids, texts, tokenizer)  1.4, or open_shards()
     windows = cut(streams, cfg, ...)              1.5
     train = TrainingData(windows, cfg, run, ...)  1.6, several corpora mixed by p_i ~ n_i^alpha
 

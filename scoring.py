@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import data
 
-
 # ---------------------------------------------------------------------- log-probabilities
 
 def token_logps(logps: Callable, batch: data.Batch, temperature: float = 1.0,
@@ -58,7 +57,7 @@ def response_logps(logps: Callable, batch: data.Batch) -> Tensor:
 
 @torch.no_grad()
 def score_pairs(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) -> Tensor:
-    """(N, 2) fp32 on the model's device: log pi(y|x) in nats of chosen and rejected of each pair."""
+    """(N, 2) fp32 on the model's device: log pi(y|x) in nats of each pair's two answers."""
     scores = torch.empty(len(pairs), 2, device=model.device)
     for batch in pairs.epoch(batch_size):
         batch = batch.to(model.device)

@@ -13,9 +13,9 @@ from torch import Tensor
 class Metrics:
     """What a run has logged.
 
-    last: the newest value of every figure. evaluated: the newest step with a val_loss. tokens: processed so far, by all ranks together.
-    pending: the values of every figure since the last row; tensors stay on their device, because
-    reading one waits for the GPU.
+    last: the newest value of every figure. evaluated: the newest step with a val_loss. tokens:
+    processed so far, by all ranks together. pending: the values of every figure since the last row;
+    tensors stay on their device, because reading one waits for the GPU.
     """
 
     def __init__(self, file: Path):

@@ -353,8 +353,8 @@ class Run:
             return True
         if self.guard.gives_up(name):
             self.wait_for_checkpoint()
-            raise FloatingPointError(f"step {self.current_step}: {fault}, and {MAX_SKIPPED} updates in a row "
-                                     "were skipped for the like; "
+            raise FloatingPointError(f"step {self.current_step}: {fault}, and {MAX_SKIPPED} "
+                                     "updates in a row were skipped for the like; "
                                      f"{checkpoints.way_back(self.out)}")
         self.say(f"step {self.current_step}: {fault}; this update is skipped")
         return False
