@@ -37,9 +37,10 @@ from model import (
 def successors(h: Tensor, documents: Tensor | None) -> Tensor:
     """The embedding of the token after each, (B, T, D); 0 for the last of a document. A hidden
     word can then be told from either side of it."""
-    following = F.pad(h[:, 1:], (0, 0, 0, 1))
+    following = F.pad(h[:, 1:], (0, 0, 0, 1))          # 0 behind the last token
     if documents is not None:
-        same = F.pad(documents[:, 1:] == documents[:, :-1], (0, 1))    # (B, T), the last: False
+        # (B, T): whether the token after is of the same document; False at the last
+        same = F.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
         following = following * same[..., None]
     return following
 
@@ -50,10 +51,10 @@ def embed_both_ways(model: Transformer, tokens: Tensor, documents: Tensor | None
     gets the embedding of its successor. (B, T) -> (B, T, D)."""
     h = parallel.embedding(tokens, model.embedding.weight).to(model.dtype)
     if model.config.token_shift:
-        before = torch.zeros_like(h[:, -1:])           # (B, 1, D): nothing stands before the first
+        before = torch.zeros_like(h[:, -1:])           # (B, 1, D): no token before the first
         neighbours = model.shift(predecessors(h, before, documents, positions))
         neighbours = neighbours + model.shift_back(successors(h, documents))
-        h = h + neighbours
+        h = h + neighbours                             # all three (B, T, D)
     return h
 
 
@@ -94,12 +95,12 @@ class Encoder(Transformer):
             raise ValueError("this model is an encoder: each of its tokens sees those after it, so "
                              "it cannot generate")
         T = tokens.shape[1]
-        self.check_length(T)
+        self.check(T)
         h = embed_both_ways(self, tokens, documents, positions)        # (B, T, D)
-        if segments is not None:
+        if segments is not None:                       # an embedding of the segment, as BERT's
             h = h + F.embedding(segments, self.segment_embedding.weight).to(h.dtype)
         mask = self.mask(h, T, causal=False, documents=documents)
-        h = self.run(self.blocks, h, positions, mask, documents)
+        h = self.run_blocks(self.blocks, h, positions, mask, documents)
         return self.norm(h)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None,
@@ -121,6 +122,7 @@ class Encoder(Transformer):
 
     def flops_per_token(self, length: int) -> float:
         """As ModelConfig.flops_per_token, but a token sees all `length` tokens."""
+        # a token sees all others, not half of them as a decoder's does on average
         attended = length * self.config.n_layers * self.config.d_model
         return 6 * self.matmul_parameters() + 12 * attended
 
@@ -143,17 +145,19 @@ class PrefixModel(Transformer):
             cache.causal = cache.length > 0            # the first tokens are the prompt
             return super().hidden(tokens, documents, positions, cache)
         T = tokens.shape[1]
-        self.check_length(T)
+        self.check(T)
         h = self.embed(tokens, documents, positions)
         mask = self.mask(h, T, documents=documents, prefix=prefix)
-        h = self.run(self.blocks, h, positions, mask, documents)
+        h = self.run_blocks(self.blocks, h, positions, mask, documents)
         return self.norm(h)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None,
                 positions: Tensor | None = None, cache: KVCache | None = None,
                 prefix: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens, documents, positions, cache, prefix)
-        return self.logits_of(h if cache is None else h[:, -1:])
+        if cache is not None:
+            h = h[:, -1:]
+        return self.logits_of(h)
 
     def logps(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None,
               documents: Tensor | None = None, positions: Tensor | None = None,
@@ -189,7 +193,7 @@ class CrossAttention(Attention):
         """x (B, T, D), source (B, S, D), or None where the cache has it."""
         q = self.heads(self.wq(x))                                     # (B, T, H, C)
         if source is None:
-            k, v = cache.source[self.layer]
+            k, v = cache.source[self.layer]            # (B, S, K, C), made by the first pass
         else:
             k = self.heads(self.wk(source))                            # (B, S, K, C)
             v = self.heads(self.wv(source))
@@ -210,6 +214,7 @@ class WritingBlock(Block):
                 documents: Tensor | None, cache: SourceCache | None, source: Tensor | None,
                 source_mask: kernels.Mask) -> Tensor:
         change = self.attention(self.attention_norm(h), cos, sin, mask, cache)
+        # h: the residual stream, x: the same normalised, both (B, T, D)
         h, x = kernels.add_rmsnorm(h, change, self.cross_norm.weight, self.cross_norm.eps)
         change = self.cross_attention(x, source, source_mask, cache)
         return self.feed_forward(h, change, documents)
@@ -221,6 +226,7 @@ class EncoderDecoder(Transformer):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
         layers = range(config.n_layers)
+        # in the place of the decoder's blocks, which lack cross-attention
         self.blocks = nn.ModuleList(WritingBlock(config, layer) for layer in layers)
         self.encoder = nn.ModuleList(Block(config, layer) for layer in layers)
         self.encoder_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -237,27 +243,26 @@ class EncoderDecoder(Transformer):
         if source is None and not (cache is not None and cache.source):
             raise ValueError("an encoder_decoder reads a source and other models do not: "
                              "architecture is encoder_decoder, source is missing")
-        past = 0 if cache is None else cache.length
         T = tokens.shape[1]
-        self.check_length(past + T)
-        mask = None
+        past = 0 if cache is None else cache.length
+        self.check(past + T, cache)
         if cache is not None:
-            self.check_can_generate()
             positions = cache.positions(T)
         h = self.embed(tokens, documents, positions, cache)            # (B, T, D)
-        if cache is None:
-            mask = self.mask(h, T, documents=documents)
+        # who sees whom among the tokens being written; a cache knows by itself
+        mask = self.mask(h, T, documents=documents) if cache is None else None
+        states = None
         if source is not None:
             states = self.encode(source, source_lengths).to(h.dtype)   # (B, S, D)
-            S = source.shape[1]
+            n_source = source.shape[1]
             if cache is not None:
                 cache.source_lengths = source_lengths
         else:
-            states = None
+            n_source = cache.source[0][0].shape[1]     # of the keys (B, S, K, C) of layer 0
             source_lengths = cache.source_lengths
-            S = cache.source[0][0].shape[1]
-        source_mask = self.mask(h, S, causal=False, lengths=source_lengths)
-        h = self.run(self.blocks, h, positions, mask, documents, cache, states, source_mask)
+        # all of a source but its padding, for every token being written
+        source_mask = self.mask(h, n_source, causal=False, lengths=source_lengths)
+        h = self.run_blocks(self.blocks, h, positions, mask, documents, cache, states, source_mask)
         if cache is not None:
             cache.length += T
         return self.norm(h)
@@ -272,13 +277,15 @@ class EncoderDecoder(Transformer):
         documents = -padding.int()                     # (B, S): the source is 0, its padding -1
         h = embed_both_ways(self, source, documents)
         mask = self.mask(h, S, causal=False, documents=documents)
-        return self.encoder_norm(self.run(self.encoder, h, None, mask, documents))
+        return self.encoder_norm(self.run_blocks(self.encoder, h, None, mask, documents))
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None,
                 positions: Tensor | None = None, cache: SourceCache | None = None,
                 source: Tensor | None = None, source_lengths: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens, documents, positions, cache, source, source_lengths)
-        return self.logits_of(h if cache is None else h[:, -1:])
+        if cache is not None:
+            h = h[:, -1:]
+        return self.logits_of(h)
 
     def logps(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None,
               documents: Tensor | None = None, positions: Tensor | None = None,
@@ -293,7 +300,7 @@ class EncoderDecoder(Transformer):
         cross_attention = config.n_layers * config.attention_parameters()
         # both stacks shift from the left, the encoder also from the right
         shift = 3 * config.d_model ** 2 if config.token_shift else 0
-        output = config.d_model * config.vocab_size
+        output = config.d_model * config.vocab_size    # only the decoder predicts words
         return 2 * config.block_parameters() + cross_attention + shift + output
 
     def flops_per_token(self, length: int) -> float:
@@ -317,5 +324,5 @@ def with_encoder(decoder: Transformer) -> EncoderDecoder:
     model.encoder.load_state_dict(decoder.blocks.state_dict())
     model.encoder_norm.load_state_dict(decoder.norm.state_dict())
     if decoder.config.token_shift:
-        nn.init.zeros_(model.shift_back.weight)
+        nn.init.zeros_(model.shift_back.weight)        # the decoder has never seen a successor
     return model

@@ -31,11 +31,13 @@ class WithHead(nn.Module):
         super().__init__()
         d_model = trunk.config.d_model
         self.trunk = trunk
+        # plain nn.Linear, because model.Linear has no bias and works in the dtype of the trunk
         self.head = nn.Linear(d_model, n)
         std = 0.0 if zero else (d_model + 1) ** -0.5
         nn.init.normal_(self.head.weight, std=std)
         nn.init.zeros_(self.head.bias)
         self.head.to(trunk.device)                     # drawn on the CPU: the same on any device
+        # a weight that never gets a gradient would stop DDP, which waits for all of them
         if not trunk.config.tied and not keep_lm_head:
             trunk.lm_head.requires_grad_(False)
 
@@ -49,11 +51,12 @@ class WithHead(nn.Module):
                          **inputs) -> tuple[Tensor, Tensor]:
         """The head's numbers (B, T, n), and log p(targets) in nats (B, T) as by trunk.logps, both
         from one pass through the trunk."""
-        h = self.trunk.hidden(tokens, documents, positions, **inputs)
+        h = self.trunk.hidden(tokens, documents, positions, **inputs)  # (B, T, D), read twice
         return self.values_of(h), self.trunk.logps_of(h, targets, loss_mask)
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, D) -> (B, T, n), fp32."""
+        # in fp32, because rewards that differ in the third digit must not be rounded alike
         return F.linear(hidden.float(), self.head.weight, self.head.bias)
 
     def cast(self, dtype: torch.dtype) -> nn.Module:
@@ -91,4 +94,5 @@ class WithHead(nn.Module):
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs to train on one token of a sequence of `length` (ModelConfig.flops_per_token)."""
+        # 2 FLOPs a parameter forward, 4 backward
         return self.trunk.flops_per_token(length) + 6 * self.head.weight.numel()

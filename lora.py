@@ -34,17 +34,18 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         device = base.weight.device
-        self.base = base
+        self.base = base                               # W_0, frozen by freeze_base
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.A.to(x.dtype))                      # (..., r)
+        low = F.linear(x, self.A.to(x.dtype))          # (..., r): all that the change sees of x
         return self.base(x) + self.scale * F.linear(low, self.B.to(x.dtype))
 
     def merged_weight(self) -> Tensor:
         """W_0 + (alpha / r) B A, fp32 (001 section 2.5, step 4)."""
+        # (d_out, r) times (r, d_in): as large as W_0, but of rank r
         return self.base.weight + self.scale * self.B @ self.A
 
 
@@ -58,7 +59,7 @@ def add_adapters(model: Transformer, rank: int, alpha: float,
     the adapters, whose A is yet to be set (init_A).
     """
     names = {name.strip() for name in targets.split(",")}
-    known = {name for _, name, _ in linears(model.blocks)}
+    known = {name for _, name, _ in linears(model.blocks)}     # neither embedding nor lm_head
     unknown = sorted(names - known)
     if unknown:
         raise ValueError(f"--lora_targets: no matrix is called {', '.join(unknown)}; "
@@ -70,7 +71,7 @@ def add_adapters(model: Transformer, rank: int, alpha: float,
     for parent, name, base in list(linears(model)):
         if name in names:
             adapter = LoRALinear(base, rank, alpha)
-            setattr(parent, name, adapter)
+            setattr(parent, name, adapter)             # blocks.0.attention.wq is the adapter now
             adapters.append(adapter)
     return adapters
 
@@ -79,7 +80,7 @@ def add_adapters(model: Transformer, rank: int, alpha: float,
 def init_A(adapters: list[LoRALinear]) -> None:
     """A ~ N(0, 1 / r^2): std 1 / r (001 section 2.5, step 1.1)."""
     for adapter in adapters:
-        rank = adapter.A.shape[0]
+        rank = adapter.A.shape[0]                      # A is (r, d_in)
         adapter.A.normal_(std=1 / rank)
 
 
@@ -92,7 +93,7 @@ def init_B(adapters: list[LoRALinear]) -> None:
 
 def freeze_base(model: nn.Module) -> None:
     """Only A and B of the adapters learn (step 1.3)."""
-    model.requires_grad_(False)
+    model.requires_grad_(False)                        # norms and embeddings, too
     for adapter in adapters_of(model):
         adapter.A.requires_grad_(True)
         adapter.B.requires_grad_(True)
@@ -131,6 +132,7 @@ def merge(model: Transformer) -> Transformer:
 
 def detach(model: Transformer) -> Transformer:
     """Remove every adapter, in place: the base as it was, and trainable."""
+    # lists, because the loop changes the modules that it walks through
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
@@ -167,7 +169,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     shape, weights = read_adapter(folder)
     detach(model)
     apply(model, **shape)
-    own = adapter_state(model)
+    own = adapter_state(model)                         # of the same names, if it fits
     for name in sorted(set(weights) | set(own)):
         found = shape_of(weights.get(name))
         wanted = shape_of(own.get(name))

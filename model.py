@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import moe
 import parallel
-from moe import MoE, sparse_layers
 from tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        # multiples of 16, because matrix units work on tiles of 16
+        # a multiple of 16, because matrix units work on tiles of 16
         self.d_ff = self.d_ff or 16 * math.ceil(8 * self.d_model / (3 * 16))
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
@@ -79,22 +79,9 @@ class ModelConfig:
                              f"{self.n_kv_heads}; a key/value head serves a group of query heads")
         if self.n_experts:
             visited = self.top_k + self.n_shared_experts
+            # a token's experts together are as wide as d_ff, and cost as many FLOPs
             self.d_expert = self.d_expert or 16 * math.ceil(self.d_ff / (16 * visited))
-            self.check_experts()
-
-    def check_experts(self) -> None:
-        choices = {"router": ("token_choice", "expert_choice"), "balance": ("loss", "bias", "none")}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be one of {allowed}")
-        groups = self.expert_groups or 1
-        if self.n_experts % groups or not 1 <= self.top_groups <= groups:
-            raise ValueError(f"{self.n_experts} experts cannot stand in expert_groups {groups}, or "
-                             f"top_groups {self.top_groups} is not among 1 to {groups}")
-        reachable = self.n_experts * self.top_groups // groups
-        if not 1 <= self.top_k <= reachable:
-            raise ValueError(f"top_k is {self.top_k}; a token can choose among {reachable} experts")
+            moe.check_config(self)
 
     @property
     def d_head(self) -> int:
@@ -103,26 +90,19 @@ class ModelConfig:
     @property
     def n_sparse_layers(self) -> int:
         """Blocks with experts: the last ones."""
-        if self.n_experts == 0:
-            return 0
-        return max(0, self.n_layers - self.n_dense_layers)
+        return max(0, self.n_layers - self.n_dense_layers) if self.n_experts else 0
 
     def attention_parameters(self) -> int:
         """wq and wo have H heads, wk and wv have K."""
         return self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
 
     def block_parameters(self) -> int:
-        """Parameters of all blocks that multiply a token: not the norms, nor idle experts."""
-        dense = 3 * self.d_model * self.d_ff                           # W1, W2, W3
-        # rows of the routers' matrices: noisy top-k has a second router, two levels a third
-        router_rows = self.n_experts + self.expert_groups
-        if self.router_noise:
-            router_rows += self.n_experts
-        visited = self.top_k + self.n_shared_experts
-        sparse = self.d_model * (router_rows + 3 * visited * self.d_expert)
+        """Parameters of all blocks that multiply a token: neither norms nor idle experts."""
+        dense = 3 * self.d_model * self.d_ff           # W1, W2 and W3 of a SwiGLU
         n_dense = self.n_layers - self.n_sparse_layers
-        feed_forward = n_dense * dense + self.n_sparse_layers * sparse
-        return self.n_layers * self.attention_parameters() + feed_forward
+        attention = self.n_layers * self.attention_parameters()
+        sparse = self.n_sparse_layers * moe.parameters_per_token(self)
+        return attention + n_dense * dense + sparse
 
     def matmul_parameters(self) -> int:
         """Parameters that multiply a token: everything but norms, the embedding look-up, and the
@@ -136,7 +116,7 @@ class ModelConfig:
         (2 forward, 4 backward) and 12 for each token seen, channel and layer, for scores and
         weighted values; a token sees length / 2 others on average. Norms and softmax are left
         out."""
-        tokens_seen = 0.5 * length
+        tokens_seen = 0.5 * length                     # the first sees one, the last all
         return 6 * self.matmul_parameters() + 12 * tokens_seen * self.n_layers * self.d_model
 
 
@@ -194,22 +174,18 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, C) behind those of the layer; returns its caches (B, S, K, C)."""
+        B, T, K, C = k.shape
         if self.keys_values is None:
-            self.keys_values = self.allocate(k)
-        # stored (B, K, S, C), so that the keys of one head lie together in memory
-        keys, values = self.keys_values[layer].transpose(2, 3)
-        end = self.length + k.shape[1]
+            dtype = k.dtype
+            if k.device.type == "cpu":                 # at least fp32, because CPUs multiply
+                dtype = torch.promote_types(dtype, torch.float32)      # single vectors fast in it
+            # heads before tokens, so that the keys of one head lie together in memory
+            self.keys_values = k.new_zeros(self.n_layers, 2, B, K, self.capacity, C, dtype=dtype)
+        keys, values = self.keys_values[layer].transpose(2, 3)         # (B, S, K, C) each
+        end = self.length + T
         keys[:, self.length:end] = k
         values[:, self.length:end] = v
         return keys, values
-
-    def allocate(self, k: Tensor) -> Tensor:
-        B, _, K, C = k.shape
-        dtype = k.dtype
-        if k.device.type == "cpu":
-            # a new token is a product of a matrix with one vector, which CPUs do fast in fp32 only
-            dtype = torch.promote_types(dtype, torch.float32)
-        return k.new_zeros(self.n_layers, 2, B, K, self.capacity, C, dtype=dtype)
 
     def positions(self, T: int) -> Tensor:
         """(B, T) of the next T tokens, counted from each row's first real token, because padding
@@ -238,17 +214,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: kernels.Mask | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        q = self.heads(self.wq(x))                                     # (B, T, H, C)
-        k = self.heads(self.wk(x))                                     # (B, T, K, C)
+        q = self.heads(self.wq(x))                     # (B, T, H, C)
+        k = self.heads(self.wk(x))                     # (B, T, K, C)
         v = self.heads(self.wv(x))
+        # q . k then depends on the distance of the two tokens, not on where they stand
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
             y = kernels.attention(q, k, v, mask)
         else:
-            keys, values = cache.append(self.layer, k, v)              # (B, S, K, C)
+            keys, values = cache.append(self.layer, k, v)      # (B, S, K, C), S the capacity
             end = cache.length + x.shape[1]
             y = kernels.decode_attention(q, keys, values, cache.starts, end, cache.causal)
-        return self.wo(y.flatten(-2))                                  # (B, T, H C) -> (B, T, D)
+        return self.wo(y.flatten(-2))                  # (B, T, H C) -> (B, T, D)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, n C) -> (B, T, n, C)."""
@@ -263,10 +240,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.sparse = config.n_experts > 0 and layer >= config.n_dense_layers
         if self.sparse:
-            shared = None
+            shared = None                              # one SwiGLU, as wide as all of them
             if config.n_shared_experts:
                 shared = SwiGLU(config.d_model, config.n_shared_experts * config.d_expert)
-            self.mlp = MoE(config, shared)
+            self.mlp = moe.MoE(config, shared)
         else:
             self.mlp = SwiGLU(config.d_model, config.d_ff)
 
@@ -278,6 +255,7 @@ class Block(nn.Module):
 
     def feed_forward(self, h: Tensor, change: Tensor, documents: Tensor | None) -> Tensor:
         """h + change + MLP(RMSNorm(h + change)): one kernel adds and normalises."""
+        # h: the residual stream, x: the same normalised, both (B, T, D)
         h, x = kernels.add_rmsnorm(h, change, self.mlp_norm.weight, self.mlp_norm.eps)
         if self.sparse:
             return h + self.mlp(x, documents)          # routers leave padding out of statistics
@@ -291,7 +269,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False            # forget a block's activations, recompute
         self.tensor_parallel = 1                       # ranks that share the heads (parallel.py)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -300,6 +278,7 @@ class Transformer(nn.Module):
             self.shift = Linear(config.d_model, config.d_model)
         if not config.tied:
             self.lm_head = Linear(config.d_model, config.vocab_size)
+        # not saved with the weights, because they follow from the sizes
         angles = torch.outer(torch.arange(config.context_length), rope_frequencies(config))
         self.register_buffer("cos", angles.cos(), persistent=False)    # (context_length, C / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -309,7 +288,17 @@ class Transformer(nn.Module):
     def initialize(self) -> None:
         """001 step 2.1: N(0, 1 / fan-in), and zero for the matrices that write to the residual
         stream, so that every block starts as the identity."""
-        initialize_matrices(self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features ** -0.5)
+            elif isinstance(module, moe.MoE):
+                module.w13.normal_(std=self.config.d_model ** -0.5)
+                module.w2.zero_()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.wo.weight.zero_()
+            elif isinstance(module, SwiGLU):
+                module.w2.weight.zero_()
         # Small, so that the first loss is log V; and as a tied embedding gives its own token the
         # logit D * std while all blocks are the identity, smaller in wide models.
         std = min(0.02, 3 / self.config.d_model)
@@ -335,7 +324,9 @@ class Transformer(nn.Module):
         these. Raises ValueError for more tokens than context_length.
         """
         h = self.hidden(tokens, documents, positions, cache)
-        return self.logits_of(h if cache is None else h[:, -1:])
+        if cache is not None:
+            h = h[:, -1:]                              # a prompt's other tokens are known
+        return self.logits_of(h)
 
     def logps(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None,
               documents: Tensor | None = None, positions: Tensor | None = None,
@@ -352,16 +343,16 @@ class Transformer(nn.Module):
         dtype of the cache. The arguments: see forward()."""
         T = tokens.shape[1]
         if cache is None:
-            self.check_length(T)
+            self.check(T)
             h = self.embed(tokens, documents, positions)
             mask = self.mask(h, T, documents=documents)
-            h = self.run(self.blocks, h, positions, mask, documents)
+            h = self.run_blocks(self.blocks, h, positions, mask, documents)
         else:
-            self.check_length(cache.length + T)
-            self.check_can_generate()
+            self.check(cache.length + T, cache)
             positions = cache.positions(T)
             h = self.embed(tokens, documents, positions, cache)
-            h = self.run(self.blocks, h, positions, None, documents, cache)
+            # no mask: a new token sees its row from the first real token to itself
+            h = self.run_blocks(self.blocks, h, positions, None, documents, cache)
             cache.length += T
         return self.norm(h)
 
@@ -372,7 +363,7 @@ class Transformer(nn.Module):
     def logps_of(self, hidden: Tensor, targets: Tensor, loss_mask: Tensor | None = None,
                  temperature: float = 1.0, with_entropy: bool = False):
         """logps() from the hidden states (B, T, D) of a pass that more than one head reads."""
-        h = hidden.flatten(0, 1)                                       # (B T, D)
+        h = hidden.flatten(0, 1)                       # (B T, D): rows to be scored
         flat_targets = targets.flatten()
         if loss_mask is not None:
             # only the scored rows meet the V words, because that matmul is the largest
@@ -383,7 +374,7 @@ class Transformer(nn.Module):
                                               with_entropy)
 
         def in_place(values: Tensor) -> Tensor:
-            """One number a scored row -> (B, T), 0 elsewhere."""
+            """A number for each scored row -> (B, T), 0 elsewhere."""
             if loss_mask is not None:
                 zeros = torch.zeros(targets.numel(), device=h.device)
                 values = zeros.index_put((scored,), values)
@@ -394,13 +385,12 @@ class Transformer(nn.Module):
             return in_place(logps), in_place(entropies)
         return in_place(logps)
 
-    def check_length(self, length: int) -> None:
+    def check(self, length: int, cache: KVCache | None = None) -> None:
+        """Raises ValueError for what this model cannot read, or cannot generate."""
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens, but the model's context_length is "
                              f"{self.config.context_length}")
-
-    def check_can_generate(self) -> None:
-        if self.config.n_experts and self.config.router == "expert_choice":
+        if cache is not None and self.config.n_experts and self.config.router == "expert_choice":
             raise ValueError("router is expert_choice: which tokens an expert takes depends on "
                              "tokens yet to come, so this model cannot generate; train one with "
                              "--router token_choice")
@@ -409,8 +399,9 @@ class Transformer(nn.Module):
               positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) -> (B, T, D); with token shift also of each token's predecessor."""
         h = parallel.embedding(tokens, self.embedding.weight)
+        # from here on the residual stream has the dtype of matmuls
         h = h.to(self.dtype if cache is None else cache.dtype)
-        newest = h[:, -1:]                             # (B, 1, D)
+        newest = h[:, -1:]                             # (B, 1, D): the next token's predecessor
         before = torch.zeros_like(newest)              # no token stands before the first
         if cache is not None:
             if cache.length > 0:
@@ -425,16 +416,19 @@ class Transformer(nn.Module):
         who_sees_whom: the keywords of kernels.attention_mask."""
         B, T, _ = h.shape
         config = self.config
+        # the heads of this rank alone, because a mask may be laid out head by head
         q_shape = B, T, config.n_heads // self.tensor_parallel, config.d_head
         k_shape = B, n_keys, config.n_kv_heads // self.tensor_parallel, config.d_head
         return kernels.attention_mask(q_shape, k_shape, h.dtype, h.device, **who_sees_whom)
 
-    def run(self, blocks: nn.ModuleList, h: Tensor, positions: Tensor | None, *others) -> Tensor:
+    def run_blocks(self, blocks: nn.ModuleList, h: Tensor, positions: Tensor | None,
+                   *others) -> Tensor:
         """h (B, T, D) through all blocks; others: what they take besides h, cos and sin."""
         at = slice(h.shape[1]) if positions is None else positions
         cos = self.cos[at]                             # (T, C / 2), at positions (B, T, C / 2)
         sin = self.sin[at]
         for block in blocks:
+            # without gradients nothing is kept anyway
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, cos, sin, *others, use_reentrant=False)
             else:
@@ -465,32 +459,18 @@ class Transformer(nn.Module):
         weights = self.state_dict()
         with torch.device("meta"):                     # nothing is drawn or copied
             model = self.fresh(self.config)
-        if weights.keys() != model.state_dict().keys():
+        if weights.keys() != model.state_dict().keys():        # adapters have others
             return self
         for name, weight in weights.items():
             if parallel.is_sharded(weight):
                 return self
             if weight.dim() >= 2 and "router" not in name:
                 weights[name] = weight.to(dtype)
+        # assigned, not copied: norms and routers are the same tensors in both models
         model.load_state_dict(weights, assign=True)
         model.cos = self.cos
         model.sin = self.sin
         return model.train(self.training)
-
-
-def initialize_matrices(module: nn.Module) -> None:
-    """N(0, 1 / fan-in) for every matrix, and zero for those that write to the residual stream."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.weight.normal_(std=part.in_features ** -0.5)
-        elif isinstance(part, MoE):
-            part.w13.normal_(std=part.w13.shape[-1] ** -0.5)
-            part.w2.zero_()
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.wo.weight.zero_()
-        elif isinstance(part, SwiGLU):
-            part.w2.weight.zero_()
 
 
 def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
@@ -503,9 +483,10 @@ def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
     """
     previous = torch.cat([before, h[:, :-1]], dim=1)
     if documents is not None:
-        same = F.pad(documents[:, 1:] == documents[:, :-1], (1, 0))    # (B, T), the first: False
+        # (B, T): whether the token before is of the same document; False at the first
+        same = F.pad(documents[:, 1:] == documents[:, :-1], (1, 0))
         previous = previous * same[..., None]
-    elif positions is not None:
+    elif positions is not None:                        # without documents 0 marks their beginnings
         previous = previous * (positions > 0)[..., None]
     return previous
 
@@ -525,7 +506,7 @@ def active_parameter_count(model: Transformer) -> int:
     config = model.config
     one_expert = 3 * config.d_model * config.d_expert
     n_idle = config.n_experts - config.top_k
-    return parameter_count(model) - len(sparse_layers(model)) * n_idle * one_expert
+    return parameter_count(model) - len(moe.sparse_layers(model)) * n_idle * one_expert
 
 
 def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Transformer:
@@ -535,7 +516,8 @@ def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Tra
     Raises ValueError when `new` lacks a token of `old`, reserved ones excepted.
     """
     new_ids = new.ranks | new.special
-    moves = {old.special[name]: new_ids.get(name) for name in old.named}   # old id -> new id
+    # old id -> new id; None for a token that the new tokenizer does not have
+    moves = {old.special[name]: new_ids.get(name) for name in old.named}
     for token, i in old.ranks.items():
         moves[i] = new_ids.get(token)
     missing = [i for i, j in moves.items() if j is None]
@@ -547,13 +529,14 @@ def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Tra
     weights = model.state_dict()
     taken = set(moves.values())
     for name in ("embedding.weight", "lm_head.weight"):
-        if name not in weights:
+        if name not in weights:                        # tied models have no lm_head
             continue
-        rows = weights[name]                                           # (V, D)
+        rows = weights[name]                           # (V_old, D)
+        # noise of the usual size, because equal embeddings would stay equal for long
         table = rows.mean(0) + 0.02 * torch.randn_like(extended.embedding.weight)
         table[list(moves.values())] = rows[list(moves.keys())]
         for token, i in new.ranks.items():
-            if i not in taken:
+            if i not in taken:                         # a new word, of pieces that the old one had
                 table[i] = rows[old.pieces(token)].mean(0)
         weights[name] = table
     extended.load_state_dict(weights)

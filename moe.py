@@ -49,10 +49,12 @@ def two_level(logits: Tensor, group_logits: Tensor, top_groups: int) -> Tensor:
     logits: (N, E), group after group; group_logits: (N, groups).
     """
     groups = group_logits.shape[1]
-    p_group = group_logits.softmax(-1)
+    p_group = group_logits.softmax(-1)                             # (N, groups)
     best = p_group.topk(top_groups).indices                        # (N, top_groups)
+    # 0 for the others, so that their experts are never chosen
     p_group = torch.zeros_like(p_group).scatter(1, best, p_group.gather(1, best))
-    p_within = logits.unflatten(1, (groups, -1)).softmax(-1)       # (N, groups, E / groups)
+    # (N, groups, E / groups): of an expert, within its group
+    p_within = logits.unflatten(1, (groups, -1)).softmax(-1)
     return (p_group[..., None] * p_within).flatten(1)
 
 
@@ -67,6 +69,7 @@ def top_k(probs: Tensor, k: int, bias: Tensor | None = None) -> tuple[Tensor, Te
     ranked = probs
     if bias is not None:
         ranked = (probs + bias).masked_fill(probs == 0, -torch.inf)
+    # the choice has no gradient; the router learns through the gates
     experts = ranked.detach().topk(k).indices
     gates = probs.gather(1, experts)
     if k > 1:
@@ -85,7 +88,7 @@ def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
     """(N, k) bool: which pairs come early enough for a place at their expert. All first choices
     queue before all second choices, each in the order of the tokens (GShard, algorithm 1)."""
     queue = F.one_hot(experts.T.flatten(), n_experts)              # (k N, E), first choices first
-    place = (queue.cumsum(0) * queue).sum(1) - 1                   # in the queue of one's expert
+    place = (queue.cumsum(0) * queue).sum(1) - 1                   # (k N,), 0 for an expert's first
     return (place < capacity).view(experts.T.shape).T
 
 
@@ -93,10 +96,12 @@ def dispatch(experts: Tensor, gates: Tensor, n_experts: int, keep: Tensor | None
     """Sort the pairs (N, k) by expert, once; pairs without `keep` go behind the last expert's."""
     k = experts.shape[1]
     if keep is not None:
-        experts = experts.masked_fill(~keep, n_experts)
-    expert_of_pair, order = experts.flatten().sort(stable=True)    # (N k,)
+        experts = experts.masked_fill(~keep, n_experts)            # as if of an expert E
+    # stable, so that an expert reads its tokens in their order; (N k,)
+    expert_of_pair, order = experts.flatten().sort(stable=True)
     edges = torch.arange(n_experts + 1, device=experts.device)
     offsets = torch.searchsorted(expert_of_pair, edges)
+    # pair n k + slot is of token n
     return Routes(order // k, gates.flatten()[order], offsets)
 
 
@@ -106,6 +111,7 @@ def expert_choice(probs: Tensor, capacity: int) -> Routes:
     such a model cannot generate, and its validation loss has seen the future."""
     N, E = probs.shape
     gates, tokens = probs.T.topk(min(capacity, N))                 # (E, capacity)
+    # all ranges are of the same length: 0, c, 2 c, ...
     offsets = torch.arange(E + 1, device=probs.device) * gates.shape[1]
     return Routes(tokens.flatten(), gates.flatten(), offsets)
 
@@ -115,10 +121,11 @@ def expert_choice(probs: Tensor, capacity: int) -> Routes:
 def load(experts: Tensor, n_experts: int, real: Tensor | None = None) -> Tensor:
     """(E,) share of the (token, slot) pairs that each expert was chosen for, before any is dropped;
     1 / E at balance. real: (N,) bool, padding left out."""
-    counts = F.one_hot(experts, n_experts).sum(1)                  # (N, E)
+    counts = F.one_hot(experts, n_experts).sum(1)                  # (N, E): 1 where chosen
     if real is not None:
         counts = counts * real[:, None]
     counts = counts.sum(0)
+    # at least 1, because a batch may be all padding
     return counts / counts.sum().clamp(min=1)
 
 
@@ -126,7 +133,7 @@ def mean_over(x: Tensor, real: Tensor | None) -> Tensor:
     """The mean of x (N, ...) over the tokens that are `real` (N,), 0 without any."""
     if real is None:
         return x.mean(0)
-    weights = real.view(-1, *[1] * (x.dim() - 1))
+    weights = real.view(-1, *[1] * (x.dim() - 1))                  # (N, 1, ...), 0 for padding
     return (x * weights).sum(0) / real.sum().clamp(min=1)
 
 
@@ -148,6 +155,33 @@ def nudged(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * (load.mean() - load).sign()
 
 
+# ---------------------------------------------------------------------- sizes
+
+def check_config(config) -> None:
+    """Raises ValueError, naming the fields of a ModelConfig, for experts that do not fit."""
+    choices = {"router": ("token_choice", "expert_choice"), "balance": ("loss", "bias", "none")}
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {allowed}")
+    groups = config.expert_groups or 1
+    if config.n_experts % groups or not 1 <= config.top_groups <= groups:
+        raise ValueError(f"{config.n_experts} experts cannot stand in expert_groups {groups}, or "
+                         f"top_groups {config.top_groups} is not among 1 to {groups}")
+    reachable = config.n_experts * config.top_groups // groups     # of a token, in its best groups
+    if not 1 <= config.top_k <= reachable:
+        raise ValueError(f"top_k is {config.top_k}; a token can choose among {reachable} experts")
+
+
+def parameters_per_token(config) -> int:
+    """Parameters of one layer that multiply a token: routers and the experts it visits."""
+    router_rows = config.n_experts + config.expert_groups
+    if config.router_noise:
+        router_rows += config.n_experts                # the noise has a router of its own
+    visited = config.top_k + config.n_shared_experts
+    return config.d_model * (router_rows + 3 * visited * config.d_expert)      # W1, W2, W3
+
+
 # ---------------------------------------------------------------------- the layer
 
 class MoE(nn.Module):
@@ -164,7 +198,7 @@ class MoE(nn.Module):
         E = config.n_experts
         self.config = config
         self.router = nn.Linear(D, E, bias=False)                  # W_r, used in fp32
-        if config.expert_groups:
+        if config.expert_groups:                                   # two levels: groups, experts
             self.group_router = nn.Linear(D, config.expert_groups, bias=False)
         if config.router_noise:
             self.noise_router = nn.Linear(D, E, bias=False)
@@ -183,6 +217,7 @@ class MoE(nn.Module):
         real = None
         if documents is not None:
             real = (documents >= 0).flatten()
+        # in fp32, because a rounding would change which experts are chosen
         routes = self.route(flat.float(), real)
         y = parallel.moe_experts(flat, self.w13, self.w2, *routes)
         if self.shared is not None:
@@ -204,7 +239,7 @@ class MoE(nn.Module):
         if config.router == "expert_choice":
             return expert_choice(probs, capacity(1.0, N, config.top_k, E))
         experts, gates = top_k(probs, config.top_k, self.bias)     # (N, k)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():                                # evaluation counts in none
             self.keep_statistics(logits, probs, experts, real)
         keep = None
         if config.capacity_factor and self.training:
@@ -217,6 +252,7 @@ class MoE(nn.Module):
                         real: Tensor | None) -> None:
         config = self.config
         step_load = load(experts, config.n_experts, real)          # (E,)
+        # summed, because a step may have several micro-batches
         self.load = self.load + step_load
         self.router_loss = config.z_coef * z_loss(logits, real)
         if config.balance == "loss":
@@ -254,7 +290,7 @@ def balance_experts(model: nn.Module, nudge: bool = True) -> Tensor | None:
     loads = torch.stack([layer.load for layer in routed])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)            # because each rank routed its own tokens
-    loads = loads / loads.sum(1, keepdim=True)
+    loads = loads / loads.sum(1, keepdim=True)         # each block's shares sum to 1
     for layer, share in zip(routed, loads):
         layer.load = 0.0
         if nudge and layer.bias is not None:

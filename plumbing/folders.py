@@ -44,9 +44,11 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
     tokenizer.save(folder)
     if weights is None:
         weights = model.state_dict()
+    # contiguous, because safetensors refuses other tensors
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors.tmp")
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+    # last, so that a folder without config.json is known to be half-written
     config = {"model": description(model), **record}
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.json.tmp").replace(folder / "config.json")
@@ -59,7 +61,7 @@ def description(model: Transformer | WithHead) -> dict:
     trunk = model
     if isinstance(model, WithHead):
         n = model.head.out_features
-        head = "scalar" if n == 1 else n
+        head = "scalar" if n == 1 else n               # the word that former versions wrote
         trunk = model.trunk
     return dataclasses.asdict(trunk.config) | {
         "head": head, "architecture": trunk.architecture,
@@ -90,7 +92,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
     architecture = saved["architecture"]
-    if architecture == "prefix":
+    if architecture == "prefix":                       # the same weights by the same names
         saved["architecture"] = "decoder"
     elif architecture != "decoder":
         raise ValueError(f"{folder}: this model is an {architecture}; chatting and the "
@@ -134,7 +136,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]
             if folder.is_dir():
                 problem = f"there is no {name}: the run that writes it has not finished"
             raise ValueError(f"{folder}: {problem}; give the --out folder of a finished stage")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)                 # raises ValueError for a damaged one
     try:
         saved = json.loads((folder / "config.json").read_text())["model"]
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -162,7 +164,7 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     architecture = sizes.pop("architecture")
     n_segments = sizes.pop("n_segments")
     head = sizes.pop("head")
-    if context_length:
+    if context_length:                                 # RoPE's table is made anew, weights stay
         sizes["context_length"] = context_length
     config = ModelConfig(**sizes)
     if config.vocab_size != tokenizer.vocab_size:
@@ -172,7 +174,7 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         model = Encoder(config, dtype, n_segments)
     else:
         model = ARCHITECTURES[architecture](config, dtype)
-    if head != "lm":
+    if head != "lm":                                   # one number for "scalar", or so many
         n = 1 if head == "scalar" else head
         model = WithHead(model, n, keep_lm_head=True)
     try:
@@ -194,6 +196,7 @@ def current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     former_head = [name for name in FORMER_HEADS if f"{name}.weight" in weights]
     if not former_head:
         return weights
+    # for example scalar_head.bias -> head.bias, blocks.0.mlp.w2.weight -> trunk.blocks.0...
     renamed = {}
     for name, weight in weights.items():
         part, _, rest = name.partition(".")
@@ -201,13 +204,13 @@ def current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             renamed[f"head.{rest}"] = weight
         elif part == "likelihood":
             refuse_likelihood(weight)
-        elif part != "likelihood_unit":                # its scale c
+        elif part != "likelihood_unit":                # c, which says nothing without w_p
             renamed[f"trunk.{name}"] = weight
     return renamed
 
 
 def refuse_likelihood(weight: Tensor) -> None:
-    if weight.count_nonzero() > 0:
+    if weight.count_nonzero() > 0:                     # 0 where --likelihood was false
         raise ValueError(f'the reward model has a weight "likelihood" of {weight.item():.3g}: its '
                          "reward adds that much of log p(y | x), a term that reward models no "
                          "longer have; train the reward model again (train_rm.py)")
