@@ -191,12 +191,13 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, source: Tensor | None, mask: kernels.Mask,
                 cache: SourceCache | None = None) -> Tensor:
         """x (B, T, D), source (B, S, D), or None where the cache has it."""
-        q = self.heads(self.wq(x))                                     # (B, T, H, C)
+        by_head = (-1, self.d_head)
+        q = self.wq(x).unflatten(-1, by_head)                          # (B, T, H, C)
         if source is None:
             k, v = cache.source[self.layer]            # (B, S, K, C), made by the first pass
         else:
-            k = self.heads(self.wk(source))                            # (B, S, K, C)
-            v = self.heads(self.wv(source))
+            k = self.wk(source).unflatten(-1, by_head)                 # (B, S, K, C)
+            v = self.wv(source).unflatten(-1, by_head)
             if cache is not None:
                 cache.source[self.layer] = k, v
         return self.wo(kernels.attention(q, k, v, mask).flatten(-2))
@@ -217,7 +218,10 @@ class WritingBlock(Block):
         # h: the residual stream, x: the same normalised, both (B, T, D)
         h, x = kernels.add_rmsnorm(h, change, self.cross_norm.weight, self.cross_norm.eps)
         change = self.cross_attention(x, source, source_mask, cache)
-        return self.feed_forward(h, change, documents)
+        h, x = kernels.add_rmsnorm(h, change, self.mlp_norm.weight, self.mlp_norm.eps)
+        if self.sparse:
+            return h + self.mlp(x, documents)
+        return h + self.mlp(x)
 
 
 class EncoderDecoder(Transformer):

@@ -214,9 +214,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: kernels.Mask | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        q = self.heads(self.wq(x))                     # (B, T, H, C)
-        k = self.heads(self.wk(x))                     # (B, T, K, C)
-        v = self.heads(self.wv(x))
+        by_head = (-1, self.d_head)                    # (B, T, n C) -> (B, T, n, C)
+        q = self.wq(x).unflatten(-1, by_head)          # (B, T, H, C)
+        k = self.wk(x).unflatten(-1, by_head)          # (B, T, K, C)
+        v = self.wv(x).unflatten(-1, by_head)
         # q . k then depends on the distance of the two tokens, not on where they stand
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
@@ -226,10 +227,6 @@ class Attention(nn.Module):
             end = cache.length + x.shape[1]
             y = kernels.decode_attention(q, keys, values, cache.starts, end, cache.causal)
         return self.wo(y.flatten(-2))                  # (B, T, H C) -> (B, T, D)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, T, n C) -> (B, T, n, C)."""
-        return x.unflatten(-1, (-1, self.d_head))
 
 
 class Block(nn.Module):
@@ -251,11 +248,7 @@ class Block(nn.Module):
                 documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """h (B, T, D) -> (B, T, D); the rest is the same for all blocks of a pass."""
         change = self.attention(self.attention_norm(h), cos, sin, mask, cache)
-        return self.feed_forward(h, change, documents)
-
-    def feed_forward(self, h: Tensor, change: Tensor, documents: Tensor | None) -> Tensor:
-        """h + change + MLP(RMSNorm(h + change)): one kernel adds and normalises."""
-        # h: the residual stream, x: the same normalised, both (B, T, D)
+        # h + change, and the same normalised, by one kernel
         h, x = kernels.add_rmsnorm(h, change, self.mlp_norm.weight, self.mlp_norm.eps)
         if self.sparse:
             return h + self.mlp(x, documents)          # routers leave padding out of statistics
@@ -270,6 +263,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = False            # forget a block's activations, recompute
+        self.d_head = config.d_head                    # C
         self.tensor_parallel = 1                       # ranks that share the heads (parallel.py)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -373,17 +367,13 @@ class Transformer(nn.Module):
         logps = parallel.linear_cross_entropy(h, self.output_weight, flat_targets, temperature,
                                               with_entropy)
 
-        def in_place(values: Tensor) -> Tensor:
-            """A number for each scored row -> (B, T), 0 elsewhere."""
-            if loss_mask is not None:
-                zeros = torch.zeros(targets.numel(), device=h.device)
-                values = zeros.index_put((scored,), values)
-            return values.view(targets.shape)
-
-        if with_entropy:
-            logps, entropies = logps
-            return in_place(logps), in_place(entropies)
-        return in_place(logps)
+        outputs = logps if with_entropy else (logps,)
+        if loss_mask is not None:
+            # back from the scored rows to all of them: 0 elsewhere
+            zeros = torch.zeros(targets.numel(), device=h.device)
+            outputs = [zeros.index_put((scored,), output) for output in outputs]
+        outputs = [output.view(targets.shape) for output in outputs]       # (B, T) each
+        return tuple(outputs) if with_entropy else outputs[0]
 
     def check(self, length: int, cache: KVCache | None = None) -> None:
         """Raises ValueError for what this model cannot read, or cannot generate."""
@@ -417,8 +407,8 @@ class Transformer(nn.Module):
         B, T, _ = h.shape
         config = self.config
         # the heads of this rank alone, because a mask may be laid out head by head
-        q_shape = B, T, config.n_heads // self.tensor_parallel, config.d_head
-        k_shape = B, n_keys, config.n_kv_heads // self.tensor_parallel, config.d_head
+        q_shape = B, T, config.n_heads // self.tensor_parallel, self.d_head
+        k_shape = B, n_keys, config.n_kv_heads // self.tensor_parallel, self.d_head
         return kernels.attention_mask(q_shape, k_shape, h.dtype, h.device, **who_sees_whom)
 
     def run_blocks(self, blocks: nn.ModuleList, h: Tensor, positions: Tensor | None,

@@ -304,9 +304,9 @@ def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
     busiest_expert: the largest load over an even share. load/e: the share of expert e, over all
     blocks. dropped: the share of the pairs that found no place.
     """
-    loads = balance_experts(model, nudge)              # (sparse blocks, E)
-    if loads is None:
+    if not sparse_layers(model):
         return {}
+    loads = balance_experts(model, nudge)              # (sparse blocks, E)
     figures = {"busiest_expert": loads.max() * loads.shape[1], "dropped": dropped(model)}
     for expert, share in enumerate(loads.mean(0)):
         figures[f"load/{expert}"] = share

@@ -8,7 +8,7 @@ import data
 import moe
 from model import ModelConfig, Transformer, active_parameter_count, parameter_count
 from moe import MoE
-from muon import Muon
+from plumbing.optimizers import Muon
 from plumbing.folders import load_model, save_model
 from sample import generate
 from scoring import token_logps
