@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plumbing.run
 import train_pretrain
-import training
+from plumbing.options import build
 
 FILES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
@@ -67,14 +68,16 @@ def attempt(cfg, ranks: int, die) -> int:
 
 
 def main(options: dict, ranks: int, kills: int) -> None:
-    training.plot_curves = lambda *args: None
+    plumbing.run.plot_curves = lambda *args: None
     torch.optim.SGD([torch.zeros(1)])          # imports half of torch: once, not in each attempt
     out = Path(options.pop("out"))
-    cfg = train_pretrain.Config(out=str(out / "straight"), **options)
+    cfg = build(train_pretrain.Config, options | {"out": str(out / "straight")})
     assert attempt(cfg, ranks, lambda pid: None) == 0
-    cfg, chance = replace(cfg, out=str(out / "killed"), resume=True), random.Random(ranks)
+    cfg = replace(cfg, out=str(out / "killed"), resume=True)
+    chance = random.Random(ranks)
     for number in range(kills):
-        moment, seconds = chance.randint(1, 60), chance.uniform(0.05, 0.5)
+        moment = chance.randint(1, 60)
+        seconds = chance.uniform(0.05, 0.5)
 
         def die(pid, by_file=number % 3 > 0, moment=moment, seconds=seconds):
             if by_file and pid == 0:

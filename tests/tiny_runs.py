@@ -1,0 +1,60 @@
+"""Runs of a tenth of a second that several tests start, and how two of them are compared."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import train_pretrain
+from plumbing import run
+from plumbing.curves import read_metrics
+from plumbing.options import Options, build
+
+ARITHMETIC = "".join(f"{i} bears and {j} bears are {i + j} bears.\n"
+                     for i in range(8) for j in range(9))
+
+
+@dataclass
+class Config(Options):
+    """The options of a stage without data."""
+    out: str = "out/x"                # model folder to write
+    steps: int = 8                    # optimizer steps
+    device: str = "cpu"               # of every test
+    dtype: str = "float32"            # of every test
+    log_every: int = 1                # steps between rows of metrics.jsonl
+    save_every: int = 1               # steps between checkpoints
+
+
+def start(tmp_path: Path, **options) -> run.Run:
+    """A run of no stage in particular, in tmp_path/out."""
+    return run.start(Config(out=str(tmp_path / "out"), **options), "train_test.py")
+
+
+def write_corpus(tmp_path: Path) -> Path:
+    """2,000 bytes: 72 lines of arithmetic, of which a tiny model learns the shape at once."""
+    file = tmp_path / "corpus.txt"
+    file.write_text(ARITHMETIC)
+    return file
+
+
+def tiny_run(out, corpus, **options) -> train_pretrain.Config:
+    """12 steps of train_pretrain: two blocks of width 16 over bytes, a tenth of a second."""
+    return build(train_pretrain.Config, {
+        "out": str(out), "data": str(corpus), "tokenizer": "bytes", "d_model": 16, "n_layers": 2,
+        "n_heads": 2, "context_length": 32, "steps": 12, "batch_size": 4, "warmup": 3,
+        "log_every": 4, "eval_every": 5, "eval_windows": 4, "save_every": 5, "device": "cpu",
+        "dtype": "float32"} | options)
+
+
+def metrics(out) -> list[dict]:
+    """Every row without the figures that the machine decides."""
+    rows = read_metrics(out)
+    assert rows
+    for row in rows:
+        assert row.pop("tokens_per_s") > 0
+        for name in ("mfu", "memory_gb"):
+            assert row.pop(name, 1) > 0                    # where PPO samples there is no MFU
+    return rows
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Whether two runs have logged the same figures and ended with the same weights."""
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (a, b)]
+    return metrics(a) == metrics(b) and weights[0] == weights[1]
