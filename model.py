@@ -38,12 +38,12 @@ class ModelConfig:
     vocab_size: int                   # special tokens included
     context_length: int = 256         # longest input, in tokens
     d_model: int = 128                # D
-    n_layers: int = 4
+    n_layers: int = 4                 # blocks
     n_heads: int = 4                  # H
     n_kv_heads: int = 0               # K; 0: as many as n_heads
     d_ff: int = 0                     # F; 0: 8/3 D, rounded up to a multiple of 16
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0      # base of RoPE's wavelengths
+    norm_eps: float = 1e-5            # added to the mean square under RMSNorm's root
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # a token also sees its predecessor's embedding, and in an
                                       # encoder its successor's

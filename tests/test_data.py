@@ -27,6 +27,17 @@ def examples(n, seed=0):
     return rows
 
 
+def packed(rows, context_length, seed, *args, **options):
+    """Conversations as train_sft.py packs them."""
+    rows = data.format_examples(rows, TOKENIZER)
+    return data.PackedExamples(rows, TOKENIZER, context_length, seed, *args, **options)
+
+
+def draw(tasks, tau, cap, rng):
+    """An epoch of examples in the shares that train_sft.py gives their tasks."""
+    return data.draw(tasks, data.mixing_weights(Counter(tasks), tau, cap), cap, rng)
+
+
 def pairs(n, seed=0):
     rng = np.random.default_rng(seed)
     return [{"prompt": [{"role": "user", "content": f"{i} " + "q" * rng.integers(1, 40)}],
@@ -91,7 +102,7 @@ def test_a_corpus_shorter_than_a_window_says_what_is_needed():
 def sources():
     text = np.random.default_rng(0).integers(0, 99, 700)
     return {"stream": lambda seed=0: data.TokenStream(text, 10, seed, 0),
-            "packed": lambda seed=0: data.PackedExamples(examples(90), TOKENIZER, 128, seed),
+            "packed": lambda seed=0: packed(examples(90), 128, seed),
             "pairs": lambda seed=0: data.PreferencePairs(pairs(71), TOKENIZER, 128, seed)}
 
 
@@ -158,7 +169,7 @@ def test_packing_fits_every_item_once_and_wastes_little():
 
 def test_packed_rows_are_whole_conversations_with_their_own_masks_and_positions():
     rows = examples(60)
-    source = data.PackedExamples(rows, TOKENIZER, 128, seed=3)
+    source = packed(rows, 128, seed=3)
     found, padded = [], 0
     for batch in source.epoch(4):
         index = iter(batch.index.tolist())
@@ -201,13 +212,13 @@ def test_mixing_weights_by_hand():
 
 def test_an_epoch_draws_tasks_by_weight_and_repeats_evenly():
     tasks, rng = ["a"] * 10 + ["b"] * 90, np.random.default_rng(0)
-    assert sorted(data.draw(tasks, 1.0, None, rng)) == list(range(100))        # proportional: all
-    uniform = Counter(data.draw(tasks, math.inf, None, rng).tolist())
+    assert sorted(draw(tasks, 1.0, None, rng)) == list(range(100))        # proportional: all
+    uniform = Counter(draw(tasks, math.inf, None, rng).tolist())
     assert all(uniform[i] == 5 for i in range(10))                             # 50 draws from 10
     assert sum(uniform.values()) == 100 and max(uniform[i] for i in range(10, 100)) == 1
-    capped = data.draw(tasks, 1.0, 20, rng)
+    capped = draw(tasks, 1.0, 20, rng)
     assert sorted(capped)[:10] == list(range(10)) and len(set(capped.tolist())) == 30
-    thirds = [int((data.draw(["a", "b", "b"], math.inf, None, rng) == 0).sum()) for _ in range(400)]
+    thirds = [int((draw(["a", "b", "b"], math.inf, None, rng) == 0).sum()) for _ in range(400)]
     assert set(thirds) == {1, 2} and abs(np.mean(thirds) - 1.5) < 0.1          # 1.5 on average
 
 
@@ -216,7 +227,7 @@ def test_no_task_exceeds_its_cap_whatever_tau():
     tasks = [task for task, n in counts.items() for _ in range(n)]
     for tau in (1.0, 1.7, 4.0, math.inf):
         for cap in (5, 50, 1000):
-            drawn = Counter(tasks[i] for i in data.draw(tasks, tau, cap, rng))
+            drawn = Counter(tasks[i] for i in draw(tasks, tau, cap, rng))
             assert sum(drawn.values()) == sum(min(n, cap) for n in counts.values())
             assert all(n <= cap + 1e-9 or cap == 1000 for n in drawn.values())
 
@@ -225,7 +236,8 @@ def test_packed_examples_follow_the_mixing_weights_in_every_epoch():
     rows = examples(80)
     for i, row in enumerate(rows):
         row["task"] = "rare" if i < 8 else "common"
-    source = data.PackedExamples(rows, TOKENIZER, 128, seed=0, tau=math.inf)
+    weights = data.mixing_weights(Counter(row["task"] for row in rows), tau=math.inf)
+    source = packed(rows, 128, seed=0, weights=weights)
     for epoch in range(3):
         drawn = Counter(i for row in source.packed(epoch) for i in row)
         assert sum(drawn.values()) == 80 and sum(drawn[i] for i in range(8)) == 40
@@ -272,37 +284,36 @@ def test_too_long_examples_are_an_error_that_names_line_length_limit_and_flag():
     [row] = examples(1)
     row["messages"][0]["content"] = "q" * 100
     length = len(TOKENIZER.chat(row["messages"])[0])
-    data.PackedExamples([row], TOKENIZER, length - 1, 0)                       # C + 1 tokens fit
+    packed([row], length - 1, 0)                       # C + 1 tokens fit
     with pytest.raises(ValueError, match=f"made.jsonl:1: {length} tokens .* {length - 1} fit; .*"
                                          "--truncate left, --truncate drop or a model with"):
-        data.PackedExamples([row], TOKENIZER, length - 2, 0)
+        packed([row], length - 2, 0)
     with pytest.raises(ValueError, match="truncate is 'right'"):
-        data.PackedExamples([row], TOKENIZER, 999, 0, "right")
+        packed([row], 999, 0, "right")
 
 
 def test_truncating_left_keeps_the_whole_response_and_no_first_target():
     talk = [*TALK, {"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "end"}]
     ids, mask = (list(part) for part in TOKENIZER.chat(talk))
     for limit in range(5, len(ids)):                                           # "end" needs 1 + 4
-        source = data.PackedExamples([{"messages": talk, "where": "x:1", "task": ""}], TOKENIZER,
-                                     limit - 1, 0, "left")
+        source = packed([{"messages": talk, "where": "x:1", "task": ""}], limit - 1, 0, "left")
         batch = source.batch(0, 1)
         assert batch.tokens[0].tolist() == ids[-limit:]
         assert batch.loss_mask[0].tolist() == [False, *map(bool, mask[-limit:][1:])]
     with pytest.raises(ValueError, match="x:1: the response alone takes 4 tokens, 3 fit"):
-        data.PackedExamples([{"messages": talk, "where": "x:1"}], TOKENIZER, 3, 0, "left")
+        packed([{"messages": talk, "where": "x:1"}], 3, 0, "left")
 
 
 def test_dropping_leaves_out_the_long_ones_and_says_how_many(capsys):
-    rows = examples(40)
+    rows = data.format_examples(examples(40), TOKENIZER)
     lengths = [len(TOKENIZER.chat(row["messages"])[0]) for row in rows]
-    source = data.PackedExamples(rows, TOKENIZER, 49, 0, "drop")
+    source = packed(rows, 49, 0, "drop")
     assert source.examples == [row for row, n in zip(rows, lengths) if n <= 50]
     dropped = 40 - len(source.examples)
     assert 0 < dropped < 40
     assert f"dropped {dropped} of 40 rows longer than 50 tokens" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no rows left"):
-        data.PackedExamples(rows, TOKENIZER, 3, 0, "drop")
+        packed(rows, 3, 0, "drop")
 
 
 def test_truncating_a_pair_cuts_the_same_prompt_tokens_from_both_sides():

@@ -12,6 +12,7 @@ import train_pretrain
 import training
 from experiments import scaling_laws as laws
 from model import ModelConfig, Transformer
+from plumbing.curves import read_metrics
 from tokenizer import Tokenizer
 
 PLANTED = {"A": 40.0, "B": 400.0, "alpha": 0.45, "beta": 0.5, "L_inf": 0.6}
@@ -169,7 +170,7 @@ def test_every_run_spends_its_budget_and_reads_no_token_twice(preset):
 
 
 def test_the_smoke_grid_runs_and_finished_runs_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
     cfg = laws.Config(preset="smoke", out=str(tmp_path / "runs"), bootstrap=4, device="cpu",
                       dtype="float32", figure=str(tmp_path / "figure.png"))
     report = laws.main(cfg)
@@ -177,7 +178,7 @@ def test_the_smoke_grid_runs_and_finished_runs_are_skipped(tmp_path, monkeypatch
     saved = json.loads((tmp_path / "figure.json").read_text())
     assert saved["law"] == report["law"] and len(saved["runs"]) == 6
     assert saved["heldout"]["C"] == 4e9 and saved["command"].endswith("--preset smoke")
-    last = training.read_metrics(tmp_path / "runs/C2.0e09_d16")[-1]
+    last = read_metrics(tmp_path / "runs/C2.0e09_d16")[-1]
     assert last["lr"] < 0.11 * 0.024 * (64 / 16) ** 0.5           # its cosine ended with the budget
 
     monkeypatch.setattr(train_pretrain, "main", lambda config: pytest.fail("trained again"))
