@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from world import World
+from world.world import World
 
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),

@@ -26,7 +26,8 @@ import parallel
 import sample
 import training
 from model import Transformer, load_model, token_logps
-from world import HELDOUT_FAMILIES, parse_answer, true_reward
+from world.judge import parse_answer, true_reward
+from world.tasks import HELDOUT_FAMILIES
 
 LN2 = math.log(2)
 MAX_ANSWER = 64                       # tokens

@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 
 import train_pretrain
 import training
-from world import World
+from world.world import World
 
 ALPHAS = 1.0, 0.5, 0.3, 0.0
 LATER = {"same rate, no replay": (1.0, "1,0"), "a quarter, no replay": (0.25, "1,0"),

@@ -10,7 +10,7 @@ import torch
 
 import data
 from tokenizer import Tokenizer
-from world import World
+from world.world import World
 
 TOKENIZER = Tokenizer.bytes()
 QUESTION, ANSWER = "Who baked the bread?", "Old Bruno did."
