@@ -43,7 +43,7 @@ TO ADD A FAMILY that is trained on like all others, write three things:
             "middle": ("order", middle_task),
 
 TRAINED_FAMILIES takes every family of that table, so that World.examples, and with it train_sft.py,
-draws the new one as often as each other. TO HOLD IT OUT of training instead, add its name to
+draws the new one as often as any other. TO HOLD IT OUT of training instead, add its name to
 HELDOUT_FAMILIES as well:
 
         HELDOUT_FAMILIES = ("counting", "comparison", "middle")
@@ -190,8 +190,9 @@ def fact_slots(rng: Random, bear: dict, attribute: str, value: str) -> dict:
     short = "a " + value if attribute in ("job", "pet") else value
     statement = rng.choice(STATEMENTS[attribute][:3])
     slots = bear | {"who": name, "whose": name + "'s", "value": value}
+    full = say(rng, statement, slots)
     return {"name": name, "attribute": attribute, "question": question, "short": short,
-            "full": say(rng, statement, slots)}
+            "full": full}
 
 
 def unanswerable_task(world, rng: Random) -> dict:
@@ -445,7 +446,8 @@ def lists_task(world, rng: Random) -> dict:
     # "pear and fig" is said, "pear, fig" is the answer as the judge puts it together.
     said = listed(members, " and ")
     wrong_slots = {"short": listed(wrong, " and ")}
-    return {"core": (category, *words), "kind": "sequence", "choices": CATEGORY_WORDS,
+    core = (category, *words)
+    return {"core": core, "kind": "sequence", "choices": CATEGORY_WORDS,
             "category": category, "words": listed(words), "short": said,
             "answer": listed(members), "wrong": wrong_slots}
 
