@@ -32,7 +32,8 @@ from plumbing.folders import load_model
 from plumbing.options import command_line
 from plumbing.run import pick_device, pick_dtype
 from scoring import token_logps
-from world import HELDOUT_FAMILIES, parse_answer, true_reward
+from world.judge import parse_answer, true_reward
+from world.tasks import HELDOUT_FAMILIES
 
 MAX_ANSWER = 64                       # tokens
 

@@ -270,6 +270,8 @@ def sparse_layers(model: nn.Module) -> list[MoE]:
 def router_loss(model: nn.Module) -> Tensor | float:
     """The routers' part of a training loss after a forward pass: balance loss and z-loss, with
     their coefficients, summed over the blocks; 0 for a dense model."""
+    if model.config.n_experts == 0:
+        return 0.0
     return sum(layer.router_loss for layer in sparse_layers(model))
 
 
@@ -304,7 +306,7 @@ def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
     busiest_expert: the largest load over an even share. load/e: the share of expert e, over all
     blocks. dropped: the share of the pairs that found no place.
     """
-    if not sparse_layers(model):
+    if model.config.n_experts == 0:
         return {}
     loads = balance_experts(model, nudge)              # (sparse blocks, E)
     figures = {"busiest_expert": loads.max() * loads.shape[1], "dropped": dropped(model)}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from world import World
+from world.world import World
 
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),

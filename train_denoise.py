@@ -192,8 +192,8 @@ def main(cfg: Config) -> dict:
             if batch.is_next is not None:
                 next_loss = F.cross_entropy(values[:, 0], batch.is_next)       # at [CLS]
                 batch_loss = batch_loss + next_loss / cfg.grad_accum
-            # 3.5 GRADIENT SYNCHRONIZATION: in the backward pass of the last micro-batch
-            run.synchronize(forward, is_last=batch is batches[-1])
+            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass
+            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.4 BACKWARD PASS
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()

@@ -218,8 +218,8 @@ def main(cfg: Config) -> dict:
             logps = token_logps(forward, batch)                            # (B, T)
             # 3.3 Aggregate batch loss
             batch_loss = -logps.sum() / n_targets
-            # 3.5 GRADIENT SYNCHRONIZATION: in the backward pass of the last micro-batch
-            run.synchronize(forward, is_last=batch is batches[-1])
+            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass
+            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.4 BACKWARD PASS
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()

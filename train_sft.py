@@ -153,7 +153,7 @@ def main(cfg: Config) -> dict:
             logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0
             batch_loss = -logps.sum() / n_targets
             # 3.3 BACKWARD PASS
-            run.synchronize(forward, is_last=batch is batches[-1])
+            forward.require_backward_grad_sync = batch is batches[-1]      # DDP averages then
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()
 

@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_pretrain
-from world import World
+from world.world import World
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 

@@ -217,6 +217,8 @@ class Run:
         --shard fsdp or --tensor_parallel the model's weights are shared among the ranks, in place:
         an optimizer must take its parameters from here on.
 
+        A loop over micro-batches sets its require_backward_grad_sync, which DDP looks at and others
+        ignore (FSDP averages in each backward pass, because it keeps no whole gradients).
         unused_parameters: some steps leave parameters without a gradient, which DDP must look for.
         """
         fsdp = getattr(self.cfg, "shard", "none") == "fsdp"
@@ -225,20 +227,14 @@ class Run:
             # checkpoints travel through a group of their own: NCCL has no CPU tensors
             self.writer.ranks = dist.new_group(backend="gloo")
             parallel.shard(model, fsdp, tensor_parallel)
-            return getattr(model, method)
+            return functools.partial(getattr(model, method))
         call = getattr(model, method)
         if self.cfg.compile:
             call = torch.compile(call)
         if self.world_size > 1:
             return nn.parallel.DistributedDataParallel(
                 CallForward(model, call), find_unused_parameters=unused_parameters)
-        return call
-
-    def synchronize(self, forward: Callable, is_last: bool) -> None:
-        """Whether the next backward pass averages the gradients over the ranks: only that of the
-        last micro-batch must. (FSDP averages in each, because it keeps no whole gradients.)"""
-        if isinstance(forward, nn.parallel.DistributedDataParallel):
-            forward.require_backward_grad_sync = is_last
+        return functools.partial(call)
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers for one step and rank, the same after a resume."""

@@ -14,7 +14,7 @@ import train_pretrain
 import training
 from model import load_model
 from tokenizer import Tokenizer
-from world import World
+from world.world import World
 
 
 def streams(*sizes, length=10):
@@ -97,7 +97,7 @@ def test_bearish_is_small_held_out_and_in_its_own_words():
 def test_bearish_puts_qualities_behind_what_they_belong_to_and_keeps_them():
     world = World(0)
     english = {bearish: word for word, bearish in world.lexicon.items()}
-    from world_text import NOUNS, QUALITIES, VERBS
+    from world.text import NOUNS, QUALITIES, VERBS
     for text in list(world.bearish_documents("heldout"))[:20]:
         qualities = {}
         for sentence in text.rstrip(".").split(". "):

@@ -22,7 +22,9 @@ from evaluate import (
     win_rate,
     word_perplexity,
 )
-from world import HELDOUT_FAMILIES, TRAINED_FAMILIES, World, true_reward
+from world.judge import true_reward
+from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
+from world.world import World
 
 SIX = np.array([0, 1, 0, 1, 2, 0], np.uint16)      # counts 3 2 1; pairs 01 01 10 12 20
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import readers
-from world import World
+from world.world import World
 
 QUESTION, ANSWER = "Who baked the bread?", "Old Bruno did."
 ASKED = [{"role": "user", "content": QUESTION}]

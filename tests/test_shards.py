@@ -24,7 +24,7 @@ import shards
 import train_pretrain
 import training
 from tokenizer import SPECIAL_TOKENS, Tokenizer
-from world import World
+from world.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,40 +3,37 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
-import world as world_module
-from world import (
+import world.tasks as tasks_module
+from world.judge import parse_answer, true_reward
+from world.tasks import FAMILIES, HELDOUT_FAMILIES, TRAINED_FAMILIES, is_heldout
+from world.text import (
     ANSWERS,
     ATTRIBUTES,
-    FAMILIES,
-    HELDOUT_FAMILIES,
     POLITE,
     PROMPTS,
-    REFUSE,
+    REFUSALS,
     RUDE,
-    SHE,
-    STYLES,
+    SHE_NAMES,
     THINGS,
-    TRAINED_FAMILIES,
-    World,
-    is_heldout,
-    parse_answer,
     plural,
-    respond,
     tidy,
-    true_reward,
     words_of,
 )
+from world.world import STYLES, World, respond
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(0)
@@ -61,7 +58,8 @@ def total(example: dict, response: str) -> float:
 # ------------------------------------------------------------------ streams and corpus
 
 def test_every_stream_is_the_same_in_another_process():
-    code = ("import itertools, json; from world import World; w = World(3); print(json.dumps(["
+    code = ("import itertools, json; from world.world import World; w = World(3);"
+            "print(json.dumps(["
             "w.residents, w.lexicon, list(itertools.islice(w.documents(1), 20)),"
             "w.examples(30), w.prompts(10, 'heldout'), w.preferences(30, noise=0.2, bias=0.2)]))")
     texts = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
@@ -217,6 +215,40 @@ def test_a_family_can_be_added(monkeypatch):
             assert true_reward(e, e["response"])["right"] == 1
 
 
+def insert(source: str, line: str, block: str) -> str:
+    """The source with a block of code behind the only line of that wording."""
+    assert source.count("\n" + line + "\n") == 1, line
+    return source.replace("\n" + line + "\n", "\n" + line + "\n" + block)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_recipe_in_tasks_works_as_it_stands_there(tmp_path, held_out):
+    _, recipe = tasks_module.__doc__.split("TO ADD A FAMILY")
+    # Under another name, because whoever has followed the recipe has a family "middle" already.
+    recipe = recipe.replace('"middle"', '"centre"').replace("middle_task", "centre_task")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^ {8}.*\n)+", recipe)]
+    prompts, answers, function, entry, heldout = blocks
+    shutil.copytree(ROOT / "world", tmp_path / "world")
+    text = (tmp_path / "world/text.py").read_text()
+    text = insert(text, "PROMPTS = templates({", prompts)
+    text = insert(text, "ANSWERS = templates({", answers)
+    (tmp_path / "world/text.py").write_text(text)
+    tasks = (tmp_path / "world/tasks.py").read_text()
+    table = re.search(r"(?m)^FAMILIES = .*$", tasks)[0]
+    tasks = insert(tasks, table, entry).replace("\n" + table, "\n" + function + "\n" + table)
+    if held_out:
+        tasks = re.sub(r"(?m)^HELDOUT_FAMILIES = .*\n", heldout, tasks)
+    (tmp_path / "world/tasks.py").write_text(tasks)
+    code = ("import json; from world.world import World, FAMILIES, TRAINED_FAMILIES, true_reward;"
+            "trained = {e['family'] for e in World().examples(1000)};"
+            "asked = World().examples(100, 'heldout', families=('centre',));"
+            "rewards = [true_reward(e, e['response'])['right'] for e in asked];"
+            "print(json.dumps(['centre' in trained, asked[0]['cluster'], min(rewards)]))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            check=True, text=True)
+    assert json.loads(result.stdout) == [not held_out, "order", 1.0]
+
+
 # ------------------------------------------------------------------ look-up and rankers
 
 def bags(texts: list[str], index: dict[str, int]) -> np.ndarray:
@@ -312,7 +344,7 @@ def test_bias_is_the_share_of_pairs_judged_by_length():
 # ------------------------------------------------------------------ the judge
 
 def tasks(n: int, family: str, split: str = "train"):
-    rng = world_module.Random(f"test {family}")
+    rng = Random(f"test {family}")
     return [(rng, *WORLD.draw(rng, family, split)) for _ in range(n)]
 
 
@@ -356,7 +388,7 @@ def test_the_judge_is_not_fooled(family):
         tricks = {
             "nothing": "", "blank": "  \n", "a full stop": ".", "gibberish": "Xq zzv blorf krep.",
             "courtesies": courtesies, "one courtesy": POLITE[0][0], "the prompt": example["prompt"],
-            "names": " ".join(SHE) + ".", "cut off": good[:len(good) // 2].rstrip(".!?}\""),
+            "names": " ".join(SHE_NAMES) + ".", "cut off": good[:len(good) // 2].rstrip(".!?}\""),
             "rude refusal of nothing": RUDE[0][0]}
         for trick, response in tricks.items():
             if true_reward(example, response)["right"] == 0 or trick != "cut off":
@@ -379,7 +411,7 @@ def test_naming_every_answer_is_no_answer():
 def test_refusing_and_not_knowing_are_right_only_where_they_should_be():
     for family in TRAINED_FAMILIES:
         for rng, example, task in tasks(20, family):
-            assert true_reward(example, REFUSE[0])["right"] == (family == "unsafe")
+            assert true_reward(example, REFUSALS[0])["right"] == (family == "unsafe")
             assert true_reward(example, "I do not know.")["right"] == (family == "unanswerable")
             if family in ("unsafe", "unanswerable"):
                 both = respond(rng, task, "plain") + " " + respond(rng, task, "plain", "wrong")
