@@ -301,7 +301,8 @@ def balance_experts(model: nn.Module, nudge: bool = True) -> Tensor | None:
 
 
 def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
-    """After an optimizer step: balance the experts, and the figures to log; {} for a dense model.
+    """After an optimizer step: balance the experts, and the figures to log; {} for a dense model
+    and for expert choice.
 
     busiest_expert: the largest load over an even share. load/e: the share of expert e, over all
     blocks. dropped: the share of the pairs that found no place.
@@ -309,6 +310,8 @@ def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
     if model.config.n_experts == 0:
         return {}
     loads = balance_experts(model, nudge)              # (sparse blocks, E)
+    if loads is None:                                  # expert choice: even by construction
+        return {}
     figures = {"busiest_expert": loads.max() * loads.shape[1], "dropped": dropped(model)}
     for expert, share in enumerate(loads.mean(0)):
         figures[f"load/{expert}"] = share

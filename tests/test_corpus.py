@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from tiny import TOKENIZER
+from tiny_runs import prepared
 
 import corpus
 import data
 import readers
 import train_pretrain
-import training
-from model import load_model
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model
+from plumbing.options import build
 from tokenizer import Tokenizer
 from world.world import World
 
@@ -115,7 +117,7 @@ def test_bearish_puts_qualities_behind_what_they_belong_to_and_keeps_them():
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -128,10 +130,10 @@ def files(tmp_path):
 
 
 def config(files, data, **changes):
-    return train_pretrain.Config(**{
+    return build(train_pretrain.Config, {
         "out": str(files / "base"), "data": ",".join(str(files / f"{name}.txt") for name in data),
         "tokenizer": "bytes", "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32,
-        "copy_steps": 0, "steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8,
+        "steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8,
         "device": "cpu", "dtype": "float32", "log_every": 1} | changes)
 
 
@@ -159,11 +161,13 @@ def test_a_smaller_alpha_serves_the_small_corpus(files):
 def test_the_decay_phase_reads_the_text_for_annealing(files):
     cfg = config(files, ["large"], schedule="wsd", decay=0.5, steps=40, batch_size=4,
                  anneal_data=str(files / "small.txt"))
-    read = corpus.read(cfg, None)
-    assert set(read.shares) == {cfg.data} and len(read.vals) == 2
-    assert read.anneal.tokens.tolist() == read.trains[cfg.anneal_data].tokens.tolist()
+    read = prepared(cfg)
+    assert set(read.train.shares) == {cfg.data}
+    assert len([split for _, split in read.windows if split == "heldout"]) == 2
+    assert read.train.last_text.tokens.tolist() == \
+        read.windows[cfg.anneal_data, "train"].tokens.tolist()
     train_pretrain.main(cfg)
-    rows = training.read_metrics(files / "base")
+    rows = read_metrics(files / "base")
     assert [row["lr"] for row in rows][2:21] == [1e-2] * 19
     assert rows[-1]["lr"] == pytest.approx(1e-2 / 20)
     assert rows[20]["loss"] > rows[19]["loss"] + 0.5           # other words from step 20 on
@@ -213,8 +217,7 @@ def test_an_extended_tokenizer_spells_every_text_and_merges_on():
     ({"schedule": "linear"}, "--schedule linear: give cosine or wsd"),
     ({"anneal_data": "world"}, "--anneal_data is read during the decay of --schedule wsd"),
     ({"new_words": 5}, "--new_words extends the vocabulary of --init"),
-    ({"shares": "0.5,0.6"}, "shares .0.5, 0.6. of 2 corpora"),
-    ({"objective": "mlm", "next_sentence": True}, "--objective mlm and one corpus")])
+    ({"shares": "0.5,0.6"}, "shares .0.5, 0.6. of 2 corpora")])
 def test_what_does_not_go_together_is_refused(changes, named, files):
     with pytest.raises(ValueError, match=named):
         train_pretrain.main(config(files, ["large", "small"], **changes))

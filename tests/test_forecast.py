@@ -1,4 +1,4 @@
-"""forecast.py: memory against what autograd really keeps, and what is refused."""
+"""plumbing/forecast.py: memory against what autograd really keeps, and what is refused."""
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +10,7 @@ import parallel
 import train_dpo
 import train_ppo
 import train_pretrain
+from architectures import Encoder, EncoderDecoder
 from model import ModelConfig, Transformer
 from parallel import local
 from plumbing import forecast
@@ -39,26 +40,29 @@ def kept_bytes(model, tokens, **inputs):
             found[storage.data_ptr()] = storage.nbytes(), x    # held: an address is not used again
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(tokens, targets=tokens, **inputs).sum()
+        model.logps(tokens, tokens, **inputs).sum()
     return sum(size for size, _ in found.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"d_ff": 512}, {"token_shift": True},
-                                     {"architecture": "encoder"}])
-def test_activations_are_what_autograd_keeps(changes):
+@pytest.mark.parametrize("changes, kind", [
+    ({}, Transformer), ({"n_kv_heads": 1}, Transformer), ({"d_ff": 512}, Transformer),
+    ({"token_shift": True}, Transformer), ({}, Encoder)])
+def test_activations_are_what_autograd_keeps(changes, kind):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES | changes))
+    model = kind(ModelConfig(**SIZES | changes))
     tokens = torch.randint(256, (4, 96))
     real = kept_bytes(model, tokens)
-    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True)
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+                                         architecture=model.architecture)
     assert estimate == pytest.approx(real, rel=0.2)
 
 
 def test_activations_of_an_encoder_decoder_are_what_autograd_keeps():
-    model = Transformer(ModelConfig(**SIZES, architecture="encoder_decoder"))
+    model = EncoderDecoder(ModelConfig(**SIZES))
     tokens = torch.randint(256, (4, 96))
     real = kept_bytes(model, tokens, source=tokens, source_lengths=torch.full((4,), 96))
-    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True)
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+                                         architecture="encoder_decoder")
     assert estimate == pytest.approx(real, rel=0.25)
 
 
@@ -125,7 +129,8 @@ PRETRAIN, DPO, PPO = (flat(script.Config()) for script in (train_pretrain, train
     (1_000_000, 4, False, PRETRAIN, "a smaller model .--d_model.*, or --shard fsdp"),
     (1_000_000, 4, False, DPO, "a smaller model .--d_model, --n_layers of pretraining.$"),
     (30_000_000, 24, False, PRETRAIN, "--gradient_checkpointing"),
-    (30_000_000, 24, False, DPO, "a smaller --batch_size$"),
+    (30_000_000, 24, False, DPO, "--gradient_checkpointing"),
+    (30_000_000, 10**4, False, DPO, "a smaller --batch_size, or a shorter --context_length$"),
     (30_000_000, 24, False, PPO, "a smaller --minibatch_size$"),
     (30_000_000, 10**4, False, PRETRAIN,
      "a smaller --batch_size with more --grad_accum, or a shorter --context_length$"),
@@ -165,9 +170,9 @@ def test_a_stage_reads_its_batch_size_unless_it_says_otherwise():
 
 
 def test_an_encoder_decoders_token_is_read_by_one_of_its_stacks():
-    for architecture, share in (("decoder", 1), ("encoder_decoder", 0.5)):
-        config = ModelConfig(**SIZES, architecture=architecture)
-        assert forecast.flops_per_token(config, 96) == share * config.flops_per_token(96)
+    for kind, share in ((Transformer, 1), (EncoderDecoder, 0.5)):
+        model = kind(ModelConfig(**SIZES))
+        assert forecast.flops_per_token(model, 96) == share * model.flops_per_token(96)
 
 
 @pytest.mark.parametrize("seconds, words", [

@@ -19,7 +19,6 @@ import torch
 
 import parallel
 import train_pretrain
-import training
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,12 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 from tiny import TOKENIZER, folder_of, tiny_model
+from tiny_runs import prepared
 
 import corpus
 import readers
 import train_pretrain
-import training
-from model import load_model, token_logps
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model
+from plumbing.options import build
+from scoring import token_logps
 
 LINES = "the bear ate {} red berries and slept.\n"
 TEXT = "".join(LINES.format("one two three four five six seven".split()[i * i % 7])
@@ -22,16 +25,15 @@ TEXT = "".join(LINES.format("one two three four five six seven".split()[i * i % 
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 def config(tmp_path, text=TEXT, **changes):
     (tmp_path / "text.txt").write_text(text)
-    return train_pretrain.Config(**{
+    return build(train_pretrain.Config, {
         "out": str(tmp_path / "base"), "data": str(tmp_path / "text.txt"), "tokenizer": "bytes",
-        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32,
-        "copy_steps": 0, "steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8,
-        "device": "cpu",
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "context_length": 32, "steps": 3,
+        "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8, "device": "cpu",
         "dtype": "float32", "log_every": 1} | changes)
 
 
@@ -43,7 +45,7 @@ def weights_of(folder):
 
 def test_it_predicts_unseen_text_better_than_a_bigram_model(tmp_path):
     result = train_pretrain.main(config(tmp_path, steps=60, eval_every=20))
-    rows = training.read_metrics(tmp_path / "base")
+    rows = read_metrics(tmp_path / "base")
     assert result["val_loss"] == rows[-1]["val_loss"]
     assert result["val_loss"] < result["bigram_loss"] < result["unigram_loss"]
     assert rows[0]["loss"] == pytest.approx(math.log(TOKENIZER.vocab_size), abs=0.05)
@@ -55,16 +57,16 @@ def test_bits_per_byte_count_bytes_and_not_tokens(tmp_path):
     cfg = config(tmp_path, text="Bären fräßen Öl. " * 60, tokenizer="bpe", vocab_size=290,
                  context_length=16)
     result = train_pretrain.main(cfg)
-    read = corpus.read(cfg, None)
-    tokenizer, [val] = read.tokenizer, read.vals.values()
-    [bytes_per_token] = read.bytes_per_token.values()
+    read = prepared(cfg)
+    tokenizer, val = read.tokenizer, read.windows[cfg.data, "heldout"]
+    [bytes_per_token] = corpus.bytes_per_token(read.streams).values()
     held_out = "".join(readers.read_documents(cfg.data, split="heldout"))
     assert len(held_out.encode()) > len(held_out)                # umlauts take two bytes
     assert len(val.tokens) == len(tokenizer.encode(held_out)) + 1        # and <|endoftext|>
     assert bytes_per_token == len(held_out.encode()) / len(val.tokens) > 1.2
     bits = result["val_loss"] * len(val.tokens) / math.log(2) / len(held_out.encode())
     assert result["bits_per_byte"] == pytest.approx(bits)
-    assert training.read_metrics(cfg.out)[-1]["perplexity"] == pytest.approx(
+    assert read_metrics(cfg.out)[-1]["perplexity"] == pytest.approx(
         math.exp(result["val_loss"]))
 
 
@@ -72,12 +74,12 @@ def test_the_logged_loss_is_the_mean_nll_of_the_first_batch_under_the_first_weig
     folder_of(tiny_model(n_layers=1, context_length=32), tmp_path / "init")
     cfg = config(tmp_path, init=str(tmp_path / "init"), steps=1)
     train_pretrain.main(cfg)
-    train = corpus.read(cfg, TOKENIZER).train
-    batch, model = train.batch(0, 8), tiny_model(n_layers=1, context_length=32)
+    [batch] = prepared(cfg, TOKENIZER).train.batch(0)
+    model = tiny_model(n_layers=1, context_length=32)
     with torch.no_grad():
         logits = model(batch.tokens[:, :-1]).double().log_softmax(-1)
         nll = -logits.gather(2, batch.tokens[:, 1:, None]).mean()
-    assert training.read_metrics(cfg.out)[0]["loss"] == pytest.approx(nll.item(), rel=1e-5)
+    assert read_metrics(cfg.out)[0]["loss"] == pytest.approx(nll.item(), rel=1e-5)
 
 
 def test_accumulating_micro_batches_is_exact(tmp_path):
@@ -85,7 +87,7 @@ def test_accumulating_micro_batches_is_exact(tmp_path):
     for name, batch_size, accumulate in (("whole", 6, 1), ("parts", 2, 3)):
         train_pretrain.main(config(tmp_path, text, out=str(tmp_path / name), steps=6,
                                    batch_size=batch_size, grad_accum=accumulate))
-    whole, parts = (training.read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for ours, theirs in zip(parts, whole):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -99,14 +101,14 @@ def test_document_masks_hide_the_document_before(tmp_path):
     cfg = config(tmp_path, data=str(tmp_path / "rows.jsonl"))
     model = tiny_model(context_length=32)
     for masks in (True, False):
-        train = corpus.read(replace(cfg, document_masks=masks), None).train
-        batch = train.batch(0, 8)
-        changed = train.batch(0, 8)
+        train = prepared(replace(cfg, document_masks=masks)).train
+        [batch] = train.batch(0)
+        [changed] = train.batch(0)
         ends = (batch.tokens == TOKENIZER.endoftext).int()
         second = (ends.cumsum(1) == 1) & (ends == 0)             # after the first <|endoftext|>
         changed.tokens[(ends.cumsum(1) == 0)] = 33               # what stands before it
         with torch.no_grad():
-            same = token_logps(model, batch) == token_logps(model, changed)
+            same = token_logps(model.logps, batch) == token_logps(model.logps, changed)
         assert second[:, 1:].sum() > 20
         assert same[second[:, 1:]].all() == masks
 
@@ -117,7 +119,7 @@ def test_the_folder_and_figures_are_complete(tmp_path):
     result = train_pretrain.main(config(tmp_path))
     assert set(result) == {"minutes", "tokens_per_s", "val_loss", "bits_per_byte", "unigram_loss",
                            "bigram_loss"}
-    rows = training.read_metrics(tmp_path / "base")
+    rows = read_metrics(tmp_path / "base")
     assert {"step", "loss", "tokens", "tokens_per_s", "lr", "grad_norm"} <= set(rows[0])
     assert {"val_loss", "bits_per_byte", "perplexity"} <= set(rows[-1])
     assert rows[-1]["tokens"] == 3 * 8 * 32                      # targets so far
@@ -162,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_no_model(tmp_path):
     with pytest.raises(FloatingPointError, match="after step 2 the weights are not finite"):
         train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))     # 3 steps: too few
     assert not (tmp_path / "base" / "config.json").exists()
-    rows = training.read_metrics(tmp_path / "base")
+    rows = read_metrics(tmp_path / "base")
     assert "loss" in rows[0] and not any("loss" in row for row in rows[1:])    # 0 was still fine
 
 
@@ -198,14 +200,15 @@ def test_what_cannot_work_stops_before_training(tmp_path, changes, message):
 
 def test_copying_comes_first_and_text_follows(tmp_path):
     train_pretrain.main(config(tmp_path, steps=12, copy_steps=250, lr=1e-4))
-    rows = training.read_metrics(tmp_path / "base")
+    rows = read_metrics(tmp_path / "base")
     random_targets, text_targets = (rows[i + 1]["tokens"] - rows[i]["tokens"] for i in (0, 5))
     assert random_targets == 16 * 32 and text_targets == 8 * 32       # a sixth of the steps copies
 
 
 def test_the_losses_of_text_are_not_held_against_those_of_copying(tmp_path, monkeypatch):
     known = []
-    monkeypatch.setattr(training, "is_spike", lambda loss, norm, recent: known.append(len(recent)))
+    monkeypatch.setattr("plumbing.guard.is_spike",
+                        lambda loss, norm, recent: known.append(len(recent)))
     train_pretrain.main(config(tmp_path, steps=12, copy_steps=250))
     assert known == [0, 1, *range(10)]                                # 2 steps copy, 10 read text
 
@@ -214,7 +217,7 @@ def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_pa
     train_pretrain.main(config(tmp_path))
     more = {"init": str(tmp_path / "base"), "out": str(tmp_path / "more"), "steps": 12}
     train_pretrain.main(config(tmp_path, copy_steps=250, **more))
-    first, second = training.read_metrics(tmp_path / "more")[:2]
+    first, second = read_metrics(tmp_path / "more")[:2]
     assert second["tokens"] - first["tokens"] == 8 * 32               # windows of text, not repeats
 
 
@@ -225,7 +228,7 @@ def test_a_model_that_goes_on_from_another_reads_text_from_its_first_step(tmp_pa
 def test_a_mixture_of_experts_learns_and_logs_its_load(options, tmp_path):
     result = train_pretrain.main(config(tmp_path, n_experts=4, steps=30, n_layers=2, **options))
     assert result["val_loss"] < result["unigram_loss"]
-    row = training.read_metrics(tmp_path / "base")[-1]
+    row = read_metrics(tmp_path / "base")[-1]
     if options.get("router") == "expert_choice":               # even by construction
         assert "load/0" not in row
     else:

@@ -9,7 +9,6 @@ import torch
 import data
 import readers
 import train_pretrain
-import training
 from experiments import scaling_laws as laws
 from model import ModelConfig, Transformer
 from plumbing.curves import read_metrics

@@ -1,7 +1,9 @@
 """Runs of a tenth of a second that several tests start, and how two of them are compared."""
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import corpus
 import train_pretrain
 from plumbing import run
 from plumbing.curves import read_metrics
@@ -41,6 +43,22 @@ def tiny_run(out, corpus, **options) -> train_pretrain.Config:
         "n_heads": 2, "context_length": 32, "steps": 12, "batch_size": 4, "warmup": 3,
         "log_every": 4, "eval_every": 5, "eval_windows": 4, "save_every": 5, "device": "cpu",
         "dtype": "float32"} | options)
+
+
+def prepared(cfg, init=None) -> SimpleNamespace:
+    """What train_pretrain.py's step 1 makes of the corpora, on one rank. init: --init's
+    tokenizer."""
+    texts = corpus.read_texts(cfg)
+    texts, n_duplicates = corpus.drop_duplicates(texts)
+    texts, n_empty = corpus.drop_empty(texts)
+    tokenizer = corpus.pick_tokenizer(cfg, texts, init, Path(cfg.out))
+    ids = corpus.tokenize(texts, tokenizer)
+    streams = corpus.concatenate(ids, texts, tokenizer) | corpus.open_shards(cfg, tokenizer)
+    windows = corpus.cut(streams, cfg, cfg.context_length, tokenizer.endoftext)
+    here = SimpleNamespace(device="cpu", replica=0, replicas=1)
+    train = corpus.TrainingData(windows, cfg, here, n_words=len(tokenizer.ranks))
+    return SimpleNamespace(texts=texts, n_duplicates=n_duplicates, n_empty=n_empty,
+                           tokenizer=tokenizer, streams=streams, windows=windows, train=train)
 
 
 def metrics(out) -> list[dict]:
