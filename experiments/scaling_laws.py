@@ -63,7 +63,7 @@ import train_pretrain
 from lifecycle import run_stage
 from model import ModelConfig
 from tokenizer import Tokenizer
-from plumbing.options import command_line
+from plumbing.options import build, command_line
 from plumbing.run import pick_device
 
 PARAMETERS = ("A", "B", "alpha", "beta", "L_inf")
@@ -263,12 +263,13 @@ def plan(cfg: Config, tokenizer: str) -> list[tuple[float, float, train_pretrain
         N = effective_parameters(ModelConfig(preset["vocab_size"], token_shift=True, **shape))
         steps = round(C / (6 * N * preset["batch_size"] * preset["context_length"]))
         lr = preset["lr_64"] * (64 / width) ** 0.5 * (preset["lr_C"] / C) ** 0.25
-        runs.append((C, N, train_pretrain.Config(
-            out=str(Path(cfg.out) / f"C{C:.1e}_d{width}".replace("+", "")), tokenizer=tokenizer,
-            max_bytes=preset["max_bytes"], batch_size=preset["batch_size"], copy_steps=0,
-            steps=steps, warmup=steps // 20, lr=lr, eval_every=0,
-            eval_windows=preset["eval_windows"], save_every=1000, seed=cfg.seed, device=cfg.device,
-            dtype=cfg.dtype, **shape)))
+        out = Path(cfg.out) / f"C{C:.1e}_d{width}".replace("+", "")
+        runs.append((C, N, build(train_pretrain.Config, {
+            "out": str(out), "tokenizer": tokenizer, "max_bytes": preset["max_bytes"],
+            "batch_size": preset["batch_size"], "copy_steps": 0, "optimizer": "muon",
+            "token_shift": True, "steps": steps, "warmup": steps // 20, "lr": lr, "eval_every": 0,
+            "eval_windows": preset["eval_windows"], "save_every": 1000, "seed": cfg.seed,
+            "device": cfg.device, "dtype": cfg.dtype, **shape})))
     return runs
 
 
@@ -365,7 +366,7 @@ def main(cfg: Config) -> dict:
         print(f"run {number} of {len(planned)}: C {C:.1e} FLOPs, N {N:,.0f} parameters, D {D:,} "
               f"tokens, {config.steps} steps", flush=True)
         result = run_stage(train_pretrain.main, config)
-        runs.append({"C": C, "N": N, "D": D, "L": result["val_loss"], "d_model": config.d_model,
+        runs.append({"C": C, "N": N, "D": D, "L": result["val_loss"], "d_model": config.model.d_model,
                      "lr": config.lr, "minutes": result["minutes"]})
         print(f"run {number}: {result['val_loss']:.4f} nats per token", flush=True)
     *runs, heldout = runs
