@@ -61,7 +61,7 @@ class Config(Options):
     new_words: int = 0                # with --init: extend its vocabulary by words of the corpus
     context_length: int = 0           # tokens a prediction can look back on; 0: 256, or --init's
     document_masks: bool = True       # attention stays inside a document
-    model: ModelConfig = nested(ModelConfig, ("context_length",), vocab_size=2048)   # a new model's sizes
+    model: ModelConfig = nested(ModelConfig, ("context_length",), vocab_size=2048)   # a new model
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     copy_steps: int = 0               # a new model's first steps copy random tokens: GAIN_COPY
     steps: int = 1800                 # optimizer steps (T_max), copying included
