@@ -183,6 +183,9 @@ def main(cfg: Config) -> dict:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
+            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass.
+            # Said before the forward pass, because DDP makes its hooks ready there.
+            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS: log p of the hidden tokens, and with --next_sentence (B, 2) logits
             logps = denoised_logps(forward, batch)                         # (B, T)
             if cfg.next_sentence:
@@ -192,8 +195,6 @@ def main(cfg: Config) -> dict:
             if batch.is_next is not None:
                 next_loss = F.cross_entropy(values[:, 0], batch.is_next)       # at [CLS]
                 batch_loss = batch_loss + next_loss / cfg.grad_accum
-            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass
-            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.4 BACKWARD PASS
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()

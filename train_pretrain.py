@@ -214,12 +214,13 @@ def main(cfg: Config) -> dict:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
+            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass.
+            # Said before the forward pass, because DDP makes its hooks ready there.
+            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS: log softmax(z_t)[x_t] of every token
             logps = token_logps(forward, batch)                            # (B, T)
             # 3.3 Aggregate batch loss
             batch_loss = -logps.sum() / n_targets
-            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass
-            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.4 BACKWARD PASS
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()

@@ -149,11 +149,12 @@ def main(cfg: Config) -> dict:
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
         loss = 0.0                                           # of the whole step
         for batch in batches:
+            # DDP averages in the last backward pass; it makes its hooks ready in the forward pass
+            forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS
             logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0
             batch_loss = -logps.sum() / n_targets
             # 3.3 BACKWARD PASS
-            forward.require_backward_grad_sync = batch is batches[-1]      # DDP averages then
             run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
             loss += batch_loss.detach()
 

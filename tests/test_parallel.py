@@ -6,6 +6,7 @@ and gradient norms stay within 1e-5, and weights within 1e-4, a fortieth of one 
 """
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -18,12 +19,16 @@ import safetensors.torch
 import torch
 
 import parallel
+import train_denoise
 import train_pretrain
 from model import ModelConfig, Transformer
+from plumbing.checkpoints import newest_checkpoint, read_checkpoint, read_meta
+from plumbing.curves import read_metrics
+from plumbing.options import build
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {                                  # what equals one process
-    "muon": {}, "adamw": {"optimizer": "adamw", "tied": False},
+    "muon": {}, "adamw": {"optimizer": "adamw", "token_shift": False, "tied": False},
     "accumulated": {"grad_accum": 2, "gradient_checkpointing": True}}
 OTHERS = {                                  # what equals DDP: routers are balanced on each rank
     "experts": {"n_experts": 4, "balance": "bias", "gradient_checkpointing": True},
@@ -38,16 +43,18 @@ BOTH = {                                    # what two groups of two ranks equal
     "even": "even", "even_adamw": "even_adamw",                    # one process
     "even_experts": "even_experts_none", "t5": "t5_none"}          # two ranks under DDP
 
-RANK = """import json, math, os, signal, sys, training, train_pretrain
+RANK = """import json, math, os, signal, sys, plumbing.run, train_denoise, train_pretrain
 from parallel import local
-log, finish, scores = training.Run.log, training.Run.finish, train_pretrain.token_logps
+from plumbing.options import build
+from plumbing.run import Run
+log, finish, scores = Run.log, Run.finish, train_pretrain.token_logps
 calls = []
 def stopping(run, step, **figures):
     log(run, step, **figures)
     if run.out.name.startswith("stopped") and step == 4:       # a step after the newest row
         signal.raise_signal(signal.SIGTERM)
 def counted(run, model, *args):
-    held = [*model.parameters()] + [t for state in run.tracked["optimizer"].state.values()
+    held = [*model.parameters()] + [t for state in run.parts["optimizer"].state.values()
                                     for t in state.values() if getattr(t, "ndim", 0)]
     file = run.out / f"held_{run.rank}_of_{run.world_size}.json"
     file.write_text(json.dumps([sum(local(t).numel() for t in held), sum(t.numel() for t in held)]))
@@ -57,13 +64,14 @@ def broken(*args):
     return scores(*args) * (math.nan if os.environ["RANK"] == "1" and len(calls) == 3 else 1)
 def full(descriptor):
     raise OSError(28, "No space left on device")
-training.plot_curves = lambda *args: None
-training.Run.log, training.Run.finish, fsync = stopping, counted, os.fsync
+plumbing.run.plot_curves = lambda *args: None
+Run.log, Run.finish, fsync = stopping, counted, os.fsync
 for options in json.loads(sys.argv[1]):
     train_pretrain.token_logps = broken if options["out"].endswith("skips") else scores
     os.fsync = full if options["out"].endswith("full") and os.environ["RANK"] == "1" else fsync
     try:
-        train_pretrain.main(train_pretrain.Config(**options))
+        script = train_denoise if "objective" in options else train_pretrain
+        script.main(build(script.Config, options))
     except SystemExit as end:
         assert end.code == 0
     except OSError as error:
@@ -79,9 +87,15 @@ def under_torchrun(ranks: int, runs: list[dict]) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
          "--master_port", str(port), "--no_python", sys.executable, "-c", RANK, json.dumps(runs)],
-        cwd=ROOT, env=training.os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=300)
     assert process.returncode == 0, process.stderr
+
+
+def alone(options: dict) -> None:
+    """One of the runs in this process."""
+    script = train_denoise if "objective" in options else train_pretrain
+    script.main(build(script.Config, options))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +109,8 @@ def out(tmp_path_factory) -> Path:
     def options(name, batch_size, **more) -> dict:
         return {"out": str(out / name), "data": str(out / "corpus.txt"), "tokenizer": "bytes",
                 "d_model": 20, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1,
-                "context_length": 32, "copy_steps": 0, "steps": 8, "batch_size": batch_size,
-                "warmup": 3, "log_every": 3, "eval_every": 4, "eval_windows": 4, "save_every": 0,
+                "context_length": 32, "token_shift": True, "optimizer": "muon", "steps": 8,
+                "batch_size": batch_size, "warmup": 3, "log_every": 3, "eval_every": 4, "eval_windows": 4, "save_every": 0,
                 "device": "cpu", "dtype": "float32"} | more
 
     under_torchrun(2, [options(f"{name}_{shard}", 2, shard=shard, **model)
@@ -122,17 +136,17 @@ def out(tmp_path_factory) -> Path:
                       for name in BOTH]
                    + [options("redivided_4", 2, resume=True, **both, **EVEN)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plot_curves", lambda *args: None)
+        patch.setattr("plumbing.run.plot_curves", lambda *args: None)
         for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}
                             | {"quarters": FOUR}).items():
-            train_pretrain.main(train_pretrain.Config(**options(name, 4, **model)))
+            alone(options(name, 4, **model))
         for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
-            train_pretrain.main(train_pretrain.Config(**options(name, 4, resume=True, **model)))
+            alone(options(name, 4, resume=True, **model))
     return out
 
 
 def same_to_rounding(a: Path, b: Path) -> None:
-    rows = [training.read_metrics(folder) for folder in (a, b)]
+    rows = [read_metrics(folder) for folder in (a, b)]
     assert len(rows[0]) == 5 and all(math.isfinite(row["loss"]) for row in rows[0])
     for one, other in zip(*rows, strict=True):
         assert one.keys() == other.keys()
@@ -218,11 +232,11 @@ def test_each_rank_writes_its_own_part_of_a_checkpoint(out, name, ranks, tmp_pat
     assert not (folder / "model.safetensors").exists()
     sizes = [(folder / f"__{rank}_0.distcp").stat().st_size for rank in range(ranks)]
     assert max(sizes) < 1.25 * sum(sizes) / ranks, sizes
-    training.read_checkpoint(folder)
+    read_checkpoint(folder)
     damaged = Path(shutil.copytree(folder, tmp_path / folder.name)) / f"__{ranks - 1}_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=f"__{ranks - 1}_0.distcp is damaged"):
-        training.read_checkpoint(damaged.parent)
+        read_checkpoint(damaged.parent)
 
 
 @pytest.mark.parametrize("other, named", [({"d_model": 24}, "its model is not the one of this run"),
@@ -230,10 +244,10 @@ def test_each_rank_writes_its_own_part_of_a_checkpoint(out, name, ranks, tmp_pat
                                           ({"optimizer": "adamw"}, "its optimizer is not the one")])
 def test_a_checkpoint_of_another_run_is_refused(out, other, named, tmp_path):
     folder = Path(shutil.copytree(out / "stopped", tmp_path / "stopped"))
-    config = training.read_meta(training.newest_checkpoint(folder))["config"]
+    config = read_meta(newest_checkpoint(folder))["config"]
     config |= {"out": str(folder), "shard": "none", "resume": True} | other
     with pytest.raises(ValueError, match=named):
-        train_pretrain.main(train_pretrain.Config(**config))
+        train_pretrain.main(build(train_pretrain.Config, config))
 
 
 def test_a_full_disk_under_one_rank_is_said_by_all_and_leaves_nothing_half_written(out):
@@ -243,7 +257,7 @@ def test_a_full_disk_under_one_rank_is_said_by_all_and_leaves_nothing_half_writt
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(out):
-    rows = training.read_metrics(out / "skips")
+    rows = read_metrics(out / "skips")
     assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 1, 1]
     assert all(weight.isfinite().all() for weight in
                safetensors.torch.load_file(out / "skips" / "model.safetensors").values())
