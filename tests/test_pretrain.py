@@ -1,20 +1,24 @@
 """train_pretrain.py on small texts: the loss, what it must beat, its figures, its bad input."""
 import json
 import math
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tiny import TOKENIZER, folder_of, tiny_model
-from tiny_runs import prepared
+from tiny import TOKENIZER, folder_of, tiny_model, write_rows
+from tiny_runs import prepared, same_run
 
 import corpus
 import readers
+import train_denoise
 import train_pretrain
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model
-from plumbing.options import build
+from plumbing.options import build, parse
 from scoring import token_logps
 
 LINES = "the bear ate {} red berries and slept.\n"
@@ -144,6 +148,48 @@ def test_another_run_goes_on_from_the_weights_and_the_tokenizer_of_init(tmp_path
     assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
     a, b = (weights_of(tmp_path / name) for name in ("base", "more"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------- what is dropped
+
+def test_exact_duplicates_and_empty_documents_are_dropped_counted_and_said(tmp_path, capsys):
+    unique = [f"the bear {i} ate {i * i} berries." for i in range(150)]
+    empty = ["", " \n", "*** ...", "-"]
+    runs = {"clean": unique, "dirty": [*unique[:5], *empty, *unique, empty[2], *unique[7:9]]}
+    for name, texts in runs.items():
+        rows = write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+        train_pretrain.main(config(tmp_path, data=rows, out=str(tmp_path / name)))
+    assert same_run(tmp_path / "clean", tmp_path / "dirty")
+    said = capsys.readouterr().err
+    assert "pretrain: dropped 0 duplicates and 0 empty documents\n" in said
+    # the second "*** ..." is a duplicate first
+    assert "pretrain: dropped 8 duplicates and 4 empty documents\n" in said
+
+
+def test_texts_that_differ_in_a_letter_or_a_space_are_no_duplicates():
+    texts = {("a", "train"): ["A bear.", "a bear.", "A bear. ", "A bear."],
+             ("a", "heldout"): ["A bear."]}                      # another split, another list
+    kept, n = corpus.drop_duplicates(texts)
+    assert n == 1 and kept["a", "train"] == texts["a", "train"][:3]
+    assert kept["a", "heldout"] == ["A bear."]
+    assert corpus.drop_empty({("a", "train"): ["7", "Ö", "\n", "?!"]}) == (
+        {("a", "train"): ["7", "Ö"]}, 2)
+
+
+# ---------------------------------------------------------------------- options of train_denoise.py
+
+@pytest.mark.parametrize("arguments", [
+    ["--objective", "mlm"], ["--objective=span", "--steps", "3"],
+    ["--steps", "3", "--next_sentence"], ["--architecture", "prefix"]])
+def test_options_of_bert_t5_and_ul2_are_answered_with_the_command(arguments, monkeypatch):
+    script = str(Path(train_pretrain.__file__))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(script, run_name="__main__")
+    sentence, command = exit.value.code.split("\n")
+    assert sentence.endswith("is an option of train_denoise.py:")
+    assert command == f"    python train_denoise.py {' '.join(arguments)}"
+    parse(train_denoise.Config, command.split()[2:])             # which takes all of them
 
 
 # ---------------------------------------------------------------------- bad input

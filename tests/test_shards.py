@@ -308,6 +308,27 @@ def test_training_from_shards_equals_training_from_the_text(tmp_path, monkeypatc
     assert Tokenizer.load(tmp_path / "same") == Tokenizer.load(folder)
 
 
+def test_duplicates_and_empty_documents_are_dropped_as_from_text(tmp_path):
+    clean = Path(write_corpus(tmp_path / "rows.jsonl"))
+    lines = clean.read_text().splitlines(keepends=True)
+    empty = [json.dumps({"text": text}) + "\n" for text in ("", "\n", "* * *")]
+    dirty = tmp_path / "dirty.jsonl"
+    dirty.write_text("".join([*lines[:40], *empty, *lines, *lines[20:30], *empty]))
+    of_clean, _ = written(tmp_path, data=str(clean))
+    for workers in (1, 2):
+        folder, index = written(tmp_path, data=str(dirty), out=str(tmp_path / f"dirty{workers}"),
+                                workers=workers)
+        assert {f.name: f.read_bytes() for f in folder.glob("*.bin")} == \
+            {f.name: f.read_bytes() for f in of_clean.glob("*.bin")}
+    streams = [prepared(pretrain_config(tmp_path, source, tokenizer="bytes")).streams
+               for source in (dirty, folder)]
+    for split in ("train", "heldout"):
+        from_text, from_shards = streams[0][str(dirty), split], streams[1][str(folder), split]
+        assert np.array_equal(from_text.tokens, from_shards.tokens[:])
+        assert from_text[1:] == from_shards[1:]                  # documents and bytes
+        assert index["splits"][split]["documents"] == from_text.n_documents
+
+
 def test_a_tokenizer_that_is_not_the_shards_own_is_refused(tmp_path):
     folder, _ = written(tmp_path, tokenizer="bpe", vocab_size=300)
     with pytest.raises(ValueError, match=r"another vocabulary \(300 tokens\) than the one given "
