@@ -13,8 +13,8 @@ from architectures import (
     with_encoder,
 )
 from model import ModelConfig, extend_vocabulary, parameter_count
-from muon import Muon
 from plumbing.folders import load_any_model, load_model
+from plumbing.optimizers import Muon
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ import data
 import moe
 from model import ModelConfig, Transformer, active_parameter_count, parameter_count
 from moe import MoE
-from plumbing.optimizers import Muon
 from plumbing.folders import load_model, save_model
+from plumbing.optimizers import Muon
 from sample import generate
 from scoring import token_logps
 from tokenizer import Tokenizer
@@ -359,7 +359,9 @@ def test_padding_leaves_load_and_losses_alone():
 def test_packed_examples_mark_their_padding():
     examples = [{"messages": [{"role": "user", "content": "hi"},
                               {"role": "assistant", "content": "ho"}], "where": "row 1"}]
-    packed = data.PackedExamples(examples, Tokenizer.bytes(), 32, seed=0)
+    tokenizer = Tokenizer.bytes()
+    examples = data.format_examples(examples, tokenizer)
+    packed = data.PackedExamples(examples, tokenizer, 32, seed=0)
     batch = packed.batch(0, 1)
     padding = batch.tokens == Tokenizer.bytes().pad
     assert padding.any() and torch.equal(batch.documents < 0, padding)

@@ -10,8 +10,10 @@ import lora
 import parallel
 import sample
 from data import left_pad, response_batch
-from model import KVCache, ModelConfig, Transformer, save_model, token_logps
+from model import KVCache, ModelConfig, Transformer
+from plumbing.folders import save_model
 from sample import KEEP, filter_logits, generate, next_token, print_stream, respond, stream
+from scoring import token_logps
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -354,7 +356,7 @@ def test_sampler_and_scorer_agree_on_the_log_probabilities(monkeypatch):
         for (row, token), logp in zip(pairs, logps, strict=True):
             outputs[row].append(token)
             sampled[row].append(logp)
-    scores = token_logps(model, response_batch(PROMPTS, outputs, 0, 0), temperature=0.7)
+    scores = token_logps(model.logps, response_batch(PROMPTS, outputs, 0, 0), temperature=0.7)
     for prompt, output, logps, row in zip(PROMPTS, outputs, sampled, scores.tolist()):
         first = len(prompt) - 1
         assert row[first:first + len(output)] == pytest.approx(logps, abs=1e-4)
