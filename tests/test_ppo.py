@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
+from tiny import END, TOKENIZER, ending_model, folder_of, slow_logps, tiny_model, write_rows
 
 import data
 import sample
@@ -33,16 +33,6 @@ from train_ppo import (
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
-
-
-def ending_model():
-    """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
-    model = tiny_model(tied=False)
-    with torch.no_grad():
-        states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
-        direction = states.mean(0)
-        model.lm_head.weight[END] = 4 * direction / direction.dot(direction)
-    return model
 
 
 def prompts_of(n):

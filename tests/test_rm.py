@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
+from tiny import (
+    END,
+    TOKENIZER,
+    conversation,
+    ending_model,
+    folder_of,
+    slow_logps,
+    tiny_model,
+    write_rows,
+)
 
 import data
 import readers
@@ -37,25 +46,6 @@ def config(tmp_path, **changes):
         "init": str(tmp_path / "sft"), "out": str(tmp_path / "rm"), "steps": 10, "warmup": 0,
         "data": str(tmp_path / "pairs.jsonl"), "batch_size": 8, "lr": 1.4e-3, "device": "cpu",
         "n_shift": 8, "max_new_tokens": 12, "dtype": "float32", "log_every": 1} | changes)
-
-
-def ending_model():
-    """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
-    model = tiny_model(tied=False)
-    with torch.no_grad():
-        states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
-        direction = states.mean(0)
-        model.lm_head.weight[END] = 4 * direction / direction.dot(direction)
-    return model
-
-
-def conversation(question="Is it?", answer="yes", after=()):
-    """One row: prompt, answer with its <|end|>, then tokens that belong to nobody."""
-    prompt = TOKENIZER.prompt([{"role": "user", "content": question}])
-    response = [*TOKENIZER.encode(answer), END]
-    ids = prompt + response + list(after)
-    mask = [0] * len(prompt) + [1] * len(response) + [0] * len(after)
-    return data.right_padded([(ids, mask)], TOKENIZER.pad, len(ids), [0])
 
 
 # ---------------------------------------------------------------------- the loss
