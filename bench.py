@@ -3,7 +3,7 @@ How fast we are beside what others use, measured in one run on this machine.
 
     python bench.py train                  # a training step of a 5.8M model; about 10 minutes
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
-    python bench.py kernels                # every kernel beside its alternatives (bench_kernels.py)
+    python bench.py kernels                # every kernel beside its alternatives (kernels/bench.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
     python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
 
@@ -405,9 +405,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] and sys.argv[1] in (*CONTENDERS, "kernels"):
         try:
             if sys.argv[1] == "kernels":
-                import bench_kernels
-                bench_kernels.main(parse(bench_kernels.Config, sys.argv[2:],
-                                                  bench_kernels.__doc__))
+                import kernels.bench
+                kernels.bench.main(kernels.bench.parse(sys.argv[2:]))
             else:
                 main(sys.argv[1], parse(Config, sys.argv[2:], __doc__))
         except ValueError as error:

@@ -231,4 +231,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__, train_pretrain.PRESETS)

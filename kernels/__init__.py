@@ -1,9 +1,11 @@
 """
-The fused operations of the model: formula, torch path and public function, one file each.
+The fused operations of the model, one file each.
 
 Each file has the formula and its gradient, a plain torch reference, Triton kernels for GPUs, a
-torch path for CPUs, and the public function that picks one. `backend()` says which;
+torch path for CPUs, and the public function that picks one of the two. `backend()` says which;
 KERNELS=torch|triton in the environment overrides.
+
+`python -m kernels.bench` times them beside their alternatives.
 """
 
 import ctypes
@@ -59,6 +61,9 @@ def keep_memory() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "256")
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                           # glibc has it, musl has not
         libc.mallopt(-3, 2**25)                            # own mappings above 32 MB only
-        libc.mallopt(-1, 2**31 - 1)                        # trim what is free at the top: never
+        libc.mallopt(-1, 2**31 - 1)                        # never trim free memory at the top

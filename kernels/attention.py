@@ -12,9 +12,10 @@ FLOPs where all see all: 4 T^2 C a query head forward, 10 T^2 C backward; causal
 v and O once, and one number a row.
 
 The kernels (Dao 2023, FlashAttention-2; the softmax of Milakov and Gimelshein 2018) never hold P: a
-program has a tile of M rows and walks over what these see, or what sees these, in tiles of N.
-Forward keeps O and the log-sum-exp of each row; backward makes S and dP again, once in the kernel
-of dQ and once in that of dK and dV: 14 T^2 C, and no two programs add to the same number.
+program has a tile of M queries and walks over the keys that these see, or a tile of M keys and
+walks over the queries that see these, in tiles of N. Forward keeps O and the log-sum-exp of each
+row; backward makes S and dP again, once in the kernel of dQ and once in the kernel of dK and dV:
+14 T^2 C, and no two programs add to the same number.
 
 Every mask here lets query i see an interval of keys, lo[i] <= j < hi[i], whose ends never fall from
 one query to the next; each key is then seen by an interval of queries. So the first and the last
@@ -38,7 +39,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import (
-    FLOATS,
     INTERPRETED,
     backend,
     check,
@@ -74,48 +74,54 @@ TILE_INTERPRETED = 32, 16, 4, 1        # so that tests cross borders
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
                         documents: Tensor | None = None, prefix: Tensor | None = None,
                         lengths: Tensor | None = None) -> Tensor:
+    """Arguments and result as for attention()."""
     T, H, C = q.shape[1:]
-    k, v = (x.repeat_interleave(H // k.shape[2], dim=2) for x in (k, v))
+    G = H // k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bihc,bjhc->bhij", q.to(wide), k.to(wide)) / C**0.5
+    k = k.repeat_interleave(G, dim=2).to(wide)             # (B, Tk, H, C)
+    v = v.repeat_interleave(G, dim=2).to(wide)
+
+    scores = torch.einsum("bihc,bjhc->bhij", q.to(wide), k) / C**0.5
     hidden = ~visible(slice(0, T), k.shape[1], causal, documents, prefix, lengths, q.device)
     P = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("bhij,bjhc->bihc", P, v.to(wide)).to(q.dtype)
+    return torch.einsum("bhij,bjhc->bihc", P, v).to(q.dtype)
 
 
 def visible(rows: slice, keys: int, causal: bool, documents: Tensor | None, prefix: Tensor | None,
             lengths: Tensor | None, device) -> Tensor:
     """(1 or B, 1, rows, keys): True where a query of `rows` may see a key of the first `keys`."""
-    seen = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=device)[None, None]
+    allowed = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=device)[None, None]
     if causal:
-        seen = seen.tril(rows.start)
+        allowed = allowed.tril(rows.start)                 # query i of all is row i - rows.start
     if documents is not None:
-        seen = seen & (documents[:, None, rows, None] == documents[:, None, None, :keys])
+        allowed = allowed & (documents[:, None, rows, None] == documents[:, None, None, :keys])
     if prefix is not None:
-        seen = seen | (torch.arange(keys, device=device) < prefix[:, None, None, None])
+        allowed = allowed | (torch.arange(keys, device=device) < prefix[:, None, None, None])
     if lengths is not None:
-        seen = seen & (torch.arange(keys, device=device) < lengths[:, None, None, None])
-    return seen
+        allowed = allowed & (torch.arange(keys, device=device) < lengths[:, None, None, None])
+    return allowed
 
 
 # ---------------------------------------------------------------------- Triton
 
 @triton.jit
 def head_of(x, b, h, stride_b, stride_h, C: tl.constexpr):
-    """Where the rows of batch row b, head h begin. All strides count rows of C channels."""
+    """The address of the first row of batch row b, head h. All strides count rows of C channels."""
     return x + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * C
 
 
 @triton.jit
 def contiguous_head(x, b, h, T, HEADS: tl.constexpr, C: tl.constexpr):
-    """The same for a contiguous (B, T, HEADS, C)."""
+    """head_of() for a contiguous (B, T, HEADS, C)."""
     return head_of(x, b, h, tl.cast(T, tl.int64) * HEADS, 1, C)
 
 
 @triton.jit
 def load_rows(x, start, rows, stride, C: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr):
     """(N, BLOCK_C): rows start, start + 1, ... of x, zeros beyond `rows` and C."""
-    n, c = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    n = tl.arange(0, N)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    # 64 bits to the tile's first row, 32 inside the tile: a tile is small, and 32 are faster
     at = x + tl.cast(start, tl.int64) * stride * C + (n * stride * C + c)
     return tl.load(at, (start + n < rows) & (c < C), other=0.0)
 
@@ -123,14 +129,16 @@ def load_rows(x, start, rows, stride, C: tl.constexpr, N: tl.constexpr, BLOCK_C:
 @triton.jit
 def store_rows(x, tile, start, rows, stride, C: tl.constexpr, N: tl.constexpr,
                BLOCK_C: tl.constexpr):
-    n, c = tl.arange(0, N)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    """tile (N, BLOCK_C) to rows start, start + 1, ... of x, up to `rows` and C."""
+    n = tl.arange(0, N)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
     at = x + tl.cast(start, tl.int64) * stride * C + (n * stride * C + c)
     tl.store(at, tile.to(x.dtype.element_ty), (start + n < rows) & (c < C))
 
 
 @triton.jit
 def stats_row(T):
-    """Entries between rows of lse and of delta, (B, H, T and up to 15 unused): always aligned."""
+    """The stride of lse and delta, (B, H, T and up to 15 unused): aligned loads, whatever T is."""
     return tl.cdiv(T, 16) * 16
 
 
@@ -139,7 +147,9 @@ def interval(row, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.const
     """[lo, hi) of the keys that query `row` sees; OF_KEYS: of the queries that see key `row`."""
     if MASK == "interval":
         at = b * rows + row
-        return tl.load(lo + at, row < rows, other=0), tl.load(hi + at, row < rows, other=0)
+        lo_row = tl.load(lo + at, row < rows, other=0)
+        hi_row = tl.load(hi + at, row < rows, other=0)
+        return lo_row, hi_row
     elif MASK == "full":
         return 0, others
     elif OF_KEYS:
@@ -151,8 +161,11 @@ def interval(row, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.const
 @triton.jit
 def walk(first, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.constexpr,
          M: tl.constexpr, N: tl.constexpr):
-    """What M rows see, by the intervals of the first and the last: from begin to end some of them
-    see something, from inner_begin to inner_end all of them everything. begin is aligned to N."""
+    """The range of the others that M rows see, from the intervals of the first and the last row.
+
+    From begin to end at least one row sees one of the others; from inner_begin to inner_end every
+    row sees every one, so that no score is masked there. begin is aligned to N."""
+    # ends never fall from row to row: the first row has the lowest, the last row the highest
     last = tl.minimum(first + M, rows) - 1
     begin, inner_end = interval(first, b, rows, others, lo, hi, MASK, OF_KEYS)
     inner_begin, end = interval(last, b, rows, others, lo, hi, MASK, OF_KEYS)
@@ -161,16 +174,28 @@ def walk(first, b, rows, others, lo, hi, MASK: tl.constexpr, OF_KEYS: tl.constex
 
 @triton.jit
 def hide(S, start, lo, hi, N: tl.constexpr):
-    """Scores of others from `start` on, -inf outside each row's [lo, hi)."""
+    """S (M, N) of the others from `start` on, with -inf outside each row's [lo, hi)."""
     n = start + tl.arange(0, N)[None, :]
     return tl.where((lo <= n) & (n < hi), S, -float("inf"))
 
 
 @triton.jit
+def scores(tile, others, start, inner_begin, inner_end, lo, hi, N: tl.constexpr):
+    """S (M, N) of M rows and of the N others from `start` on, tiles of q and k or of k and q."""
+    S = tl.dot(tile, others.T, input_precision="ieee")
+    if (start < inner_begin) | (start + N > inner_end):    # elsewhere every row sees every one
+        S = hide(S, start, lo, hi, N)
+    return S
+
+
+@triton.jit
 def absorb(S, v_tile, O, m, l, scale):
-    """Online softmax, one tile further: m largest exponent so far, l sum of P, O = P V."""
+    """Online softmax, one tile further: m (M,) largest exponent so far, l (M,) sum of P, O = P V.
+
+    Exponents are to base 2: scale is log2(e) / sqrt(C)."""
     m_new = tl.maximum(m, tl.max(S, 1) * scale)
     P = tl.exp2(S * scale - m_new[:, None])
+    # O and l of the tiles before counted from the old maximum
     shrink = tl.exp2(m - m_new)
     O = tl.dot(P.to(v_tile.dtype), v_tile, O * shrink[:, None], input_precision="ieee")
     return O, m_new, l * shrink + tl.sum(P, 1)
@@ -178,9 +203,11 @@ def absorb(S, v_tile, O, m, l, scale):
 
 @triton.jit
 def nothing_seen(M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """O, m, l to begin with. m is finite, as -inf - -inf is NaN."""
-    return (tl.zeros((M, BLOCK_C), tl.float32), tl.full((M,), -3e38, tl.float32),
-            tl.zeros((M,), tl.float32))
+    """O, m, l to begin with."""
+    O = tl.zeros((M, BLOCK_C), tl.float32)
+    m = tl.full((M,), -3e38, tl.float32)                   # finite, because -inf - -inf is NaN
+    l = tl.zeros((M,), tl.float32)
+    return O, m, l
 
 
 @triton.jit
@@ -191,26 +218,39 @@ def normalized(O, m, l):
 
 
 @triton.jit
+def tile_of_queries(Tq, M: tl.constexpr):
+    """The program's b H + h and first query. The last queries, which see most if causal, are the
+    first to be taken, because short programs fill the gaps at the end better than long ones."""
+    tiles = tl.cdiv(Tq, M)
+    bh = tl.program_id(0) // tiles
+    first = (tiles - 1 - tl.program_id(0) % tiles) * M
+    return bh, first
+
+
+@triton.jit
 def forward_kernel(q, k, v, lo, hi, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, Tq, Tk, scale,
                    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr,
                    M: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """M queries of one head; the last, which see most if causal, are the first to be taken."""
-    tiles = tl.cdiv(Tq, M)
-    bh, first = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
-    b, h, i = bh // H, bh % H, first + tl.arange(0, M)
-    k, v = head_of(k, b, h // G, k_b, k_h, C), head_of(v, b, h // G, k_b, k_h, C)
+    """out and lse of M queries of one head."""
+    bh, first = tile_of_queries(Tq, M)
+    b = bh // H
+    h = bh % H
+    i = first + tl.arange(0, M)
+
+    k = head_of(k, b, h // G, k_b, k_h, C)
+    v = head_of(v, b, h // G, k_b, k_h, C)
     q_tile = load_rows(head_of(q, b, h, q_b, q_h, C), first, Tq, q_t, C, M, BLOCK_C)
-    q_tile = q_tile.to(k.dtype.element_ty)
+    q_tile = q_tile.to(k.dtype.element_ty)                 # a cache may be of another dtype than q
     O, m, l = nothing_seen(M, BLOCK_C)
     lo_rows, hi_rows = interval(i[:, None], b, Tq, Tk, lo, hi, MASK, False)
     begin, end, inner_begin, inner_end = walk(first, b, Tq, Tk, lo, hi, MASK, False, M, N)
+
     for start in range(begin, end, N):
         k_tile = load_rows(k, start, Tk, k_t, C, N, BLOCK_C)
         v_tile = load_rows(v, start, Tk, k_t, C, N, BLOCK_C)
-        S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if (start < inner_begin) | (start + N > inner_end):
-            S = hide(S, start, lo_rows, hi_rows, N)
+        S = scores(q_tile, k_tile, start, inner_begin, inner_end, lo_rows, hi_rows, N)
         O, m, l = absorb(S, v_tile, O, m, l, scale)
+
     O, lse_tile = normalized(O, m, l)
     store_rows(contiguous_head(out, b, h, Tq, H, C), O, first, Tq, H, C, M, BLOCK_C)
     tl.store(lse + bh * stats_row(Tq) + i, lse_tile, i < Tq)
@@ -220,33 +260,40 @@ def forward_kernel(q, k, v, lo, hi, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, Tq, 
 def dq_kernel(q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H: tl.constexpr,
               G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr,
               N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """M queries of one head, as in the forward pass. Also writes delta, rowsum(dO * O)."""
-    tiles, K = tl.cdiv(Tq, M), H // G
-    bh, first = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
-    b, h, i = bh // H, bh % H, first + tl.arange(0, M)
-    k, v = contiguous_head(k, b, h // G, Tk, K, C), contiguous_head(v, b, h // G, Tk, K, C)
-    q, out = contiguous_head(q, b, h, Tq, H, C), contiguous_head(out, b, h, Tq, H, C)
-    dout, dq = contiguous_head(dout, b, h, Tq, H, C), contiguous_head(dq, b, h, Tq, H, C)
+    """dq of M queries of one head, and delta, rowsum(dO * O), which dk_dv_kernel reads."""
+    bh, first = tile_of_queries(Tq, M)
+    K = H // G
+    b = bh // H
+    h = bh % H
+    i = first + tl.arange(0, M)
+
+    k = contiguous_head(k, b, h // G, Tk, K, C)
+    v = contiguous_head(v, b, h // G, Tk, K, C)
+    q = contiguous_head(q, b, h, Tq, H, C)
+    out = contiguous_head(out, b, h, Tq, H, C)
+    dout = contiguous_head(dout, b, h, Tq, H, C)
+    dq = contiguous_head(dq, b, h, Tq, H, C)
+
     q_tile = load_rows(q, first, Tq, H, C, M, BLOCK_C)
     O = load_rows(out, first, Tq, H, C, M, BLOCK_C)
     dout_tile = load_rows(dout, first, Tq, H, C, M, BLOCK_C)
-    delta_tile = tl.sum(O.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    delta_tile = tl.sum(O.to(tl.float32) * dout_tile.to(tl.float32), 1)        # (M,)
     at = bh * stats_row(Tq) + i
     tl.store(delta + at, delta_tile, i < Tq)
     lse_tile = tl.load(lse + at, i < Tq, other=0.0)
+
     dq_tile = tl.zeros((M, BLOCK_C), tl.float32)
     lo_rows, hi_rows = interval(i[:, None], b, Tq, Tk, lo, hi, MASK, False)
     begin, end, inner_begin, inner_end = walk(first, b, Tq, Tk, lo, hi, MASK, False, M, N)
     for start in range(begin, end, N):
         k_tile = load_rows(k, start, Tk, K, C, N, BLOCK_C)
         v_tile = load_rows(v, start, Tk, K, C, N, BLOCK_C)
-        S = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if (start < inner_begin) | (start + N > inner_end):
-            S = hide(S, start, lo_rows, hi_rows, N)
-        P = tl.exp2(S * scale - lse_tile[:, None])
+        S = scores(q_tile, k_tile, start, inner_begin, inner_end, lo_rows, hi_rows, N)
+        P = tl.exp2(S * scale - lse_tile[:, None])         # softmax at once: its sum is known
         dP = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
         dS = P * (dP - delta_tile[:, None])
         dq_tile = tl.dot(dS.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+
     store_rows(dq, dq_tile * C**-0.5, first, Tq, H, C, M, BLOCK_C)
 
 
@@ -254,34 +301,42 @@ def dq_kernel(q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H: tl.c
 def dk_dv_kernel(q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, scale, H: tl.constexpr,
                  G: tl.constexpr, C: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr,
                  N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """M keys of one key/value head, walking over the queries of its G heads, which take turns.
-    lo, hi: the queries that see each key."""
-    tiles, K = tl.cdiv(Tk, M), H // G
-    bk, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
-    b, kv, j = bk // K, bk % K, first + tl.arange(0, M)
-    k, v = contiguous_head(k, b, kv, Tk, K, C), contiguous_head(v, b, kv, Tk, K, C)
-    k_tile = load_rows(k, first, Tk, K, C, M, BLOCK_C)
-    v_tile = load_rows(v, first, Tk, K, C, M, BLOCK_C)
-    dk_tile, dv_tile = tl.zeros((M, BLOCK_C), tl.float32), tl.zeros((M, BLOCK_C), tl.float32)
+    """dk and dv of M keys of one key/value head. lo, hi: the queries that see each key."""
+    tiles = tl.cdiv(Tk, M)
+    K = H // G
+    bk = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * M                   # the first keys are seen by most queries
+    b = bk // K
+    kv = bk % K
+    j = first + tl.arange(0, M)
+
+    k_tile = load_rows(contiguous_head(k, b, kv, Tk, K, C), first, Tk, K, C, M, BLOCK_C)
+    v_tile = load_rows(contiguous_head(v, b, kv, Tk, K, C), first, Tk, K, C, M, BLOCK_C)
+    dk_tile = tl.zeros((M, BLOCK_C), tl.float32)
+    dv_tile = tl.zeros((M, BLOCK_C), tl.float32)
     lo_rows, hi_rows = interval(j[:, None], b, Tk, Tq, lo, hi, MASK, True)
     begin, end, inner_begin, inner_end = walk(first, b, Tk, Tq, lo, hi, MASK, True, M, N)
+
+    # one loop over tiles of queries times the G query heads, which take turns at each tile
     for n in range(tl.cdiv(end - begin, N) * G):
-        h, start = kv * G + n % G, begin + n // G * N
+        h = kv * G + n % G
+        start = begin + n // G * N
         i = start + tl.arange(0, N)
         at = (bk * G + n % G) * stats_row(Tq) + i
-        q_h, dout_h = contiguous_head(q, b, h, Tq, H, C), contiguous_head(dout, b, h, Tq, H, C)
-        q_tile = load_rows(q_h, start, Tq, H, C, N, BLOCK_C)
-        dout_tile = load_rows(dout_h, start, Tq, H, C, N, BLOCK_C)
+        q_tile = load_rows(contiguous_head(q, b, h, Tq, H, C), start, Tq, H, C, N, BLOCK_C)
+        dout_tile = load_rows(contiguous_head(dout, b, h, Tq, H, C), start, Tq, H, C, N, BLOCK_C)
+
+        # S, P, dP and dS are transposed here: (M keys, N queries)
         dP = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
-        S = tl.dot(k_tile, q_tile.T, input_precision="ieee")
-        if (start < inner_begin) | (start + N > inner_end):
-            S = hide(S, start, lo_rows, hi_rows, N)
+        S = scores(k_tile, q_tile, start, inner_begin, inner_end, lo_rows, hi_rows, N)
         P = tl.exp2(S * scale - tl.load(lse + at, i < Tq, other=0.0)[None, :])
         dS = P * (dP - tl.load(delta + at, i < Tq, other=0.0)[None, :])
         dv_tile = tl.dot(P.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
         dk_tile = tl.dot(dS.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
-    dk, dv = contiguous_head(dk, b, kv, Tk, K, C), contiguous_head(dv, b, kv, Tk, K, C)
+
+    dk = contiguous_head(dk, b, kv, Tk, K, C)
     store_rows(dk, dk_tile * C**-0.5, first, Tk, K, C, M, BLOCK_C)
+    dv = contiguous_head(dv, b, kv, Tk, K, C)
     store_rows(dv, dv_tile, first, Tk, K, C, M, BLOCK_C)
 
 
@@ -291,13 +346,22 @@ def decode_kernel(q, k, v, starts, shares, lse, k_b, k_t, k_h, length, splits, s
                   N: tl.constexpr, BLOCK_C: tl.constexpr):
     """The G query heads of one key/value head, as M rows, over one of `splits` shares of the slots
     -> shares (B H, splits, C), lse (B H, splits)."""
-    bk, split, g = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.arange(0, M)
-    b, kv = bk // K, bk % K
-    k, v = head_of(k, b, kv, k_b, k_h, C), head_of(v, b, kv, k_b, k_h, C)
+    bk = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    g = tl.arange(0, M)
+    b = bk // K
+    kv = bk % K
+
+    # with one query a row, q is (B K, G, C): the group's heads lie one after the other
+    k = head_of(k, b, kv, k_b, k_h, C)
+    v = head_of(v, b, kv, k_b, k_h, C)
     q_tile = load_rows(q, bk * G, bk * G + G, 1, C, M, BLOCK_C).to(k.dtype.element_ty)
+
+    # shares are whole tiles of slots from the row's start on; the last may be short or empty
     start = tl.load(starts + b).to(tl.int32)
     share = tl.cdiv(length - start, splits * N) * N
-    lo, hi = start + split * share, tl.minimum(start + (split + 1) * share, length)
+    lo = start + split * share
+    hi = tl.minimum(start + (split + 1) * share, length)
     O, m, l = nothing_seen(M, BLOCK_C)
     for slot in range(lo, hi, N):
         k_tile = load_rows(k, slot, length, k_t, C, N, BLOCK_C)
@@ -306,6 +370,7 @@ def decode_kernel(q, k, v, starts, shares, lse, k_b, k_t, k_h, length, splits, s
         if slot + N > hi:
             S = hide(S, slot, lo, hi, N)
         O, m, l = absorb(S, v_tile, O, m, l, scale)
+
     O, lse_tile = normalized(O, m, l)
     at = bk * G * splits + split
     store_rows(shares + at.to(tl.int64) * C, O, 0, G, splits, C, M, BLOCK_C)
@@ -316,9 +381,11 @@ def decode_kernel(q, k, v, starts, shares, lse, k_b, k_t, k_h, length, splits, s
 def combine_kernel(shares, lse, out, splits, C: tl.constexpr, N: tl.constexpr,
                    BLOCK_C: tl.constexpr):
     """One head: the mean of its shares, each weighted by its part of the softmax's denominator."""
-    bh, n, c = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, BLOCK_C)
+    bh = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, N)
+    c = tl.arange(0, BLOCK_C)
     lse_tile = tl.load(lse + bh * splits + n, n < splits, other=-float("inf"))
-    weight = tl.exp2(lse_tile - tl.max(lse_tile, 0))
+    weight = tl.exp2(lse_tile - tl.max(lse_tile, 0))       # (N,); an empty share has none
     tile = load_rows(shares, bh * splits, bh * splits + splits, 1, C, N, BLOCK_C)
     mean = tl.sum(weight[:, None] * tile, 0) / tl.sum(weight, 0)
     tl.store(out + bh * C + c, mean.to(out.dtype.element_ty), c < C)
@@ -326,9 +393,14 @@ def combine_kernel(shares, lse, out, splits, C: tl.constexpr, N: tl.constexpr,
 
 def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dict:
     """Tile sizes, warps and pipeline stages for head width C."""
-    tiles = TILES[kernel][shared_memory(device) < 200_000]
-    name = "the head width C" + " of a backward pass" * (kernel in ("dq", "dk_dv"))
-    block = max(16, check_width(name, C, WIDTHS[len(tiles) - 1]))
+    large, small = TILES[kernel]
+    tiles = large if shared_memory(device) >= 200_000 else small
+    name = "the head width C"
+    if kernel in ("dq", "dk_dv"):
+        name += " of a backward pass"
+    widest = WIDTHS[len(tiles) - 1]
+    block = max(16, check_width(name, C, widest))          # a dot needs an inner size of 16
+
     if dtype == torch.float32:
         tiles = TILES_FP32.get(kernel, TILES_FP32["others"])
     M, N, warps, stages = tiles[WIDTHS.index(max(64, block))]
@@ -340,20 +412,40 @@ def tiling(kernel: str, C: int, dtype: torch.dtype, device: torch.device) -> dic
 def addressed(q: Tensor, k: Tensor, v: Tensor) -> tuple:
     """q, k, v, their strides in rows of C, and their lengths. Views, as those of a cache, are not
     copied unless C channels do not make a row, or k and v lie differently."""
-    for name, x, dtypes in (("q", q, FLOATS), ("k", k, FLOATS), ("v", v, (k.dtype,))):
-        check(name, x, x.shape, dtypes, contiguous=False)
+    check("q", q, q.shape, contiguous=False)
+    check("k", k, k.shape, contiguous=False)
+    check("v", v, v.shape, (k.dtype,), contiguous=False)
     C = q.shape[3]
-    whole = [x.stride(3) == 1 and not any(n % C for n in x.stride()[:3]) for x in (q, k)]
-    q = q if whole[0] else q.contiguous()
-    if not whole[1] or k.stride() != v.stride():
-        k, v = k.contiguous(), v.contiguous()
-    strides = [n // C for x in (q, k) for n in x.stride()[:3]]
+    if not in_rows(q):
+        q = q.contiguous()
+    if not in_rows(k) or k.stride() != v.stride():
+        k = k.contiguous()
+        v = v.contiguous()
+
+    # of batch row, token and head, for q and for k (and v)
+    strides = [n // C for n in q.stride()[:3] + k.stride()[:3]]
     return q, k, v, (*strides, q.shape[1], k.shape[1])
 
 
+def in_rows(x: Tensor) -> bool:
+    """Whether x (B, T, H, C) lies in memory as rows of C channels, each at a multiple of C."""
+    *strides, channel_stride = x.stride()
+    C = x.shape[3]
+    return channel_stride == 1 and all(n % C == 0 for n in strides)
+
+
+def mask_kind(lo: Tensor | None, causal: bool) -> str:
+    """MASK of the kernels: intervals from tables, or by arithmetic."""
+    if lo is not None:
+        return "interval"
+    return "causal" if causal else "full"
+
+
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, C) and lse (B, H, Tq rounded up to 16, see stats_row), not filled."""
     B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, -(-Tq // 16) * 16, dtype=torch.float32)
+    rounded = -(-Tq // 16) * 16
+    return q.new_empty(q.shape), q.new_empty(B, H, rounded, dtype=torch.float32)
 
 
 @torch.library.custom_op("lifecycle::attention_forward", mutates_args=())
@@ -362,15 +454,18 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tenso
     """q (B, Tq, H, C), k, v (B, Tk, K, C), lo, hi (B, Tq) or, without them, causal or all keys ->
     out (B, Tq, H, C) and lse (B, H, Tq + up to 15), in fp32 to base 2."""
     q, k, v, layout = addressed(q, k, v)
-    (B, Tq, H, C), K = q.shape, k.shape[2]
+    B, Tq, H, C = q.shape
+    G = H // k.shape[2]
     if lo is not None:
-        lo, hi = (check(name, x, (B, Tq), (torch.int32,)) for name, x in (("lo", lo), ("hi", hi)))
-    mask = "interval" if lo is not None else "causal" if causal else "full"
+        lo = check("lo", lo, (B, Tq), (torch.int32,))
+        hi = check("hi", hi, (B, Tq), (torch.int32,))
+
     out, lse = outputs(q)
     tile = tiling("forward", C, k.dtype, q.device)
-    if q.numel():
-        forward_kernel[(B * H * triton.cdiv(Tq, tile["M"]),)](
-            q, k, v, lo, hi, out, lse, *layout, C**-0.5 * LOG2_E, H, H // K, C, mask, **tile)
+    programs = B * H * triton.cdiv(Tq, tile["M"])
+    if q.numel():                                          # a grid of no programs is an error
+        forward_kernel[(programs,)](q, k, v, lo, hi, out, lse, *layout, C**-0.5 * LOG2_E, H, G, C,
+                                    mask_kind(lo, causal), **tile)
     return out, lse
 
 
@@ -383,24 +478,34 @@ def _(q, k, v, lo, hi, causal):
 def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                     lo: Tensor | None, hi: Tensor | None,
                     causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes of q, k, v; out, lse, lo, hi as launch_forward() has them."""
     dout = check("the gradient of the output", dout, q.shape, (q.dtype,))
     q, k, v, out = (x.contiguous() for x in (q, k, v, out))
-    (B, Tq, H, C), (Tk, K) = q.shape, k.shape[1:3]
-    mask = "interval" if lo is not None else "causal" if causal else "full"
+    B, Tq, H, C = q.shape
+    Tk, K = k.shape[1:3]
+    G = H // K
+    scale = C**-0.5 * LOG2_E
+    mask = mask_kind(lo, causal)
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
+
     tile = tiling("dq", C, q.dtype, q.device)
-    dq_kernel[(B * H * triton.cdiv(Tq, tile["M"]),)](
-        q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, C**-0.5 * LOG2_E, H, H // K, C, mask,
-        **tile)
-    if lo is not None:                                     # queries that see key j: lo <= j < hi
+    programs = B * H * triton.cdiv(Tq, tile["M"])
+    dq_kernel[(programs,)](q, k, v, lo, hi, out, lse, dout, delta, dq, Tq, Tk, scale, H, G, C, mask,
+                           **tile)
+
+    # query i sees lo[i] <= j < hi[i], ends that never fall: key j is seen from the first query
+    # with hi > j on, up to the first query with lo > j
+    if lo is not None:
         j = torch.arange(Tk, dtype=torch.int32, device=q.device).repeat(B, 1)
-        lo, hi = (torch.searchsorted(x, j, right=True, out_int32=True) for x in (hi, lo))
+        first_query = torch.searchsorted(hi, j, right=True, out_int32=True)
+        end_query = torch.searchsorted(lo, j, right=True, out_int32=True)
+        lo, hi = first_query, end_query
     tile = tiling("dk_dv", C, q.dtype, q.device)
-    dk_dv_kernel[(B * K * triton.cdiv(Tk, tile["M"]),)](
-        q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, C**-0.5 * LOG2_E, H, H // K, C, mask,
-        **tile)
+    programs = B * K * triton.cdiv(Tk, tile["M"])
+    dk_dv_kernel[(programs,)](q, k, v, lo, hi, lse, dout, delta, dk, dv, Tq, Tk, scale, H, G, C,
+                              mask, **tile)
     return dq, dk, dv
 
 
@@ -411,20 +516,26 @@ def _(dout, q, k, v, out, lse, lo, hi, causal):
 
 @torch.library.custom_op("lifecycle::attention_decode", mutates_args=())
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
-    """q (B, 1, H, C), k, v (B, S, K, C) -> (B, 1, H, C). Programs: four a multiprocessor, none with
-    less than two tiles."""
-    q, k, v, (_, _, _, *k_strides, _, _) = addressed(q.contiguous(), k, v)
-    (B, _, H, C), K = q.shape, k.shape[2]
+    """q (B, 1, H, C), k, v (B, S, K, C) -> (B, 1, H, C)."""
+    q, k, v, layout = addressed(q.contiguous(), k, v)
+    _, _, _, *k_strides, _, _ = layout
+    B, _, H, C = q.shape
+    K = k.shape[2]
+    G = H // K
     starts = check("starts", starts, (B,), (torch.int32, torch.int64))
     tile = tiling("decode", C, k.dtype, q.device)
-    tile["M"] = max(16, triton.next_power_of_2(H // K))
-    splits = max(1, min(128, triton.cdiv(length, 2 * tile["N"]),
-                        4 * multiprocessors(q.device) // max(1, B * K)))
+    tile["M"] = max(16, triton.next_power_of_2(G))         # a dot needs 16 rows
+
+    # four programs a multiprocessor, none with less than two tiles of slots
+    enough = 4 * multiprocessors(q.device) // max(1, B * K)
+    longest = triton.cdiv(length, 2 * tile["N"])
+    splits = max(1, min(128, longest, enough))
     shares = q.new_empty(B * H, splits, C, dtype=torch.float32)
-    lse, out = shares.new_empty(B * H, splits), q.new_empty(q.shape)
-    if q.numel():
+    lse = shares.new_empty(B * H, splits)
+    out = q.new_empty(q.shape)
+    if q.numel():                                          # a grid of no programs is an error
         decode_kernel[(B * K * splits,)](q, k, v, starts, shares, lse, *k_strides, length, splits,
-                                         C**-0.5 * LOG2_E, K, H // K, C, **tile)
+                                         C**-0.5 * LOG2_E, K, G, C, **tile)
         combine_kernel[(B * H,)](shares, lse, out, splits, C, triton.next_power_of_2(splits),
                                  tile["BLOCK_C"], num_warps=8)
     return out
@@ -436,6 +547,8 @@ def _(q, k, v, starts, length):
 
 
 class FusedAttention(torch.autograd.Function):
+    """Keeps q, k, v, out and one number a row; P is made again."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None,
                 causal: bool) -> Tensor:
@@ -459,13 +572,17 @@ def intervals(B: int, T: int, causal: bool, documents: Tensor | None, prefix: Te
     if lengths is not None:
         hi = lengths[:, None].to(torch.int32).repeat(1, T)
         return torch.zeros_like(hi), hi
-    behind = torch.arange(1, T + 1, dtype=torch.int32, device=device).repeat(B, 1)
+
+    behind = torch.arange(1, T + 1, dtype=torch.int32, device=device).repeat(B, 1)     # i + 1
     if prefix is not None:
         hi = torch.maximum(behind, prefix[:, None].clamp(max=T)).to(torch.int32)
         return torch.zeros_like(hi), hi
-    number = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)        # 0, 1, 2 ...
-    lo, end = (torch.searchsorted(number, number, right=right, out_int32=True)
-               for right in (False, True))
+
+    # documents numbered 0, 1, 2 ... along each row, because searchsorted takes ascending numbers:
+    # a document begins at the first equal number and ends behind the last
+    number = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)
+    lo = torch.searchsorted(number, number, right=False, out_int32=True)
+    end = torch.searchsorted(number, number, right=True, out_int32=True)
     return lo, behind if causal else end
 
 
@@ -477,10 +594,14 @@ def biases(T: int, Tk: int, H: int, K: int, causal: bool, documents: Tensor | No
     blocks = []
     for first in range(0, T, BLOCK):
         tokens = slice(first, min(first + BLOCK, T))
-        keys = tokens.stop if causal and prefix is None else Tk
-        seen = visible(tokens, keys, causal, documents, prefix, lengths, device)
-        bias = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-        bias = bias.repeat_interleave(H // K, 2).expand(-1, 1 if len(bias) == 1 else K, -1, -1)
+        keys = tokens.stop if causal and prefix is None else Tk          # none after the block
+        allowed = visible(tokens, keys, causal, documents, prefix, lengths, device)
+        bias = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+
+        # rows are (token, head of the group) pairs; the same for all key/value heads
+        bias = bias.repeat_interleave(H // K, 2)
+        if len(bias) > 1:                                  # a mask for each text
+            bias = bias.expand(-1, K, -1, -1)
         blocks.append(bias.flatten(0, 1))
     return blocks
 
@@ -490,18 +611,25 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor):
-        (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
+        B, T, H, C = q.shape
+        Tk, K = k.shape[1:3]
         G = H // K
-        q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
-        k, v = (x.transpose(1, 2).reshape(B * K, Tk, C) for x in (k, v))
-        q, k, v = (x.contiguous() for x in (q, k, v))          # parts of a whole would keep it all
-        out, kept = torch.empty_like(q), []
+        # contiguous, because views of one projection would keep all of it until backward
+        q = q.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C).contiguous()
+        k = k.transpose(1, 2).reshape(B * K, Tk, C).contiguous()
+        v = v.transpose(1, 2).reshape(B * K, Tk, C).contiguous()
+
+        out = torch.empty_like(q)
+        kept = []
         for i, bias in enumerate(biases):
-            rows, keys = slice(G * BLOCK * i, G * BLOCK * i + bias.shape[1]), bias.shape[2]
+            first = G * BLOCK * i
+            rows = slice(first, first + bias.shape[1])
+            keys = bias.shape[2]
             scores = torch.baddbmm(bias, q[:, rows], k[:, :keys].mT, alpha=C**-0.5)
-            P = scores.softmax(-1)                             # (B K, rows, keys), fp32 inside
+            P = scores.softmax(-1)                         # (B K, rows, keys), fp32 inside
             out[:, rows] = P @ v[:, :keys]
             kept.append(P)
+
         ctx.save_for_backward(q, k, v, *kept)
         ctx.shape = B, T, H, K, C, Tk
         return out.view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
@@ -513,16 +641,24 @@ class BlockAttention(torch.autograd.Function):
         B, T, H, K, C, Tk = ctx.shape
         G = H // K
         dout = dout.reshape(B, T, K, G * C).transpose(1, 2).reshape(B * K, T * G, C)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         for i, P in enumerate(kept):
-            rows, keys = slice(G * BLOCK * i, G * BLOCK * i + P.shape[1]), P.shape[2]
-            dv[:, :keys] += P.mT @ dout[:, rows]
+            first = G * BLOCK * i
+            rows = slice(first, first + P.shape[1])
+            keys = P.shape[2]
+            dv[:, :keys] += P.mT @ dout[:, rows]           # a key is seen by several blocks
             dP = dout[:, rows] @ v[:, :keys].mT
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)        # P * (dP - rowsum(P dP))
             dq[:, rows] = dS @ k[:, :keys]
             dk[:, :keys] += dS.mT @ q[:, rows]
+
+        # 1 / sqrt(C) of the scores, which baddbmm took in as alpha
         dq = dq.mul_(C**-0.5).view(B, K, T, G * C).transpose(1, 2).reshape(B, T, H, C)
-        dk, dv = (x.view(B, K, Tk, C).transpose(1, 2) for x in (dk.mul_(C**-0.5), dv))
+        dk = dk.mul_(C**-0.5).view(B, K, Tk, C).transpose(1, 2)
+        dv = dv.view(B, K, Tk, C).transpose(1, 2)
         return dq, dk, dv, *[None] * len(kept)
 
 
@@ -530,19 +666,35 @@ def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -
     """One query a row, (B, 1, H, C), by plain matmuls over k and v (B, K, length, C)."""
     B, K, length, C = k.shape
     queries = q.reshape(B * K, -1, C).to(k.dtype)                              # (B K, G, C)
-    k, v = k.reshape(B * K, length, C), v.reshape(B * K, length, C)
-    scores = queries @ k.mT
+    k = k.reshape(B * K, length, C)
+    v = v.reshape(B * K, length, C)
+    scores = queries @ k.mT                                                    # (B K, G, length)
     scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * C**-0.5
     if starts.any():
         padding = (slots < starts[:, None]).repeat_interleave(K, 0)[:, None]   # (B K, 1, length)
         scores = scores.masked_fill_(padding, -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape).to(q.dtype)
+    out = scores.softmax(-1).to(v.dtype) @ v                                   # (B K, G, C)
+    return out.view(q.shape).to(q.dtype)
+
+
+def decode_several(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor,
+                   causal: bool) -> Tensor:
+    """Tq queries a row, (B, Tq, H, C), by torch's attention over k and v (B, K, length, C)."""
+    Tq, H = q.shape[1:3]
+    K, length = k.shape[1:3]
+    own = slots[length - Tq:, None]                        # (Tq, 1), against slots (length,)
+    last = own if causal else length
+    allowed = (slots <= last) & (slots >= starts[:, None, None])               # (B, Tq, length)
+    allowed = allowed | (slots == own)     # padding sees itself: a softmax over nothing is NaN
+    out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, allowed[:, None],
+                                         enable_gqa=H != K)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 # ---------------------------------------------------------------------- public functions
 
 class Mask(NamedTuple):
-    """Who sees whom in one pass through a stack of layers, made once for all of them."""
+    """The keys that each query sees, made once a pass for all layers."""
     causal: bool
     documents: Tensor | None = None        # (B, T)
     prefix: Tensor | None = None           # (B,)
@@ -576,12 +728,15 @@ def attention_mask(q_shape: tuple, k_shape: tuple, dtype: torch.dtype, device: t
     if lengths is not None and (lengths.shape != (B,) or not across):
         raise ValueError(f"lengths {tuple(lengths.shape)} must be {(B,)}, with causal=False and "
                          "without documents: with them padding has a number of its own")
-    asked = causal, documents, prefix, lengths
+
     if backend(device) == "triton":
-        return Mask(*asked, *intervals(B, T, *asked, device))
-    if device.type == "cpu" and B * H * T * Tk * dtype.itemsize <= KEEP:
-        return Mask(*asked, biases=biases(T, Tk, H, K, *asked, dtype, device))
-    return Mask(*asked)
+        lo, hi = intervals(B, T, causal, documents, prefix, lengths, device)
+        return Mask(causal, documents, prefix, lengths, lo=lo, hi=hi)
+    kept = B * H * T * Tk * dtype.itemsize                 # bytes of P
+    if device.type == "cpu" and kept <= KEEP:
+        blocks = biases(T, Tk, H, K, causal, documents, prefix, lengths, dtype, device)
+        return Mask(causal, documents, prefix, lengths, biases=blocks)
+    return Mask(causal, documents, prefix, lengths)        # torch's attention needs no more
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, causal: bool = True,
@@ -593,15 +748,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, caus
     of the keywords. Not causal and without documents, k and v may have another length than q.
     Raises ValueError when shapes, dtypes or masks do not fit.
     """
-    (B, T, H, C), (Tk, K) = q.shape, k.shape[1:3]
+    B, T, H, C = q.shape
+    Tk, K = k.shape[1:3]
     if mask is not None:
         causal, documents, prefix, lengths = mask[:4]
-    across = not causal and documents is None
-    if k.shape != (B, Tk, K, C) or v.shape != k.shape or H % K or not across and T != Tk:
+    across = not causal and documents is None              # k and v may be of another text
+    fits = k.shape == v.shape == (B, Tk, K, C) and H % K == 0
+    if not fits or (T != Tk and not across):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must "
                          "be (B, T, H, C) and twice (B, T, K, C), H a multiple of K")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype")
+
     if mask is None:
         mask = attention_mask(q.shape, k.shape, q.dtype, q.device, causal=causal,
                               documents=documents, prefix=prefix, lengths=lengths)
@@ -610,11 +768,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, caus
         return FusedAttention.apply(q, k, v, mask.lo, mask.hi, causal)
     if mask.biases is not None:
         return BlockAttention.apply(q, k, v, *mask.biases)
-    seen = None
+
+    allowed = None                                         # without a mask torch's is faster
     if not (documents is prefix is lengths is None):
-        seen = visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), seen,
-                                         is_causal=causal and seen is None, enable_gqa=H != K)
+        allowed = visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                         allowed, is_causal=causal and allowed is None,
+                                         enable_gqa=H != K)
     return out.transpose(1, 2)
 
 
@@ -630,26 +790,28 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
 
     On CPUs single tokens are fastest with caches that are fp32 and lie in memory as (B, K, S, C).
     """
-    (B, Tq, H, _), K = q.shape, k_cache.shape[2]
-    if k_cache.shape != v_cache.shape or k_cache.shape[0] != B or H % K or not \
-            Tq <= length <= k_cache.shape[1]:
+    B, Tq, H, _ = q.shape
+    S, K = k_cache.shape[1:3]
+    fits = k_cache.shape == v_cache.shape and k_cache.shape[0] == B and H % K == 0
+    if not fits or not Tq <= length <= S:
         raise ValueError(f"q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and "
                          f"{tuple(v_cache.shape)}, length {length}: they must be (B, Tq, H, C) and "
                          "twice (B, S, K, C) with H a multiple of K and Tq <= length <= S")
     if backend(q.device) == "triton" and Tq == 1:
         return launch_decode(q, k_cache, v_cache, starts, length)
+
     slots = torch.arange(length, device=q.device)
+    k = k_cache[:, :length]
+    v = v_cache[:, :length]
     if backend(q.device) == "triton":
+        last = slots[length - Tq:] if causal else slots[-1:]
         lo = starts[:, None].expand(B, Tq).to(torch.int32)
-        hi = (slots[length - Tq:] if causal else slots[-1:]).expand(B, Tq).to(torch.int32) + 1
-        return launch_forward(q, k_cache[:, :length], v_cache[:, :length], lo, hi, True)[0]
-    k, v = (x[:, :length].transpose(1, 2) for x in (k_cache, v_cache))         # (B, K, length, C)
+        hi = last.expand(B, Tq).to(torch.int32) + 1
+        out, _ = launch_forward(q, k, v, lo, hi, True)
+        return out
+
+    k = k.transpose(1, 2)                                  # (B, K, length, C)
+    v = v.transpose(1, 2)
     if q.device.type == "cpu" and Tq == 1:
         return decode_one(q, k, v, slots, starts)
-    own = slots[length - Tq:, None]
-    last = own if causal else length
-    seen = (slots <= last) & (slots >= starts[:, None, None])
-    seen = seen | (slots == own)                           # padding sees itself
-    out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, seen[:, None],
-                                         enable_gqa=H != K)
-    return out.transpose(1, 2).to(q.dtype)
+    return decode_several(q, k, v, slots, starts, causal)

@@ -1,5 +1,5 @@
 """
-What all kernels share: whether Triton is to be used, what a launcher checks, and sizes of grids.
+Shared by all kernels: the choice between Triton and torch, a launcher's checks, sizes of grids.
 
 `backend()` says which path the public functions take: "triton" for tensors on a GPU where Triton is
 installed, "torch" elsewhere. KERNELS=torch|triton in the environment, read once, overrides. Under
@@ -36,6 +36,7 @@ def backend(device: torch.device | None = None) -> str:
                          "pip install triton, or use KERNELS=torch")
     if WANTED != "auto":
         return WANTED
+
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return "triton" if on_gpu and INSTALLED else "torch"
 
@@ -46,16 +47,22 @@ def check(name: str, x: Tensor, shape: tuple, dtypes: tuple = FLOATS,
 
     shape: sizes, None where any is right. contiguous: copy a view; else return x as it lies.
     """
-    if x.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape)):
+    fits = x.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, x.shape))
+    if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({wanted})")
     if x.dtype not in dtypes:
-        raise ValueError(f"{name} is {x.dtype}; the Triton kernel takes "
-                         f"{', '.join(str(dtype) for dtype in dtypes)} (KERNELS=torch takes all)")
-    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        known = ", ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} is {x.dtype}; the Triton kernel takes {known} "
+                         "(KERNELS=torch takes all)")
+
+    # a kernel takes addresses: those of the other kind of memory would end the process
+    if INTERPRETED and x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}; the Triton kernels run on "
-                         + ("CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else
-                            "GPUs (on CPU tensors under TRITON_INTERPRET=1)"))
+                         "CPU tensors under TRITON_INTERPRET=1")
+    if not INTERPRETED and x.device.type != "cuda":
+        raise ValueError(f"{name} is on {x.device}; the Triton kernels run on "
+                         "GPUs (on CPU tensors under TRITON_INTERPRET=1)")
     return x.contiguous() if contiguous else x
 
 

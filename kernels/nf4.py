@@ -52,12 +52,17 @@ class NF4Weight(NamedTuple):
         return self.codes.shape[0], self.columns
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        return NF4Weight(*(t if t is None else t.to(device) for t in self[:4]), self.columns)
+        *tensors, columns = self
+        moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
+        return NF4Weight(*moved, columns)
 
 
 def bits_per_weight(q: NF4Weight) -> float:
     """All bytes stored, in bits, by the number of weights."""
-    return 8 * sum(t.nbytes for t in q[:4] if t is not None) / (q.shape[0] * q.shape[1])
+    *tensors, D = q
+    N = len(q.codes)
+    stored = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return 8 * stored / (N * D)
 
 
 @torch.no_grad()
@@ -67,17 +72,28 @@ def quantize_nf4(weight: Tensor, double: bool = True) -> NF4Weight:
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; "
                          "it must be a matrix of floats, not empty")
-    D, wide = weight.shape[1], weight.float()
-    if bad := int((~wide.isfinite()).sum()):
+    wide = weight.float()
+    bad = int((~wide.isfinite()).sum())
+    if bad:
         raise ValueError(f"weight has {bad} NaN or infinite of {weight.numel()} values")
-    blocks = F.pad(wide, (0, -D % BLOCK)).unflatten(1, (-1, BLOCK))      # (N, D / 64, 64)
-    absmax = blocks.abs().amax(-1)
+
+    D = weight.shape[1]
+    blocks = F.pad(wide, (0, -D % BLOCK)).unflatten(1, (-1, BLOCK))      # (N, ceil(D / 64), 64)
+    absmax = blocks.abs().amax(-1)                         # (N, ceil(D / 64))
+    divisor = torch.where(absmax == 0, 1.0, absmax)        # a block of zeros: any divisor will do
+    relative = blocks / divisor[..., None]                 # -1 to 1
+
+    # the nearest code changes halfway between two neighbours
     code = torch.tensor(CODE, device=weight.device)
-    relative = blocks / torch.where(absmax == 0, 1.0, absmax)[..., None]
-    nearest = torch.bucketize(relative, (code[1:] + code[:-1]) / 2, out_int32=True)
-    nearest = nearest.to(torch.uint8).flatten(1)[:, :D + D % 2]          # an odd row ends in a 0
-    codes = nearest[:, ::2] << 4 | nearest[:, 1::2]
-    return NF4Weight(codes, *(quantize_absmax(absmax) if double else (absmax, None, None)), D)
+    borders = (code[1:] + code[:-1]) / 2
+    nearest = torch.bucketize(relative, borders, out_int32=True).to(torch.uint8)
+    nearest = nearest.flatten(1)[:, :D + D % 2]            # an odd row ends in a code of padding
+    codes = nearest[:, ::2] << 4 | nearest[:, 1::2]        # two to a byte
+
+    if not double:
+        return NF4Weight(codes, absmax, None, None, D)
+    absmax, scale, mean = quantize_absmax(absmax)
+    return NF4Weight(codes, absmax, scale, mean, D)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,12 +102,14 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = (absmax - mean).flatten()
     groups = F.pad(groups, (0, -len(groups) % GROUP)).view(-1, GROUP)
     scale = groups.abs().amax(1) / 127
-    codes = (groups / torch.where(scale == 0, 1.0, scale)[:, None]).round().to(torch.int8)
-    return codes.flatten()[:absmax.numel()].view_as(absmax).clone(), scale, mean
+    divisor = torch.where(scale == 0, 1.0, scale)          # equal absmax: all codes are 0
+    codes = (groups / divisor[:, None]).round().to(torch.int8)
+    codes = codes.flatten()[:absmax.numel()].view_as(absmax)
+    return codes.clone(), scale, mean                      # a view would keep the padding
 
 
 def decoded_absmax(q: NF4Weight) -> Tensor:
-    """(N, ceil(D / 64)) fp32."""
+    """a_b of the formula, (N, ceil(D / 64)) fp32."""
     if q.scale is None:
         return q.absmax
     scale = q.scale.repeat_interleave(GROUP)[:q.absmax.numel()].view_as(q.absmax)
@@ -99,14 +117,18 @@ def decoded_absmax(q: NF4Weight) -> Tensor:
 
 
 def dequantize_nf4_reference(q: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """w^ (N, D) in dtype."""
     N, D = q.shape
-    index = torch.stack((q.codes >> 4, q.codes & 15), -1).flatten(1)[:, :D].long()
+    pairs = torch.stack((q.codes >> 4, q.codes & 15), -1)  # (N, ceil(D / 2), 2)
+    index = pairs.flatten(1)[:, :D].long()
     code = torch.tensor(CODE, device=q.codes.device)
-    return (code[index] * decoded_absmax(q).repeat_interleave(BLOCK, 1)[:, :D]).to(dtype)
+    a = decoded_absmax(q).repeat_interleave(BLOCK, 1)[:, :D]
+    return (code[index] * a).to(dtype)
 
 
 @functools.cache
 def code_table(device: torch.device) -> Tensor:
+    """CODE as (16,) fp32 on `device`, made once."""
     return torch.tensor(CODE, device=device)
 
 
@@ -119,14 +141,19 @@ def decode(codes, absmax, scale, mean, code, n, first, N, D: tl.constexpr, GROUP
     formula (BLOCK_N, blocks, 1), in fp32; outside the weight they are any finite numbers."""
     PAIRS: tl.constexpr = (D + 1) // 2
     BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    row, inside = n[:, None].to(tl.int64), n[:, None] < N
+    row = n[:, None].to(tl.int64)                          # 64 bits, as N D may exceed 2^31
+    inside = n[:, None] < N
+
+    # a byte holds two columns, the even one in the high 4 bits: joined they stand in order
     pair = first // 2 + tl.arange(0, BLOCK_D // 2)
     byte = tl.load(codes + row * PAIRS + pair, inside & (pair < PAIRS), other=0).to(tl.int32)
     index = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCK_N * BLOCK_D,))
+
     block = first // BLOCK + tl.arange(0, BLOCK_D // BLOCK)
-    at, inside = row * BLOCKS + block, inside & (block < BLOCKS)
+    at = row * BLOCKS + block                              # (BLOCK_N, blocks)
+    inside = inside & (block < BLOCKS)
     a = tl.load(absmax + at, inside, other=0).to(tl.float32)
-    if scale is not None:
+    if scale is not None:                                  # doubly quantized: mean + scale c_b
         a = tl.maximum(tl.load(mean) + a * tl.load(scale + at // GROUP, inside, other=0.0), 0.0)
     return tl.reshape(tl.gather(code, index, 0), (BLOCK_N, BLOCK_D // BLOCK, BLOCK)), a[:, :, None]
 
@@ -140,19 +167,23 @@ def few_rows_kernel(x, codes, absmax, scale, mean, code, y, rows, N, steps, D: t
     r = tl.arange(0, ROWS)[:, None]
     table = tl.load(code + tl.arange(0, 16))
     y_tile = tl.zeros((ROWS, BLOCK_N), tl.float32)
+
     for step in range(steps):
         first = (tl.program_id(1) * steps + step) * BLOCK_D
         d = first + tl.arange(0, BLOCK_D)
+        # zeros beyond D, so that it does not matter what numbers decode() has there
         x_tile = tl.load(x + r * D + d, (r < rows) & (d < D), other=0.0)
         w, a = decode(codes, absmax, scale, mean, table, n, first, N, D, GROUP, BLOCK, BLOCK_N,
                       BLOCK_D)
-        if ROWS == 1:                                      # a once a block, not once a weight
+        if ROWS == 1:                                      # times a once a block, not once a weight
             x_blocks = tl.reshape(x_tile, (1, BLOCK_D // BLOCK, BLOCK)).to(tl.float32)
             blocks = tl.sum(w * x_blocks, 2, keep_dims=True) * a
             y_tile += tl.reshape(tl.sum(blocks, 1), (1, BLOCK_N))
         else:
             w = tl.reshape(w * a, (BLOCK_N, BLOCK_D)).to(x_tile.dtype)
             y_tile = tl.dot(x_tile, tl.trans(w), y_tile, input_precision="ieee")
+
+    # y is (shares, rows, N): each program along the columns has a share of its own
     share = y + tl.program_id(1).to(tl.int64) * rows * N
     tl.store(share + r * N + n, y_tile.to(y.dtype.element_ty), (r < rows) & (n < N))
 
@@ -160,7 +191,9 @@ def few_rows_kernel(x, codes, absmax, scale, mean, code, y, rows, N, steps, D: t
 @triton.jit
 def dequantize_kernel(codes, absmax, scale, mean, code, w, N, D: tl.constexpr, GROUP: tl.constexpr,
                       BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    n, first = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_D
+    """A tile of w^ (BLOCK_N, BLOCK_D), in the dtype of w."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_D
     d = first + tl.arange(0, BLOCK_D)
     table = tl.load(code + tl.arange(0, 16))
     w_tile, a = decode(codes, absmax, scale, mean, table, n, first, N, D, GROUP, BLOCK, BLOCK_N,
@@ -172,7 +205,8 @@ def dequantize_kernel(codes, absmax, scale, mean, code, w, N, D: tl.constexpr, G
 def checked(codes: Tensor, absmax: Tensor, scale: Tensor | None, mean: Tensor | None,
             D: int) -> list[Tensor | None]:
     """The tensors of an NF4Weight as the kernels take them, and the code."""
-    N, blocks = len(codes), triton.cdiv(D, BLOCK)
+    N = len(codes)
+    blocks = triton.cdiv(D, BLOCK)
     codes = check("codes", codes, (N, triton.cdiv(D, 2)), (torch.uint8,))
     if scale is None:
         absmax = check("absmax", absmax, (N, blocks), (torch.float32,))
@@ -194,8 +228,11 @@ def tiling(rows: int, N: int, D: int, dtype: torch.dtype, device: torch.device) 
         tile = {"ROWS": FEW, "BLOCK_N": 32, "BLOCK_D": 64}
     else:
         tile = {"ROWS": FEW, "BLOCK_N": 64, "BLOCK_D": 128}
-    blocks, programs = triton.cdiv(D, tile["BLOCK_D"]), triton.cdiv(N, tile["BLOCK_N"])
-    steps = triton.cdiv(blocks, max(1, 4 * multiprocessors(device) // programs))
+
+    programs = triton.cdiv(N, tile["BLOCK_N"])             # along the outputs
+    shares = max(1, 4 * multiprocessors(device) // programs)
+    blocks = triton.cdiv(D, tile["BLOCK_D"])
+    steps = triton.cdiv(blocks, shares)                    # rounded up: fewer shares may do
     return tile, triton.cdiv(blocks, steps), steps
 
 
@@ -204,15 +241,19 @@ def launch_few_rows(x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | No
                     mean: Tensor | None) -> Tensor:
     """x (rows, D), at most FEW rows -> (rows, N). Shares of programs along the columns are added up
     afterwards, in fp32 and in order: the same every time."""
-    (rows, D), N = x.shape, len(codes)
-    x, q = check("x", x, (None, None)), checked(codes, absmax, scale, mean, D)
+    rows, D = x.shape
+    N = len(codes)
+    x = check("x", x, (None, None))
+    q = checked(codes, absmax, scale, mean, D)
     if rows > FEW:
         raise ValueError(f"x has {rows} rows; this kernel takes up to {FEW}")
+
     tile, shares, steps = tiling(rows, N, D, x.dtype, x.device)
-    y = x.new_empty(shares, rows, N, dtype=x.dtype if shares == 1 else torch.float32)
-    if rows:
-        few_rows_kernel[(triton.cdiv(N, tile["BLOCK_N"]), shares)](
-            x, *q, y, rows, N, steps, D, GROUP, BLOCK, **tile, num_stages=1)
+    share_dtype = x.dtype if shares == 1 else torch.float32
+    y = x.new_empty(shares, rows, N, dtype=share_dtype)
+    grid = triton.cdiv(N, tile["BLOCK_N"]), shares
+    if rows:                                               # a grid of no programs is an error
+        few_rows_kernel[grid](x, *q, y, rows, N, steps, D, GROUP, BLOCK, **tile, num_stages=1)
     return y.view(rows, N) if shares == 1 else y.sum(0).to(x.dtype)
 
 
@@ -225,15 +266,18 @@ def _(x, codes, absmax, scale, mean):
 def launch_dequantize(codes: Tensor, absmax: Tensor, scale: Tensor | None, mean: Tensor | None,
                       D: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, D) in dtype."""
-    N, q = len(codes), checked(codes, absmax, scale, mean, D)
+    N = len(codes)
+    q = checked(codes, absmax, scale, mean, D)
     if dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}; the Triton kernel makes "
-                         f"{', '.join(map(str, FLOATS))} (KERNELS=torch makes all)")
+        known = ", ".join(str(float_dtype) for float_dtype in FLOATS)
+        raise ValueError(f"dtype is {dtype}; the Triton kernel makes {known} "
+                         "(KERNELS=torch makes all)")
+
     w = codes.new_empty(N, D, dtype=dtype)
     block_d = max(BLOCK, min(512, triton.next_power_of_2(D)))
-    block_n = 4096 // block_d
-    dequantize_kernel[(triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
-        *q, w, N, D, GROUP, BLOCK, block_n, block_d)
+    block_n = 4096 // block_d                              # 4096 weights a program
+    grid = triton.cdiv(N, block_n), triton.cdiv(D, block_d)
+    dequantize_kernel[grid](*q, w, N, D, GROUP, BLOCK, block_n, block_d)
     return w
 
 
@@ -248,15 +292,21 @@ def _(codes, absmax, scale, mean, D, dtype):
 def pair_table(device: torch.device) -> Tensor:
     """(256,): the two fp32 numbers that a byte stands for, in the 8 bytes of one int64, which is
     ten times as fast to look up as rows of two."""
-    byte, code = torch.arange(256, device=device), code_table(device)
-    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).flatten()
+    byte = torch.arange(256, device=device)
+    code = code_table(device)
+    pairs = torch.stack((code[byte >> 4], code[byte & 15]), 1)           # (256, 2) fp32
+    return pairs.view(torch.int64).flatten()
 
 
 def dequantize_torch(q: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """w^ (N, D) in dtype, by looking up two weights at a time."""
     N, D = q.shape
-    absmax = decoded_absmax(q)
-    codes = F.pad(q.codes, (0, absmax.shape[1] * BLOCK // 2 - q.codes.shape[1]))
-    values = pair_table(codes.device).index_select(0, codes.flatten().int()).view(torch.float32)
+    absmax = decoded_absmax(q)                             # (N, blocks)
+    whole_blocks = absmax.shape[1] * BLOCK // 2            # bytes of a row, last block filled up
+    codes = F.pad(q.codes, (0, whole_blocks - q.codes.shape[1]))
+
+    pairs = pair_table(codes.device).index_select(0, codes.flatten().int())
+    values = pairs.view(torch.float32)                     # the two numbers of each int64
     values.view(*absmax.shape, BLOCK).mul_(absmax[..., None])
     return values.view(N, -1)[:, :D].to(dtype)
 
@@ -282,7 +332,8 @@ class NF4Linear(torch.autograd.Function):
         ctx.columns = D
         if len(x) <= FEW and backend(x.device) == "triton":
             return launch_few_rows(x, codes, absmax, scale, mean)
-        return x @ dequantize_nf4(NF4Weight(codes, absmax, scale, mean, D), x.dtype).T
+        w = dequantize_nf4(NF4Weight(codes, absmax, scale, mean, D), x.dtype)
+        return x @ w.T
 
     @staticmethod
     @once_differentiable
@@ -302,4 +353,5 @@ def nf4_linear(x: Tensor, q: NF4Weight) -> Tensor:
         raise ValueError(f"x is {x.dtype}; it must be of floats")
     if x.device != q.codes.device:
         raise ValueError(f"x is on {x.device}, the weight on {q.codes.device}: q.to(x.device)")
-    return NF4Linear.apply(x.reshape(-1, D), *q).view(*x.shape[:-1], N)
+    y = NF4Linear.apply(x.reshape(-1, D), *q)              # (rows, N)
+    return y.view(*x.shape[:-1], N)

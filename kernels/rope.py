@@ -18,11 +18,16 @@ from kernels.launch import backend, check, tl, triton
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)        # the same for all heads
+    """Shapes as for rope()."""
+    cos = cos.unsqueeze(-2)                                # (T, 1, C/2): the same for all heads
+    sin = sin.unsqueeze(-2)
 
     def turn(x: Tensor) -> Tensor:
-        first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+        first, second = wide.chunk(2, dim=-1)
+        y1 = first * cos - second * sin
+        y2 = second * cos + first * sin
+        return torch.cat((y1, y2), -1).to(x.dtype)
 
     return turn(q), turn(k)
 
@@ -33,9 +38,12 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 def turn_heads(x, y, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
                BLOCK_C: tl.constexpr):
     """All heads of the program's token, (HEADS, 2 HALF), from x to y."""
-    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_C)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_C)
     mask = (h < HEADS) & (c < HALF)
-    at = (tl.program_id(0).to(tl.int64) * HEADS + h) * 2 * HALF + c
+    head = tl.program_id(0).to(tl.int64) * HEADS + h       # counted over all tokens
+    at = head * 2 * HALF + c                               # (BLOCK_H, BLOCK_C): the first halves
+
     first = tl.load(x + at, mask, other=0.0).to(tl.float32)
     second = tl.load(x + at + HALF, mask, other=0.0).to(tl.float32)
     tl.store(y + at, (first * cos - second * sin).to(y.dtype.element_ty), mask)
@@ -46,8 +54,11 @@ def turn_heads(x, y, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H:
 def rope_kernel(q, k, cos, sin, q_out, k_out, table_rows, sign, H: tl.constexpr, K: tl.constexpr,
                 HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_C: tl.constexpr):
+    """All heads of q and of k of one token."""
     c = tl.arange(0, BLOCK_C)
-    at = (tl.program_id(0) % table_rows).to(tl.int64) * HALF + c
+    # tables of positions have T rows, and serve all B texts
+    table_row = tl.program_id(0) % table_rows
+    at = table_row.to(tl.int64) * HALF + c
     cos_row = tl.load(cos + at, c < HALF, other=0.0)
     sin_row = tl.load(sin + at, c < HALF, other=0.0) * sign
     turn_heads(q, q_out, cos_row, sin_row, H, HALF, BLOCK_H, BLOCK_C)
@@ -58,15 +69,22 @@ def rope_kernel(q, k, cos, sin, q_out, k_out, table_rows, sign, H: tl.constexpr,
 def launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """q (B, T, H, C), k (B, T, K, C) turned by sign times the angles of tables whose rows stand for
     tokens (B T) or, the same for all B, for positions (T)."""
-    (B, T, H, C), K = q.shape, k.shape[2]
-    q, k = check("q", q, (B, T, H, C)), check("k", k, (B, T, K, C), (q.dtype,))
-    cos, sin = (check(name, table, table.shape, (torch.float32,))
-                for name, table in (("cos", cos), ("sin", sin)))
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    blocks = [triton.next_power_of_2(n) for n in (H, K, C // 2)]
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    q = check("q", q, (B, T, H, C))
+    k = check("k", k, (B, T, K, C), (q.dtype,))
+    cos = check("cos", cos, cos.shape, (torch.float32,))
+    sin = check("sin", sin, sin.shape, (torch.float32,))
+
+    q_out = torch.empty_like(q)
+    k_out = torch.empty_like(k)
+    half = C // 2
+    blocks = [triton.next_power_of_2(n) for n in (H, K, half)]
+    warps = 4 if H * C <= 4096 else 8
     if q.numel():
-        rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, cos.numel() // (C // 2), sign, H, K,
-                              C // 2, *blocks, num_warps=4 if H * C <= 4096 else 8)
+        table_rows = cos.numel() // half
+        rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, table_rows, sign, H, K, half, *blocks,
+                              num_warps=warps)
     return q_out, k_out
 
 
@@ -84,19 +102,24 @@ class FusedRoPE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
-        return *launch(dq, dk, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return *launch(dq, dk, cos, sin, -1), None, None
 
 
 # ---------------------------------------------------------------------- torch
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """q and k turned by sign times the angles, in one go, in fp32 and back to their dtype."""
-    x = torch.cat((q, k), 2)
+    x = torch.cat((q, k), 2)                               # (B, T, H + K, C)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    sin = sin.unsqueeze(-2)
+
+    # both halves times cos at once; the products with sin are added to y's halves in place
     y = wide * torch.cat((cos, cos), -1).unsqueeze(-2)
-    (first, second), (y1, y2) = wide.chunk(2, -1), y.chunk(2, -1)
-    y1.addcmul_(second, sin.unsqueeze(-2), value=-sign)
-    y2.addcmul_(first, sin.unsqueeze(-2), value=sign)
+    first, second = wide.chunk(2, -1)
+    y1, y2 = y.chunk(2, -1)
+    y1.addcmul_(second, sin, value=-sign)
+    y2.addcmul_(first, sin, value=sign)
     return y.to(x.dtype).split((q.shape[2], k.shape[2]), 2)
 
 
@@ -122,10 +145,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Returns the turned q and k in their dtypes. Raises ValueError when the tables do not fit.
     """
-    if cos.shape != sin.shape or cos.shape[-2:] != (q.shape[1], q.shape[-1] // 2):
+    B, T, _, C = q.shape
+    if cos.shape != sin.shape or cos.shape[-2:] != (T, C // 2):
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be "
-                         f"([{q.shape[0]},] {q.shape[1]}, {q.shape[-1] // 2}) for q "
-                         f"{tuple(q.shape)}")
+                         f"([{B},] {T}, {C // 2}) for q {tuple(q.shape)}")
     if backend(q.device) == "triton":
         return FusedRoPE.apply(q, k, cos, sin)
     if torch.compiler.is_compiling():                      # inductor fuses the formula by itself

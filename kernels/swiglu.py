@@ -18,6 +18,7 @@ TILE = 2048          # outputs that a program makes
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """(..., 2F) -> (..., F)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -26,21 +27,25 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def gate_and_up(gate_up, rows, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's tile of both halves in fp32; where it lies in gate_up and in y; its mask."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    """The program's tile (ROWS, BLOCK): g and u in fp32, offsets into gate_up and into y, mask."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = row[:, None].to(tl.int64)                        # 64 bits, as N 2F may exceed 2^31
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (row < rows) & (f < F)
-    at = row * 2 * F + f
+
+    at = row * 2 * F + f                                   # a row of gate_up is 2F wide
+    at_y = row * F + f
     g = tl.load(gate_up + at, mask, other=0.0).to(tl.float32)
     u = tl.load(gate_up + at + F, mask, other=0.0).to(tl.float32)
-    return g, u, at, row * F + f, mask
+    return g, u, at, at_y, mask
 
 
 @triton.jit
 def swiglu_forward_kernel(gate_up, y, rows, F: tl.constexpr, ROWS: tl.constexpr,
                           BLOCK: tl.constexpr):
     g, u, _, at_y, mask = gate_and_up(gate_up, rows, F, ROWS, BLOCK)
-    tl.store(y + at_y, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask)
+    y_tile = g * tl.sigmoid(g) * u
+    tl.store(y + at_y, y_tile.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -48,27 +53,32 @@ def swiglu_backward_kernel(dy, gate_up, d_gate_up, rows, F: tl.constexpr, ROWS: 
                            BLOCK: tl.constexpr):
     g, u, at, at_y, mask = gate_and_up(gate_up, rows, F, ROWS, BLOCK)
     dy_tile = tl.load(dy + at_y, mask, other=0.0).to(tl.float32)
+
     s = tl.sigmoid(g)
     dg = dy_tile * u * s * (1 + g * (1 - s))
     tl.store(d_gate_up + at, dg.to(d_gate_up.dtype.element_ty), mask)
-    tl.store(d_gate_up + at + F, (dy_tile * g * s).to(d_gate_up.dtype.element_ty), mask)
+
+    du = dy_tile * g * s                                   # dy * silu(g)
+    tl.store(d_gate_up + at + F, du.to(d_gate_up.dtype.element_ty), mask)
 
 
 def tiling(rows: int, F: int) -> tuple[tuple[int, int], dict]:
     """The grid, and the tile of each program."""
     block = min(TILE, triton.next_power_of_2(F))
-    height = TILE // block
-    return (triton.cdiv(rows, height), triton.cdiv(F, block)), {"ROWS": height, "BLOCK": block}
+    height = TILE // block                                 # narrow rows: several in a tile
+    grid = triton.cdiv(rows, height), triton.cdiv(F, block)
+    return grid, {"ROWS": height, "BLOCK": block}
 
 
 @torch.library.custom_op("lifecycle::swiglu_forward", mutates_args=())
 def launch_forward(gate_up: Tensor) -> Tensor:
     """(N, 2F) -> (N, F)."""
     gate_up = check("gate_up", gate_up, (None, None))
-    rows, F = len(gate_up), gate_up.shape[1] // 2
+    rows = len(gate_up)
+    F = gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, F)
     grid, tile = tiling(rows, F)
-    if y.numel():
+    if y.numel():                                          # a grid of no programs is an error
         swiglu_forward_kernel[grid](gate_up, y, rows, F, **tile)
     return y
 
@@ -81,8 +91,10 @@ def _(gate_up):
 @torch.library.custom_op("lifecycle::swiglu_backward", mutates_args=())
 def launch_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     """(N, F), (N, 2F) -> the gradient of gate_up (N, 2F)."""
-    rows, F = len(gate_up), gate_up.shape[1] // 2
-    dy, gate_up = check("the gradient of y", dy, (rows, F)), gate_up.contiguous()
+    rows = len(gate_up)
+    F = gate_up.shape[1] // 2
+    dy = check("the gradient of y", dy, (rows, F))
+    gate_up = gate_up.contiguous()
     d_gate_up = torch.empty_like(gate_up)
     grid, tile = tiling(rows, F)
     if dy.numel():
@@ -126,9 +138,11 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        gate, up = (half.contiguous() for half in ctx.saved_tensors[0].chunk(2, dim=-1))
+        gate_up, = ctx.saved_tensors
+        gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
         dg = torch.ops.aten.silu_backward(dy * up, gate)
-        return torch.cat((dg, F.silu(gate).mul_(dy)), dim=-1)
+        du = F.silu(gate).mul_(dy)
+        return torch.cat((dg, du), dim=-1)                 # beside each other, as gate_up has them
 
 
 # ---------------------------------------------------------------------- public function

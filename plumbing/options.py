@@ -99,7 +99,9 @@ def add_options(parser: argparse.ArgumentParser, options: list[Option], Config: 
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         kind = type(option.default)
-        text = f"{texts.get(option.name, '')} (default: {option.default})"
+        text = texts.get(option.name, "")
+        if option.default != "":                           # an empty text says nothing
+            text += f" (default: {option.default})"
         text = text.replace("%", "%%")                     # argparse would read % as a format
         flag = {}
         if kind is bool:                                   # --resume means --resume true
@@ -145,7 +147,9 @@ def options_of(Config: type) -> list[Option]:
     inner = []
     common = []
     # Sorted here, because dataclasses puts inherited fields first and a reader wants them last.
-    for field in dataclasses.fields(Config):
+    declared_here = vars(Config).get("__annotations__", {})
+    fields = sorted(dataclasses.fields(Config), key=lambda field: field.name not in declared_here)
+    for field in fields:
         if "kind" in field.metadata:                       # made by nested()
             inner += options_inside(field)
         elif field.name in common_names(Config):

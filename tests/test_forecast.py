@@ -67,7 +67,7 @@ def test_ranks_that_divide_the_matrices_keep_their_parts(changes, two_ranks):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SIZES | changes))
     whole = forecast.state_bytes(model, "muon", torch.bfloat16)
-    parallel.shard(model, fsdp=False, ways=2)
+    parallel.shard(model, fsdp=False, tensor_parallel=2)
     real = kept_bytes(model, torch.randint(256, (4, 96)))
     estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
                                                  tensor_parallel=n) for n in (2, 1))

@@ -359,9 +359,8 @@ def test_padding_leaves_load_and_losses_alone():
 def test_packed_examples_mark_their_padding():
     examples = [{"messages": [{"role": "user", "content": "hi"},
                               {"role": "assistant", "content": "ho"}], "where": "row 1"}]
-    tokenizer = Tokenizer.bytes()
-    examples = data.format_examples(examples, tokenizer)
-    packed = data.PackedExamples(examples, tokenizer, 32, seed=0)
+    examples = data.format_examples(examples, Tokenizer.bytes())
+    packed = data.PackedExamples(examples, Tokenizer.bytes(), 32, seed=0)
     batch = packed.batch(0, 1)
     padding = batch.tokens == Tokenizer.bytes().pad
     assert padding.any() and torch.equal(batch.documents < 0, padding)
