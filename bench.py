@@ -32,11 +32,11 @@ from torch import Tensor, nn
 import kernels
 import readers
 from model import ModelConfig, Transformer
-from sample import generate
-from tokenizer import N_SPECIAL, PATTERN, train_bpe
 from plumbing.optimizers import adamw
 from plumbing.options import parse
 from plumbing.run import DTYPES, pick_device
+from sample import generate
+from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
               "generate": ("hf_llama", "nanogpt", "lifecycle"),
@@ -74,17 +74,25 @@ class NanoGPT(nn.Module):
         def __init__(self, D: int, H: int):
             super().__init__()
             self.H = H
-            self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
-            self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-            self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+            self.norm1 = nn.LayerNorm(D, bias=False)
+            self.norm2 = nn.LayerNorm(D, bias=False)
+            self.qkv = nn.Linear(D, 3 * D, bias=False)
+            self.out = nn.Linear(D, D, bias=False)
+            self.up = nn.Linear(D, 4 * D, bias=False)
+            self.down = nn.Linear(4 * D, D, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
             B, T, D = x.shape
-            q, k, v = (y.view(B, T, self.H, D // self.H).transpose(1, 2)
-                       for y in self.qkv(self.norm1(x)).split(D, dim=2))
+            q, k, v = self.qkv(self.norm1(x)).split(D, dim=2)
+            q = q.view(B, T, self.H, D // self.H).transpose(1, 2)         # (B, H, T, C)
+            k = k.view(B, T, self.H, D // self.H).transpose(1, 2)
+            v = v.view(B, T, self.H, D // self.H).transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).contiguous().view(B, T, D))
-            return x + self.down(F.gelu(self.up(self.norm2(x))))
+            # nanoGPT copies into one piece before it joins the heads, and so does this.
+            y = y.transpose(1, 2).contiguous().view(B, T, D)
+            x = x + self.out(y)
+            y = self.up(self.norm2(x))                                     # (B, T, 4 D)
+            return x + self.down(F.gelu(y))
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -98,14 +106,15 @@ class NanoGPT(nn.Module):
         self.apply(small_init)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[:tokens.shape[1]]
+        T = tokens.shape[1]
+        x = self.tokens(tokens) + self.positions.weight[:T]
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
         if targets is None:
-            return self.head(x[:, -1:])
-        logits = self.head(x)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+            # Only the last position, because generation reads no other.
+            return self.head(x[:, -1:])                                    # (B, 1, V)
+        return mean_loss(self.head(x), targets)
 
 
 class MiniMind(nn.Module):
@@ -117,54 +126,73 @@ class MiniMind(nn.Module):
             self.weight = nn.Parameter(torch.ones(D))
 
         def forward(self, x: Tensor) -> Tensor:
+            # In fp32, because a sum of squares loses digits in bf16.
             wide = x.float()
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+            mean_square = wide.pow(2).mean(-1, keepdim=True)
+            wide = wide * torch.rsqrt(mean_square + 1e-5)
             return (self.weight * wide).type_as(x)
 
     class Block(nn.Module):
         def __init__(self, D: int, H: int, width: int):
             super().__init__()
             self.H = H
-            self.norm1, self.norm2 = MiniMind.Norm(D), MiniMind.Norm(D)
-            self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=False) for _ in range(4))
-            self.gate, self.up = (nn.Linear(D, width, bias=False) for _ in range(2))
+            self.norm1 = MiniMind.Norm(D)
+            self.norm2 = MiniMind.Norm(D)
+            self.q = nn.Linear(D, D, bias=False)
+            self.k = nn.Linear(D, D, bias=False)
+            self.v = nn.Linear(D, D, bias=False)
+            self.o = nn.Linear(D, D, bias=False)
+            self.gate = nn.Linear(D, width, bias=False)
+            self.up = nn.Linear(D, width, bias=False)
             self.down = nn.Linear(width, D, bias=False)
 
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             B, T, D = x.shape
             y = self.norm1(x)
-            q, k, v = (w(y).view(B, T, self.H, D // self.H) for w in (self.q, self.k, self.v))
-
-            def rotate(y):
-                half = y.shape[-1] // 2
-                return y * cos + torch.cat((-y[..., half:], y[..., :half]), dim=-1) * sin
-            q, k, v = (y.transpose(1, 2) for y in (rotate(q), rotate(k), v))
+            q = self.q(y).view(B, T, self.H, D // self.H)
+            k = self.k(y).view(B, T, self.H, D // self.H)
+            v = self.v(y).view(B, T, self.H, D // self.H)
+            q = self.rotate(q, cos, sin).transpose(1, 2)                   # (B, H, T, C)
+            k = self.rotate(k, cos, sin).transpose(1, 2)
+            v = v.transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.o(y.transpose(1, 2).reshape(B, T, D))
+            y = y.transpose(1, 2).reshape(B, T, D)
+            x = x + self.o(y)
             y = self.norm2(x)
-            return x + self.down(F.silu(self.gate(y)) * self.up(y))
+            y = F.silu(self.gate(y)) * self.up(y)                          # (B, T, F)
+            return x + self.down(y)
+
+        @staticmethod
+        def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            """x (B, T, H, C), cos and sin (T, 1, C): entry i is turned with entry i + C / 2."""
+            half = x.shape[-1] // 2
+            turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+            return x * cos + turned * sin
 
     def __init__(self, cfg: Config):
         super().__init__()
-        D, C = cfg.d_model, cfg.d_model // cfg.n_heads
-        width = ModelConfig(cfg.vocab_size, d_model=D, n_heads=cfg.n_heads).d_ff
+        D = cfg.d_model
+        H = cfg.n_heads
+        # Our own model's width, so that both have as many FLOPs.
+        width = ModelConfig(cfg.vocab_size, d_model=D, n_heads=H).d_ff
         self.tokens = nn.Embedding(cfg.vocab_size, D)
-        self.blocks = nn.ModuleList(self.Block(D, cfg.n_heads, width) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(self.Block(D, H, width) for _ in range(cfg.n_layers))
         self.norm = self.Norm(D)
         self.head = nn.Linear(D, cfg.vocab_size, bias=False)
         self.head.weight = self.tokens.weight
-        angles = torch.outer(torch.arange(cfg.context_length),
-                             10_000.0 ** (-torch.arange(0, C, 2) / C)).repeat(1, 2)[:, None]
+        angles = rotary_angles(cfg).repeat(1, 2)                           # (T, C), twice the same
+        angles = angles[:, None]                                           # (T, 1, C): all heads
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
         self.apply(small_init)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        T = tokens.shape[1]
         x = self.tokens(tokens)
         for block in self.blocks:
-            x = block(x, self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]])
+            x = block(x, self.cos[:T], self.sin[:T])
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+        return mean_loss(logits, targets)
 
 
 class NanoChat(nn.Module):
@@ -175,41 +203,70 @@ class NanoChat(nn.Module):
         def __init__(self, D: int, H: int):
             super().__init__()
             self.H = H
-            self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=False) for _ in range(4))
-            self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+            self.q = nn.Linear(D, D, bias=False)
+            self.k = nn.Linear(D, D, bias=False)
+            self.v = nn.Linear(D, D, bias=False)
+            self.o = nn.Linear(D, D, bias=False)
+            self.up = nn.Linear(D, 4 * D, bias=False)
+            self.down = nn.Linear(4 * D, D, bias=False)
 
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             B, T, D = x.shape
             y = unit_norm(x)
-            q, k, v = (w(y).view(B, T, self.H, D // self.H) for w in (self.q, self.k, self.v))
-
-            def rotate(y):
-                a, b = y.chunk(2, dim=-1)
-                return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(y.dtype)
-            q, k, v = (y.transpose(1, 2) for y in (unit_norm(rotate(q)), unit_norm(rotate(k)), v))
+            q = self.q(y).view(B, T, self.H, D // self.H)
+            k = self.k(y).view(B, T, self.H, D // self.H)
+            v = self.v(y).view(B, T, self.H, D // self.H)
+            # Queries and keys of one length bound the scores, so that training is stable.
+            q = unit_norm(self.rotate(q, cos, sin)).transpose(1, 2)        # (B, H, T, C)
+            k = unit_norm(self.rotate(k, cos, sin)).transpose(1, 2)
+            v = v.transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.o(y.transpose(1, 2).reshape(B, T, D))
-            return x + self.down(F.relu(self.up(unit_norm(x))).square())
+            y = y.transpose(1, 2).reshape(B, T, D)
+            x = x + self.o(y)
+            y = self.up(unit_norm(x))                                      # (B, T, 4 D)
+            return x + self.down(F.relu(y).square())
+
+        @staticmethod
+        def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            """x (B, T, H, C), cos and sin (T, 1, C / 2): entry i is turned with entry i + C / 2."""
+            a, b = x.chunk(2, dim=-1)
+            turned = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+            return turned.to(x.dtype)
 
     def __init__(self, cfg: Config):
         super().__init__()
-        D, C = cfg.d_model, cfg.d_model // cfg.n_heads
+        D = cfg.d_model
         self.tokens = nn.Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(self.Block(D, cfg.n_heads) for _ in range(cfg.n_layers))
         self.head = nn.Linear(D, cfg.vocab_size, bias=False)
-        angles = torch.outer(torch.arange(cfg.context_length),
-                             10_000.0 ** (-torch.arange(0, C, 2) / C))[:, None]
+        angles = rotary_angles(cfg)[:, None]                               # (T, 1, C / 2)
         dtype = DTYPES[cfg.dtype]
         self.register_buffer("cos", angles.cos().to(dtype))
         self.register_buffer("sin", angles.sin().to(dtype))
         self.apply(small_init)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        T = tokens.shape[1]
         x = unit_norm(self.tokens(tokens))
         for block in self.blocks:
-            x = block(x, self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]])
-        logits = 15 * torch.tanh(self.head(unit_norm(x)) / 15)
-        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+            x = block(x, self.cos[:T], self.sin[:T])
+        logits = self.head(unit_norm(x))
+        logits = 15 * torch.tanh(logits / 15)
+        return mean_loss(logits.float(), targets)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean -log p of the targets in nats: logits (B, T, V), targets (B, T)."""
+    V = logits.size(-1)
+    return F.cross_entropy(logits.view(-1, V), targets.reshape(-1))
+
+
+def rotary_angles(cfg: Config) -> Tensor:
+    """Angle of each position and pair of a head's entries, (T, C / 2)."""
+    C = cfg.d_model // cfg.n_heads
+    positions = torch.arange(cfg.context_length)
+    frequencies = 10_000.0 ** (-torch.arange(0, C, 2) / C)
+    return torch.outer(positions, frequencies)
 
 
 def unit_norm(x: Tensor) -> Tensor:
@@ -222,86 +279,113 @@ def small_init(module: nn.Module) -> None:
 
 
 def hf_llama(cfg: Config) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM  # not at the top: need not be installed
+    # Our own model's width, so that both have as many FLOPs.
     width = ModelConfig(cfg.vocab_size, d_model=cfg.d_model, n_heads=cfg.n_heads).d_ff
-    return LlamaForCausalLM(LlamaConfig(
+    longest = max(cfg.context_length, 16 + cfg.new_tokens)
+    config = LlamaConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=width,
         num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, tie_word_embeddings=True,
-        max_position_embeddings=max(cfg.context_length, 16 + cfg.new_tokens), use_cache=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0))
+        max_position_embeddings=longest, use_cache=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return LlamaForCausalLM(config)
 
 
 def lifecycle(cfg: Config, context_length: int) -> Transformer:
-    return Transformer(ModelConfig(cfg.vocab_size, context_length, cfg.d_model, cfg.n_layers,
-                                   cfg.n_heads), DTYPES[cfg.dtype])
+    config = ModelConfig(cfg.vocab_size, context_length, cfg.d_model, cfg.n_layers, cfg.n_heads)
+    return Transformer(config, DTYPES[cfg.dtype])
 
 
 # ---------------------------------------------------------------------- one measurement
 
+def build_model(cfg: Config, name: str) -> nn.Module:
+    """The contender's model, for training or for generating up to cfg.context_length tokens."""
+    if name == "lifecycle":
+        kernels.keep_memory()                              # the others: as their code does
+        return lifecycle(cfg, cfg.context_length)
+    if name == "hf_llama":
+        return hf_llama(cfg)
+    if name == "nanogpt":
+        return NanoGPT(cfg)
+    if name == "minimind":
+        return MiniMind(cfg)
+    return NanoChat(cfg)
+
+
 def train_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a training step, in this process."""
     device = pick_device(cfg.device)
-    if name == "lifecycle":
-        kernels.keep_memory()                              # the others: as their code does
-    model = {"hf_llama": lambda: hf_llama(cfg), "nanogpt": lambda: NanoGPT(cfg),
-             "minimind": lambda: MiniMind(cfg), "nanochat": lambda: NanoChat(cfg),
-             "lifecycle": lambda: lifecycle(cfg, cfg.context_length)}[name]().to(device)
+    dtype = DTYPES[cfg.dtype]
+    model = build_model(cfg, name).to(device)
     optimizer = adamw(model, lr=3e-4, weight_decay=0.1)
-    call = model.logps if name == "lifecycle" else model
+    forward = model.logps if name == "lifecycle" else model
     if mode == "compile":
-        call = torch.compile(call)
-    autocast = torch.autocast(device.type, DTYPES[cfg.dtype],
-                              enabled=cfg.dtype != "float32" and name != "lifecycle")
+        forward = torch.compile(forward)
+    # Ours casts by itself, so that autocast would only cost it time.
+    autocasts = name != "lifecycle" and cfg.dtype != "float32"
+    autocast = torch.autocast(device.type, dtype, enabled=autocasts)
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context_length + 1), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs = tokens[:, :-1].contiguous()                   # (B, T)
+    targets = tokens[:, 1:].contiguous()                   # (B, T)
 
     def step() -> None:
         with autocast:
             if name == "lifecycle":
-                loss = -call(inputs, targets).mean()
+                loss = -forward(inputs, targets).mean()
             elif name == "hf_llama":                       # shifts by itself: same tokens per step
-                loss = call(input_ids=inputs, labels=inputs).loss
+                loss = forward(input_ids=inputs, labels=inputs).loss
             else:
-                loss = call(inputs, targets)
+                loss = forward(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        loss.item()                                        # waits for the GPU, as logging would
+
+    # The first steps are slower, because memory is allocated, and compiled code is made.
     ms = 1e3 * median_time(step, warmup=4, repeats=cfg.steps)
     return {"tokens_per_s": inputs.numel() / ms * 1e3, "ms_per_step": ms}
 
 
 def generate_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a whole generation (greedy, no stop token), in this process."""
-    device, dtype = pick_device(cfg.device), DTYPES[cfg.dtype]
+    device = pick_device(cfg.device)
+    dtype = DTYPES[cfg.dtype]
     length = 16 + cfg.new_tokens
     prompts = torch.randint(1, cfg.vocab_size, (cfg.batch_size, 16), device=device)
+    model = build_model(dataclasses.replace(cfg, context_length=length), name)
     if name == "lifecycle":
-        kernels.keep_memory()                              # the others: as their code does
-        model = lifecycle(cfg, length).to(device)
+        model = model.to(device)                           # keeps fp32 weights and casts them
 
         def run() -> None:
             generate(model, prompts.tolist(), cfg.new_tokens)
     elif name == "hf_llama":
-        model = hf_llama(cfg).to(device, dtype)
+        model = model.to(device, dtype)
+        mask = torch.ones_like(prompts)                    # no padding: every token is seen
 
         def run() -> None:
-            model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            # A minimum too, so that no end-of-text token makes the work shorter.
+            model.generate(prompts, attention_mask=mask, do_sample=False,
                            min_new_tokens=cfg.new_tokens, max_new_tokens=cfg.new_tokens,
                            use_cache=True)
     else:
-        model = NanoGPT(dataclasses.replace(cfg, context_length=length)).to(device, dtype)
+        model = model.to(device, dtype)
 
+        @torch.no_grad()
         def run() -> None:
             tokens = prompts
-            with torch.no_grad():
-                for _ in range(cfg.new_tokens):
-                    tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), 1)
+            for _ in range(cfg.new_tokens):
+                # The whole text again for each token, because nanoGPT has no KV cache.
+                logits = model(tokens)[:, -1]                              # (B, V)
+                token = logits.argmax(-1, keepdim=True)                    # (B, 1)
+                tokens = torch.cat((tokens, token), 1)
     model.eval()
-    seconds = median_time(run, warmup=int(name != "nanogpt"), repeats=1)   # it takes a minute
-    return {"tokens_per_s": cfg.batch_size * cfg.new_tokens / seconds,
-            "ms_per_step": 1e3 * seconds / cfg.new_tokens}
+    warmup = 1
+    if name == "nanogpt":
+        warmup = 0                                         # because a generation takes a minute
+    seconds = median_time(run, warmup, repeats=1)
+    n_tokens = cfg.batch_size * cfg.new_tokens
+    return {"tokens_per_s": n_tokens / seconds, "ms_per_step": 1e3 * seconds / cfg.new_tokens}
 
 
 def tokenizer_row(cfg: Config, name: str, mode: str) -> dict:
@@ -311,92 +395,130 @@ def tokenizer_row(cfg: Config, name: str, mode: str) -> dict:
         def run() -> None:
             train_bpe([text], cfg.vocab_size)
     else:
+        # Not at the top, because the library need not be installed.
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
         rust = Tokenizer(models.BPE())
-        rust.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        trainer = trainers.BpeTrainer(
-            vocab_size=cfg.vocab_size - N_SPECIAL, show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        # Our own pattern cuts the text, so that both learn from the same words.
+        by_pattern = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.pre_tokenizer = pre_tokenizers.Sequence([by_pattern, to_bytes])
+        all_bytes = pre_tokenizers.ByteLevel.alphabet()
+        # Without our special tokens, so that both learn as many merges.
+        n_tokens = cfg.vocab_size - N_SPECIAL
+        trainer = trainers.BpeTrainer(vocab_size=n_tokens, show_progress=False,
+                                      initial_alphabet=all_bytes)
 
         def run() -> None:
             rust.train_from_iterator([text], trainer)
     seconds = median_time(run, warmup=0, repeats=1)
-    return {"mb_per_s": len(text.encode()) / 1e6 / seconds, "seconds": seconds}
+    megabytes = len(text.encode()) / 1e6
+    return {"mb_per_s": megabytes / seconds, "seconds": seconds}
 
 
 def median_time(call, warmup: int, repeats: int) -> float:
     """Seconds per call, median. On a GPU the clock stops when the work is done."""
-    def timed() -> float:
+    times = []
+    for _ in range(warmup + repeats):
         start = time.perf_counter()
         call()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-    for _ in range(warmup):
-        timed()
-    return statistics.median(timed() for _ in range(repeats))
+            torch.cuda.synchronize()                       # the call returns before the GPU is done
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
 
 
 def measure(bench: str, cfg: Config, name: str, mode: str) -> dict:
     """One row in a fresh process. Raises RuntimeError with its output if that fails."""
     spec = json.dumps([bench, dataclasses.asdict(cfg), name, mode])
-    done = subprocess.run([sys.executable, __file__, "--worker", spec], capture_output=True,
-                          text=True)
-    if done.returncode:
+    # Fresh, because memory and compiled code of one contender would help or hinder the next.
+    command = [sys.executable, __file__, "--worker", spec]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
         raise RuntimeError(f"{bench} {name} {mode} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    last_line = done.stdout.splitlines()[-1]               # libraries may print lines before it
+    return json.loads(last_line)
 
 
 def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
+    """The fresh process: measures one row and prints it as JSON."""
     torch.manual_seed(0)
-    rows = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row}
-    row = rows[bench](Config(**cfg), name, mode)
-    peak_mb = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps(row | {"peak_mb": peak_mb}))
+    measure_row = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row}[bench]
+    row = measure_row(Config(**cfg), name, mode)
+    if torch.cuda.is_available():
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6           # bytes
+    else:
+        row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3      # kB
+    print(json.dumps(row))
 
 
 # ---------------------------------------------------------------------- the table
 
 def main(bench: str, cfg: Config) -> list[dict]:
     """Measure every row `rounds` times, alternating; print the table and the JSON lines."""
-    names = CONTENDERS[bench] if cfg.contenders == "all" else cfg.contenders.split(",")
-    if unknown := set(names) - set(CONTENDERS[bench]):
-        raise ValueError(f"--contenders {','.join(unknown)}: {bench} knows "
-                         f"{', '.join(CONTENDERS[bench])}")
-    missing = [name for name in names
-               if name in NEEDS and not importlib.util.find_spec(NEEDS[name])]
-    for name in missing:
-        print(f"{name} is left out: {NEEDS[name]} is not installed")
-    names = [name for name in names if name not in missing]
+    names = pick_contenders(bench, cfg)
     modes = cfg.modes.split(",") if bench == "train" else ["eager"]
     sizes = [cfg.batch_size] if cfg.batch_size else BATCH_SIZES[bench]
-    keys = [(name, mode, size) for size in sizes for mode in modes for name in names]
-    results: dict = {key: [] for key in keys}
-    speed, time_taken = FIGURES[bench]
-    for done in range(cfg.rounds):
-        for name, mode, size in keys:
+    conditions = [(name, mode, size) for size in sizes for mode in modes for name in names]
+    speed = FIGURES[bench][0]
+    measured = {condition: [] for condition in conditions}
+    # Rounds outside and rows inside, so that a slow minute of the machine hits all rows alike.
+    for number in range(1, cfg.rounds + 1):
+        for name, mode, size in conditions:
             row = measure(bench, dataclasses.replace(cfg, batch_size=size), name, mode)
-            results[name, mode, size].append(row)
-            print(f"round {done + 1}/{cfg.rounds}: {name} {mode} batch {size}: "
+            measured[name, mode, size].append(row)
+            # To stderr, because stdout is for the table and the JSON lines.
+            print(f"round {number}/{cfg.rounds}: {name} {mode} batch {size}: "
                   f"{row[speed]:.1f} {speed}", file=sys.stderr, flush=True)
-    rows = [{"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
-            | {figure: statistics.median(row[figure] for row in results[name, mode, size])
-               for figure in (speed, time_taken, "peak_mb")}
-            for name, mode, size in keys]
-    print(f"{'':13} {'mode':8} {'batch':>5} {speed:>12} {time_taken:>11} {'peak MB':>8}  "
-          "lifecycle is")
-    for row in rows:
-        ours = [other[speed] for other in rows if other["name"] == "lifecycle"
-                and all(other[key] == row[key] for key in ("mode", "batch_size"))]
-        ratio = f"{ours[0] / row[speed]:.2f}x" if ours else ""
-        print(f"{row['name']:13} {row['mode']:8} {row['batch_size']:5} {row[speed]:12.1f} "
-              f"{row[time_taken]:11.1f} {row['peak_mb']:8.0f}  {ratio}")
+    rows = []
+    for name, mode, size in conditions:
+        row = {"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
+        for figure in (*FIGURES[bench], "peak_mb"):
+            values = [of_round[figure] for of_round in measured[name, mode, size]]
+            row[figure] = statistics.median(values)
+        rows.append(row)
+    print_table(bench, rows)
     for row in rows:
         print(json.dumps(row))
     return rows
+
+
+def pick_contenders(bench: str, cfg: Config) -> list[str]:
+    """The contenders that were asked for and whose library is installed; the others are said."""
+    known = CONTENDERS[bench]
+    if cfg.contenders == "all":
+        names = list(known)
+    else:
+        names = cfg.contenders.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--contenders {','.join(unknown)}: {bench} knows {', '.join(known)}")
+    installed = []
+    for name in names:
+        library = NEEDS.get(name)
+        if library and importlib.util.find_spec(library) is None:
+            print(f"{name} is left out: {library} is not installed")
+        else:
+            installed.append(name)
+    return installed
+
+
+def print_table(bench: str, rows: list[dict]) -> None:
+    """A line for each row, and how many times as fast our own row of the same conditions is."""
+    speed, duration = FIGURES[bench]
+    print(f"{'':13} {'mode':8} {'batch':>5} {speed:>12} {duration:>11} {'peak MB':>8}  "
+          "lifecycle is")
+    ours = {}                                              # our speed, by mode and batch size
+    for row in rows:
+        if row["name"] == "lifecycle":
+            ours[row["mode"], row["batch_size"]] = row[speed]
+    for row in rows:
+        our_speed = ours.get((row["mode"], row["batch_size"]))     # None: --contenders without us
+        ratio = ""
+        if our_speed is not None:
+            ratio = f"{our_speed / row[speed]:.2f}x"
+        print(f"{row['name']:13} {row['mode']:8} {row['batch_size']:5} {row[speed]:12.1f} "
+              f"{row[duration]:11.1f} {row['peak_mb']:8.0f}  {ratio}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,11 @@ def validation_loss(model: Transformer, source, rows: int, batch_size: int,
     n_targets = 0
     rows = min(rows, len(source))
     for first in range(0, rows, batch_size):
-        batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
-        loss -= scores(model.logps, batch).sum().item()
+        end = min(first + batch_size, rows)
+        batch = source.rows(range(first, end)).to(model.device)
+        logps = scores(model.logps, batch)
+        loss -= logps.sum().item()
+        # Tokens are counted and not batches, because the last batch may hold fewer of them.
         n_targets += batch.n_targets
     model.train()
     return loss / n_targets
@@ -82,16 +85,29 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
     counts pulled towards the unigram by `prior` virtual tokens (MacKay & Peto 1995). Of a longer
     corpus the first `at_most` tokens are counted: some hundred MB, a few seconds.
     """
-    train, val = (tokens[:at_most].astype(np.int64) for tokens in (train, val))
+    train = train[:at_most].astype(np.int64)
+    val = val[:at_most].astype(np.int64)
     counts = np.bincount(train, minlength=vocab_size)
-    unigram = (counts + 1) / (counts.sum() + vocab_size)
-    pairs, pair_counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    wanted = val[:-1] * vocab_size + val[1:]
-    at = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    seen = np.where(pairs[at] == wanted, pair_counts[at], 0)
-    followed = np.bincount(train[:-1], minlength=vocab_size)       # c(a): nothing follows the last
-    bigram = (seen + prior * unigram[val[1:]]) / (followed[val[:-1]] + prior)
-    return float(-np.log(unigram[val]).mean()), float(-np.log(bigram).mean())
+    unigram = (counts + 1) / (counts.sum() + vocab_size)           # (V,)
+
+    # A pair (a, b) is written as the number a V + b, because numpy sorts numbers fast.
+    train_pairs = train[:-1] * vocab_size + train[1:]
+    pairs, pair_counts = np.unique(train_pairs, return_counts=True)
+    val_pairs = val[:-1] * vocab_size + val[1:]
+    places = np.searchsorted(pairs, val_pairs)
+    # A pair beyond the largest of training gets a place outside, so that it is moved to the last.
+    places = places.clip(max=len(pairs) - 1)
+    known = pairs[places] == val_pairs
+    joint_counts = np.where(known, pair_counts[places], 0)         # c(ab) of each pair in val
+    # c(a) leaves out the last token, because nothing follows it.
+    followed = np.bincount(train[:-1], minlength=vocab_size)
+    a = val[:-1]
+    b = val[1:]
+    bigram = (joint_counts + prior * unigram[b]) / (followed[a] + prior)
+
+    unigram_loss = -np.log(unigram[val]).mean()
+    bigram_loss = -np.log(bigram).mean()
+    return float(unigram_loss), float(bigram_loss)
 
 
 def ngram_baselines(windows: dict, shares: dict[str, float], vocab_size: int) -> dict[str, float]:
@@ -99,8 +115,9 @@ def ngram_baselines(windows: dict, shares: dict[str, float], vocab_size: int) ->
     data.TokenStream}."""
     baselines = {"unigram_loss": 0.0, "bigram_loss": 0.0}
     for name, share in shares.items():
-        unigram, bigram = ngram_losses(windows[name, "train"].tokens,
-                                       windows[name, "heldout"].tokens, vocab_size)
+        train = windows[name, "train"].tokens
+        heldout = windows[name, "heldout"].tokens
+        unigram, bigram = ngram_losses(train, heldout, vocab_size)
         baselines["unigram_loss"] += share * unigram
         baselines["bigram_loss"] += share * bigram
     return baselines
@@ -114,11 +131,15 @@ def response_loss(model: Transformer, examples: data.PackedExamples, batch_size:
 def unigram_response_loss(train: data.PackedExamples, val: data.PackedExamples,
                           vocab_size: int) -> float:
     """Nats per response token of a unigram model of the training responses, on `val`'s."""
-    def responses(source: data.PackedExamples) -> np.ndarray:
-        return np.concatenate([ids[mask] for ids, mask in source.sequences])
-
-    unigram, _ = ngram_losses(responses(train), responses(val), vocab_size)
+    train_tokens = response_tokens(train)
+    val_tokens = response_tokens(val)
+    unigram, _ = ngram_losses(train_tokens, val_tokens, vocab_size)
     return unigram
+
+
+def response_tokens(examples: data.PackedExamples) -> np.ndarray:
+    """The response tokens of all examples, one after the other."""
+    return np.concatenate([ids[mask] for ids, mask in examples.sequences])
 
 
 def fluency(texts: list[str], corpus: list[str], order: int = 3) -> dict[str, float]:
@@ -129,34 +150,47 @@ def fluency(texts: list[str], corpus: list[str], order: int = 3) -> dict[str, fl
     copied:      share of 12-word runs that stand verbatim in the corpus
     perplexity:  of words, under an interpolated 3-gram model counted on the corpus
     """
-    words, corpus_words = ([text.split() for text in group] for group in (texts, corpus))
-    grams = [tuple(w[i:i + order]) for w in words for i in range(len(w) - order + 1)]
-    runs = [{tuple(w[i:i + 12]) for w in group for i in range(len(w) - 11)}
-            for group in (words, corpus_words)]
+    words = [text.split() for text in texts]
+    corpus_words = [text.split() for text in corpus]
+    grams = list(ngrams(words, order))
+    runs = set(ngrams(words, 12))
+    copied_runs = runs & set(ngrams(corpus_words, 12))
     joined = "\n".join(texts).encode()
+    compressed = zlib.compress(joined, 9)                  # 9: as small as zlib can make it
+    # Divided by at least 1, because a model may write nothing, or less than 12 words.
     return {"distinct": len(set(grams)) / max(1, len(grams)),
-            "compression": len(zlib.compress(joined, 9)) / max(1, len(joined)),
-            "copied": len(runs[0] & runs[1]) / max(1, len(runs[0])),
+            "compression": len(compressed) / max(1, len(joined)),
+            "copied": len(copied_runs) / max(1, len(runs)),
             "perplexity": word_perplexity(words, corpus_words, order)}
+
+
+def ngrams(texts: list[list[str]], n: int) -> Iterator[tuple[str, ...]]:
+    """Each run of n words: [["a", "b", "c"]], 2 -> ("a", "b"), ("b", "c")."""
+    for words in texts:
+        for start in range(len(words) - n + 1):
+            yield tuple(words[start:start + n])
 
 
 def word_perplexity(texts: list[list[str]], corpus: list[list[str]], order: int) -> float:
     """exp of the mean -log p per word; p(w | h) = (c(hw) + p(w | shorter h)) / (c(h) + 1)."""
-    counts, contexts = Counter(), Counter()
-    for words in corpus:
-        for n in range(1, order + 1):
-            for i in range(len(words) - n + 1):
-                counts[tuple(words[i:i + n])] += 1
-                contexts[tuple(words[i:i + n - 1])] += 1
-    loss = total = 0
+    counts = Counter()                                     # c(hw), hw of 1 to `order` words
+    contexts = Counter()                                   # c(h), h of 0 to `order` - 1 words
+    for n in range(1, order + 1):
+        for gram in ngrams(corpus, n):
+            counts[gram] += 1
+            contexts[gram[:-1]] += 1
+    loss = 0
+    n_words = 0
     for words in texts:
-        for i in range(len(words)):
+        for end in range(1, len(words) + 1):
+            # From the shortest history to the longest, because each p leans on the one before.
             p = 1 / (contexts[()] + 1)
-            for n in range(1, min(order, i + 1) + 1):
-                gram = tuple(words[i - n + 1:i + 1])
+            for n in range(1, min(order, end) + 1):
+                gram = tuple(words[end - n:end])           # the last n words, w among them
                 p = (counts[gram] + p) / (contexts[gram[:-1]] + 1)
-            loss, total = loss - math.log(p), total + 1
-    return math.exp(loss / max(1, total))
+            loss -= math.log(p)
+            n_words += 1
+    return math.exp(loss / max(1, n_words))
 
 
 @torch.no_grad()
@@ -167,22 +201,29 @@ def masked_figures(model: Transformer | WithHead, source: objectives.Denoised, r
     same rows at every call."""
     model.eval()
     trunk = model.trunk if isinstance(model, WithHead) else model
-    right = []
-    guessed = []
+    token_right = []
+    guess_right = []
     next_right = []
     most_frequent = np.bincount(source.tokens).argmax()
     for first in range(0, rows, batch_size):
-        batch = source.rows(range(first, min(first + batch_size, rows))).to(model.device)
+        end = min(first + batch_size, rows)
+        batch = source.rows(range(first, end)).to(model.device)
         h = trunk.hidden(batch.tokens, batch.documents, batch.positions, segments=batch.segments)
-        logits = parallel.linear(h[batch.loss_mask], trunk.output_weight)      # (hidden, V)
-        targets = batch.targets[batch.loss_mask]
-        right += (logits.argmax(-1) == targets).tolist()
-        guessed += (targets == most_frequent).tolist()
+        # Only hidden tokens are scored, because logits of all T would be 7 times as many.
+        hidden = h[batch.loss_mask]                                            # (hidden, D)
+        logits = parallel.linear(hidden, trunk.output_weight)                  # (hidden, V)
+        targets = batch.targets[batch.loss_mask]                               # (hidden,)
+        likeliest = logits.argmax(-1)
+        token_right += (likeliest == targets).tolist()
+        guess_right += (targets == most_frequent).tolist()
         if batch.segments is not None:
+            # The first token's, where BERT has [CLS], because there the head was trained.
             next_logits = model.values_of(h)[:, 0]                             # (B, 2)
-            next_right += (next_logits.argmax(-1) == batch.is_next).tolist()
+            says_next = next_logits.argmax(-1)
+            next_right += (says_next == batch.is_next).tolist()
     model.train()
-    figures = {"masked_accuracy": float(np.mean(right)), "guess_accuracy": float(np.mean(guessed))}
+    token_accuracy = float(np.mean(token_right))
+    figures = {"masked_accuracy": token_accuracy, "guess_accuracy": float(np.mean(guess_right))}
     if next_right:
         figures["next_sentence_accuracy"] = float(np.mean(next_right))
     return figures
@@ -193,26 +234,33 @@ def span_figures(model: Transformer, source: objectives.Denoised, rows: int,
     """Share of the hidden spans of at most `longest_span` tokens that greedy decoding rebuilds
     exactly, and of the spans of one token, in 15 % noise of short spans. The same rows at every
     call."""
-    windows = source.stream.rows(range(rows)).tokens.numpy()
-    inputs, targets = source.pairs(windows[:, :-1], np.random.default_rng(0), modes=("R",))
+    windows = source.stream.rows(range(rows)).tokens.numpy()       # (rows, T + 1)
+    rng = np.random.default_rng(0)                         # 0: so that the same spans are hidden
+    # "R": UL2's regular denoiser, which is T5's; another model of spans has no other mode.
+    inputs, targets = source.pairs(windows[:, :-1], rng, modes=("R",))
     inputs = [ids.tolist() for ids in objectives.unpadded(inputs)]
     targets = [ids.tolist() for ids in objectives.unpadded(targets)]
     room = model.config.context_length - 1
     if model.architecture != "encoder_decoder":
+        # A single stack holds the input too, of which the last token is the first to be answered.
         room -= max(len(ids) for ids in inputs) - 1
-    max_new_tokens = min(max(len(ids) for ids in targets) + 8, room)
-    answers = sample.generate(model, inputs, max_new_tokens, (source.tokenizer.end,))
+    longest_target = max(len(ids) for ids in targets)
+    # 8 more than any target, because a span that came out too long should not cut off the rest.
+    max_new_tokens = min(longest_target + 8, room)
+    outputs = sample.generate(model, inputs, max_new_tokens, (source.tokenizer.end,))
 
     rebuilt: dict[int, list[bool]] = defaultdict(list)             # by the length of the span
-    for target, answer in zip(targets, answers):
-        found = objectives.spans_after(answer, [*source.sentinels, source.tokenizer.end])
-        for sentinel, span in objectives.spans_after(target[:-1], source.sentinels).items():
-            rebuilt[len(span)].append(found.get(sentinel) == span)
+    for target, output in zip(targets, outputs):
+        output_spans = objectives.spans_after(output, [*source.sentinels, source.tokenizer.end])
+        target_spans = objectives.spans_after(target[:-1], source.sentinels)
+        for sentinel, span in target_spans.items():
+            is_right = output_spans.get(sentinel) == span
+            rebuilt[len(span)].append(is_right)
     short = []
     for length in range(1, longest_span + 1):
         short += rebuilt[length]
     figures = {}
-    if short:
+    if short:                                              # else a mean of nothing would be NaN
         figures["short_spans_rebuilt"] = float(np.mean(short))
     if rebuilt[1]:
         figures["single_tokens_rebuilt"] = float(np.mean(rebuilt[1]))
@@ -221,55 +269,90 @@ def span_figures(model: Transformer, source: objectives.Denoised, rows: int,
 
 # ---------------------------------------------------------------------- tasks of the world
 
+def chat_prompts(tokenizer, examples: list[dict]) -> list[list[int]]:
+    """Token ids of a conversation that ends where the assistant is to answer, of each example."""
+    prompts = []
+    for example in examples:
+        turn = {"role": "user", "content": example["prompt"]}
+        prompts.append(tokenizer.prompt([turn]))
+    return prompts
+
+
 def answers(model: Transformer, tokenizer, examples: list[dict], temperature: float = 0.0,
             generator: torch.Generator | None = None) -> list[list[int]]:
     """Token ids of the model's answer to each example of the world, <|end|> included."""
-    prompts = [tokenizer.prompt([{"role": "user", "content": e["prompt"]}]) for e in examples]
-    return sample.generate(model, prompts, MAX_ANSWER, (tokenizer.end, tokenizer.endoftext),
-                           temperature, generator=generator)
+    prompts = chat_prompts(tokenizer, examples)
+    # <|endoftext|> ends an answer too, because a base model knows no other end.
+    stop_tokens = (tokenizer.end, tokenizer.endoftext)
+    return sample.generate(model, prompts, MAX_ANSWER, stop_tokens, temperature,
+                           generator=generator)
 
 
 def complete_text(tokenizer, ids: list[int]) -> str:
     """The response's text; nothing at all when it never ended, which is no answer."""
-    return tokenizer.decode(ids) if ids and ids[-1] == tokenizer.end else ""
+    if not ids or ids[-1] != tokenizer.end:
+        return ""
+    return tokenizer.decode(ids)
+
+
+def complete_texts(tokenizer, responses: list[list[int]]) -> list[str]:
+    return [complete_text(tokenizer, ids) for ids in responses]
 
 
 def accuracy_by_family(examples: list[dict], texts: list[str]) -> dict[str, float]:
     """Share of exact matches of the parsed answer, for families that have one, and "all"."""
     right = defaultdict(list)
     for example, text in zip(examples, texts):
-        if example["answer"] is not None:
-            hit = parse_answer(example, text) == example["answer"]
-            right[example["family"]].append(hit)
-            right["all"].append(hit)
+        if example["answer"] is None:                      # a story, say, can be told in many ways
+            continue
+        is_right = parse_answer(example, text) == example["answer"]
+        right[example["family"]].append(is_right)
+        right["all"].append(is_right)
     return {family: sum(hits) / len(hits) for family, hits in right.items()}
 
 
 def exam(name: str, n: int, families: tuple[str, ...] | None = None) -> list[dict]:
     """n held-out examples of a world; [] when `name` is not a world: files have no answer key."""
     world = readers.world_named(name)
-    return world.examples(n, split="heldout", seed=1, families=families) if world else []
+    if world is None:
+        return []
+    return world.examples(n, split="heldout", seed=1, families=families)
+
+
+def reward_prompts(name: str, n: int) -> list[dict]:
+    """n held-out prompts of a world, the same for every model whose true rewards are compared."""
+    # Seed 2, because exam() draws by seed 1: no prompt should count twice.
+    return readers.world_named(name).prompts(n, "heldout", seed=2)
 
 
 def quiz(name: str, n: int) -> dict[str, list[dict]]:
     """Small exams for use during training: trained families, and families never trained on."""
-    if not readers.world_named(name):
+    if readers.world_named(name) is None:
         return {}
     return {"accuracy": exam(name, n),
             "unseen_families": exam(name, n // 4, HELDOUT_FAMILIES)}
 
 
 def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]]) -> dict:
+    """Accuracy over all families of each quiz that has a family with an answer: {"accuracy": ...,
+    "unseen_families": ...}."""
     scores = {}
     for name, examples in quizzes.items():
-        texts = [complete_text(tokenizer, ids) for ids in answers(model, tokenizer, examples)]
-        if found := accuracy_by_family(examples, texts):
-            scores[name] = found["all"]
+        responses = answers(model, tokenizer, examples)
+        texts = complete_texts(tokenizer, responses)
+        by_family = accuracy_by_family(examples, texts)
+        if by_family:                                      # {} of examples without an answer
+            scores[name] = by_family["all"]
     return scores
 
 
 def true_rewards(examples: list[dict], texts: list[str]) -> np.ndarray:
-    return np.array([true_reward(e, text)["total"] for e, text in zip(examples, texts)])
+    """The world's own judgement of each text, (n,) in [0, 1]."""
+    totals = []
+    for example, text in zip(examples, texts):
+        parts = true_reward(example, text)
+        totals.append(parts["total"])
+    return np.array(totals)
 
 
 def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) -> dict:
@@ -277,7 +360,7 @@ def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) ->
     examples = [prompt["example"] for prompt in prompts]
     if not {"family", "key"} <= examples[0].keys():
         return {}
-    texts = [complete_text(tokenizer, ids) for ids in responses]
+    texts = complete_texts(tokenizer, responses)
     return {"true_reward": float(true_rewards(examples, texts).mean())}
 
 
@@ -286,9 +369,13 @@ def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) ->
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """Share of prompts on which ours is higher, ties counting half, and its 95 % interval (normal
     approximation of the mean of 0, 1/2, 1)."""
-    wins = (ours > theirs + 1e-9) + 0.5 * (np.abs(ours - theirs) <= 1e-9)
-    half = 1.96 * wins.std() / math.sqrt(len(wins))
-    return float(wins.mean()), float(wins.mean() - half), float(wins.mean() + half)
+    # Closer than 1e-9 is a tie, because sums of the same parts may be rounded in another way.
+    higher = ours > theirs + 1e-9
+    tied = np.abs(ours - theirs) <= 1e-9
+    wins = higher + 0.5 * tied
+    rate = wins.mean()
+    half_width = 1.96 * wins.std() / math.sqrt(len(wins))
+    return float(rate), float(rate - half_width), float(rate + half_width)
 
 
 @torch.no_grad()
@@ -298,41 +385,73 @@ def kl_to(model: Transformer, reference: Transformer, tokenizer, examples: list[
     of log model(y|x) - log reference(y|x)."""
     generator = torch.Generator(model.device).manual_seed(seed)
     responses = answers(model, tokenizer, examples, 1.0, generator)
-    prompts = [tokenizer.prompt([{"role": "user", "content": e["prompt"]}]) for e in examples]
+    prompts = chat_prompts(tokenizer, examples)
     total = 0.0
-    for first in range(0, len(examples), 64):
+    for first in range(0, len(examples), 64):              # 64 rows: what fits a small memory
         part = slice(first, first + 64)
         batch = data.response_batch(prompts[part], responses[part], tokenizer.pad,
                                     model.config.context_length).to(model.device)
-        total += (token_logps(model.logps, batch) - token_logps(reference.logps, batch)).sum().item()
+        logps = token_logps(model.logps, batch)                                # (B, T - 1)
+        reference_logps = token_logps(reference.logps, batch)
+        # Subtracted token by token before the sum, because there the differences are small.
+        total += (logps - reference_logps).sum().item()
     return total / len(examples)
 
 
 def calibration_error(margin: Tensor, bins: int = 10) -> float:
     """Expected calibration error of a reward model (001 section 4.4): p = sigma(|r_w - r_l|) is its
     confidence in its own ranking; the mean gap between confidence and accuracy over `bins` equal
-    parts of [0.5, 1], weighted by how many pairs fall into each."""
-    confidence, right = torch.sigmoid(margin.abs().double()), (margin > 0).double()
-    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [abs(confidence[which == b].sum() - right[which == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(margin))
+    parts of [0.5, 1], weighted by how many pairs fall into each.
+
+    margin: (pairs,) r_w - r_l, positive where the ranking is right.
+    """
+    confidence = torch.sigmoid(margin.abs().double())
+    right = (margin > 0).double()
+    part_of = ((confidence - 0.5) * 2 * bins).long()
+    part_of = part_of.clamp(max=bins - 1)      # because a confidence of 1 would begin another part
+    total = 0
+    for part in range(bins):
+        inside = part_of == part
+        # Sums and not means, because a part's weight is the number of pairs inside.
+        gap = confidence[inside].sum() - right[inside].sum()
+        total += abs(gap)
+    return float(total / len(margin))
 
 
 def length_accuracy(pairs: data.PreferencePairs) -> float:
     """How often the longer response (in tokens) is the chosen one, ties counting half."""
-    lengths = [tuple(len(ids) for ids, _ in sides) for sides in pairs.sequences]
-    return sum((w > r) + 0.5 * (w == r) for w, r in lengths) / len(lengths)
+    score = 0
+    # Ids of prompt and response may be compared, because both sides have the same prompt.
+    for (chosen, _), (rejected, _) in pairs.sequences:
+        if len(chosen) > len(rejected):
+            score += 1
+        elif len(chosen) == len(rejected):
+            score += 0.5
+    return score / len(pairs.sequences)
 
 
 def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int) -> dict:
     """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", and the
     per-prompt "rewards" of the first n prompts that are compared in win rates}."""
-    tasks, prompts = exam(name, n_tasks), readers.world_named(name).prompts(n, "heldout", seed=2)
-    texts = [complete_text(tokenizer, ids) for ids in answers(model, tokenizer, tasks + prompts)]
+    tasks = exam(name, n_tasks)
+    prompts = reward_prompts(name, n)
+    # Answered in one go, because prompts of similar length are then batched together.
+    responses = answers(model, tokenizer, tasks + prompts)
+    texts = complete_texts(tokenizer, responses)
     families = accuracy_by_family(tasks, texts[:n_tasks])
+    accuracy = families.pop("all")
     rewards = true_rewards(prompts, texts[n_tasks:])
-    return {"accuracy": families.pop("all"), "families": families,
-            "true_reward": float(rewards.mean()), "rewards": rewards}
+    return {"accuracy": accuracy, "families": families, "true_reward": float(rewards.mean()),
+            "rewards": rewards}
+
+
+# ---------------------------------------------------------------------- the table
+
+def print_figures(figures: dict) -> None:
+    """A line for each figure, those of the families last."""
+    for name, value in {**figures, **figures["families"]}.items():
+        if isinstance(value, float):                       # not the interval, and not "families"
+            print(f"{name:24s} {value:8.3f}")
 
 
 def main(cfg: Config) -> dict:
@@ -344,26 +463,27 @@ def main(cfg: Config) -> dict:
                          "world:SEED")
     model, tokenizer = load_model(cfg.init, device, dtype)
     if cfg.reference:
+        # Loaded before the exam, because a wrong folder should not be found out minutes later.
         reference, reference_tokenizer = load_model(cfg.reference, device, dtype)
         if reference_tokenizer != tokenizer:
             raise ValueError(f"--reference {cfg.reference}: its tokenizer is not that of --init "
                              f"{cfg.init}, so that their predictions cannot be compared")
-    found = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
-    rewards = found.pop("rewards")
+    figures = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
+    rewards = figures.pop("rewards")                       # an array, which JSON cannot hold
     if cfg.reference:
         theirs = evaluate_policy(reference, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
         rate, low, high = win_rate(rewards, theirs["rewards"])
-        prompts = readers.world_named(cfg.data).prompts(cfg.n, "heldout", seed=2)
-        found |= {"win_rate": rate, "win_rate_95": [low, high],
-                  "reference_true_reward": theirs["true_reward"],
-                  "reference_accuracy": theirs["accuracy"],
-                  "kl": kl_to(model, reference, tokenizer, prompts, cfg.seed)}
-    for name, value in {**found, **found["families"]}.items():
-        if isinstance(value, float):
-            print(f"{name:24s} {value:8.3f}")
+        figures["win_rate"] = rate
+        figures["win_rate_95"] = [low, high]
+        figures["reference_true_reward"] = theirs["true_reward"]
+        figures["reference_accuracy"] = theirs["accuracy"]
+        prompts = reward_prompts(cfg.data, cfg.n)
+        figures["kl"] = kl_to(model, reference, tokenizer, prompts, cfg.seed)
+    print_figures(figures)
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps(found, indent=2) + "\n")
-    return found
+        text = json.dumps(figures, indent=2)
+        Path(cfg.json).write_text(text + "\n")
+    return figures
 
 
 if __name__ == "__main__":

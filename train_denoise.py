@@ -103,9 +103,10 @@ def new_or_loaded(cfg: Config, run):
     return model, tokenizer
 
 
-def heldout_figures(model, heldout: dict, shares: dict[str, float], cfg: Config) -> dict:
+def heldout_figures(model, heldout: dict, shares: dict[str, float], bytes_per_token: dict,
+                    cfg: Config) -> dict:
     """Loss in nats per target token of each corpus and of all together; what is rebuilt of the
-    first corpus' hidden text."""
+    first corpus' hidden text, or for causal, where nothing is hidden, bits per byte."""
     trunk = model.trunk if isinstance(model, WithHead) else model
     losses = {}
     for name in shares:
@@ -113,8 +114,13 @@ def heldout_figures(model, heldout: dict, shares: dict[str, float], cfg: Config)
                                                 cfg.batch_size, denoised_logps)
     val_loss = sum(share * losses[name] for name, share in shares.items())
     figures = {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-    if len(shares) > 1:
-        figures |= {f"val_loss/{name}": loss for name, loss in losses.items()}
+    for name in shares:
+        suffix = f"/{name}" if len(shares) > 1 else ""
+        figures[f"val_loss{suffix}"] = losses[name]
+        if cfg.objective == "causal":
+            figures[f"bits_per_byte{suffix}"] = losses[name] / bytes_per_token[name] / math.log(2)
+    if cfg.objective == "causal":
+        return figures
     first = next(iter(heldout.values()))
     if cfg.objective == "mlm":
         return figures | evaluate.masked_figures(model, first, cfg.eval_windows, cfg.batch_size)
@@ -171,6 +177,7 @@ def main(cfg: Config) -> dict:
     # 2.3 step <- 0, or that of the checkpoint with --resume
     run.track(model=model, optimizer=optimizer)
     baselines = evaluate.ngram_baselines(windows, train.shares, tokenizer.vocab_size)
+    bytes_per_token = corpus.bytes_per_token(streams)
     run.say(train_pretrain.describe(model, streams, train.shares, baselines))
     run.forecast(model)
 
@@ -209,15 +216,19 @@ def main(cfg: Config) -> dict:
         # 3.8 LOGGING & CHECKPOINTING
         figures = {"loss": loss} | router_figures(model, nudge=updated)
         if run.due(step, cfg.eval_every):
-            figures |= heldout_figures(model, heldout, train.shares, cfg)
+            figures |= heldout_figures(model, heldout, train.shares, bytes_per_token, cfg)
         tokens = sum(batch.n_tokens for batch in batches)
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
     # 4. RETURN theta*
-    measured = run.last_with("val_loss", "masked_", "guess_", "next_sentence_", "short_", "single_")
-    return run.finish(model, tokenizer, measured | {"unigram_loss": baselines["unigram_loss"]})
+    results = run.last_with("val_loss", "bits_per", "masked_", "guess_", "next_sentence_", "short_",
+                            "single_")
+    results["unigram_loss"] = baselines["unigram_loss"]
+    if cfg.objective == "causal":              # a hidden token is guessed from both sides
+        results["bigram_loss"] = baselines["bigram_loss"]
+    return run.finish(model, tokenizer, results)
 
 
 if __name__ == "__main__":

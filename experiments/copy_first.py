@@ -1,13 +1,22 @@
 """
-What does a model of a million parameters need, to learn much from a million and a half tokens? Four
-pretraining runs on the embedded world that differ in one thing each:
+What does a model of a million parameters need, to learn much from a million and a half tokens?
 
-  all three            Muon, token shift and copying first: the defaults of train_pretrain.py
-  AdamW                instead of Muon
-  no token shift       a token does not see its predecessor's embedding
-  no copying first     text from the first step
+The sentence of the documents: in-context learning "is driven by specialized attention structures
+called induction heads" (004), which find an earlier [A] [B] when they read [A] again, and predict
+[B]. A small model needs most of its few steps to grow such heads. Three options help, none of them
+the documents' own. Four pretraining runs on the embedded world differ in one of them each:
+
+  all three            --optimizer muon, --token_shift and --copy_steps 250
+  AdamW                instead of Muon, which lets rare directions learn as fast as common ones
+  no token shift       a token's embedding does not have that of the token before added to it
+  no copying first     text from the first step. With --copy_steps the first steps read random
+                       tokens said again, forwards and backwards, so that the model has learned to
+                       look back before it sees text
 
     python experiments/copy_first.py           # 5 minutes on two cores; results/copy_first.png
+
+What came out, in nats per token after 800 steps (AMD EPYC with AVX512-BF16, seed 0): all three
+0.955; AdamW 1.074, no token shift 0.984, no copying first 0.982.
 """
 import sys
 from dataclasses import dataclass
@@ -22,10 +31,15 @@ from matplotlib import pyplot as plt
 
 import train_pretrain
 from plumbing.curves import read_metrics
-from plumbing.options import command_line
+from plumbing.options import build, command_line
 
-VARIANTS = {"all three": {}, "AdamW": {"optimizer": "adamw"},
-            "no token shift": {"token_shift": False}, "no copying first": {"copy_steps": 0}}
+ALL_THREE = {"optimizer": "muon", "token_shift": True, "copy_steps": 250, "lr": 4e-3}
+VARIANTS = {
+    "all three": ALL_THREE,
+    "AdamW": ALL_THREE | {"optimizer": "adamw"},
+    "no token shift": ALL_THREE | {"token_shift": False},
+    "no copying first": ALL_THREE | {"copy_steps": 0},
+}
 
 
 @dataclass
@@ -40,8 +54,10 @@ def draw(folders: dict[str, Path], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, folder in folders.items():
         rows = [row for row in read_metrics(folder) if "val_loss" in row]
-        axis.plot([row["step"] + 1 for row in rows], [row["val_loss"] for row in rows],
-                  marker="o", label=f"{name}: {rows[-1]['val_loss']:.3f}")
+        steps = [row["step"] + 1 for row in rows]          # + 1: the loss after the step
+        losses = [row["val_loss"] for row in rows]
+        axis.plot(steps, losses, marker="o", label=f"{name}: {losses[-1]:.3f}")
+    # Up to 3 nats only, because the first losses would press the ends together.
     axis.set(title="pretraining, with one thing left out", xlabel="step", ylim=(0.8, 3),
              ylabel="validation loss (nats per token)")
     axis.grid(alpha=0.3)
@@ -51,11 +67,13 @@ def draw(folders: dict[str, Path], file: Path) -> None:
 
 
 def main(cfg: Config) -> None:
-    folders = {name: Path(cfg.out) / name.replace(" ", "_") for name in VARIANTS}
-    for name, change in VARIANTS.items():
-        result = train_pretrain.main(train_pretrain.Config(
-            out=str(folders[name]), steps=cfg.steps, eval_every=cfg.steps // 10, overwrite=True,
-            **change))
+    folders = {}
+    for name, variant in VARIANTS.items():
+        folders[name] = Path(cfg.out) / name.replace(" ", "_")
+        # Ten validations a run, enough points for a curve.
+        options = {"out": str(folders[name]), "steps": cfg.steps, "eval_every": cfg.steps // 10,
+                   "overwrite": True}
+        result = train_pretrain.main(build(train_pretrain.Config, options | variant))
         print(f"{name:18s} validation loss {result['val_loss']:.3f} nats per token, "
               f"{result['minutes']:.1f} minutes", flush=True)
     draw(folders, Path(cfg.figure))

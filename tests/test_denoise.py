@@ -11,9 +11,13 @@ import data
 import evaluate
 import objectives
 import sample
+import train_denoise
 import train_pretrain
-import training
-from model import Transformer, load_model, token_logps
+from architectures import Encoder
+from plumbing.curves import read_metrics
+from plumbing.folders import load_any_model, load_model
+from plumbing.options import build
+from scoring import denoised_logps
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 torch.set_num_threads(1)
@@ -31,10 +35,13 @@ def test_a_model_of_sentence_pairs_fills_gaps_in_what_it_was_trained_on(monkeypa
     tokenizer = Tokenizer(TOKENIZER.ranks, TOKENIZER.pattern, names)
     model = tiny_model(architecture="encoder", n_segments=2, vocab_size=tokenizer.vocab_size)
     seen = []
-    hidden = Transformer.hidden
-    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, *others: (
-        seen.append((tokens, others[-1])), hidden(self, tokens, *others))[1])
-    sample.fill(model, tokenizer, "a ___")
+    forward = Encoder.forward
+
+    def watched(self, tokens, segments=None):
+        seen.append((tokens, segments))
+        return forward(self, tokens, segments=segments)
+    monkeypatch.setattr(Encoder, "forward", watched)
+    sample.fill(model.trunk, tokenizer, "a ___")
     [(tokens, segments)] = seen
     assert tokens[0, 0] == tokenizer.special["<|cls|>"] and not segments.any()
 
@@ -43,9 +50,9 @@ def test_a_masked_model_fills_gaps_with_a_token_each(tmp_path):
     """It has learned one sentence by heart."""
     file = tmp_path / "one.txt"
     file.write_text("the cat sat on the mat. " * 200)
-    train_pretrain.main(config(tmp_path, file, objective="mlm", vocab_size=288, steps=100,
-                               d_model=64, n_heads=4, eval_windows=4))
-    model, tokenizer = load_model(tmp_path / "base", any_architecture=True)
+    train_denoise.main(config(tmp_path, file, objective="mlm", vocab_size=288, steps=100,
+                              d_model=64, n_heads=4, eval_windows=4, token_shift=True))
+    model, tokenizer = load_any_model(tmp_path / "base")
     assert " sat" in map(tokenizer.decode, ([i] for i in range(288)))
     text = "the cat sat on the mat. the cat___ on the mat. the cat sat on the___."
     assert sample.fill(model, tokenizer, text) == "the cat sat on the mat. " * 2 + \
@@ -108,8 +115,8 @@ def corpus(tmp_path):
     return file
 
 
-def config(tmp_path, corpus, **changes):
-    return train_pretrain.Config(**{
+def config(tmp_path, corpus, Config=train_denoise.Config, **changes):
+    return build(Config, {
         "out": str(tmp_path / "base"), "data": str(corpus), "vocab_size": 300, "d_model": 32,
         "n_layers": 1, "n_heads": 2, "context_length": 48, "copy_steps": 0, "steps": 4,
         "batch_size": 8, "lr": 1e-2, "warmup": 2, "eval_windows": 8, "device": "cpu",
@@ -119,7 +126,7 @@ def config(tmp_path, corpus, **changes):
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 COMBINATIONS = [(objective, architecture, False) for objective, architectures in
@@ -132,37 +139,42 @@ def test_every_objective_trains_every_architecture_that_fits_it(objective, archi
                                                                 next_sentence, tmp_path, corpus):
     cfg = config(tmp_path, corpus, objective=objective, architecture=architecture, steps=30,
                  next_sentence=next_sentence)
-    result = train_pretrain.main(cfg)
-    rows = training.read_metrics(tmp_path / "base")
+    result = train_denoise.main(cfg)
+    rows = read_metrics(tmp_path / "base")
     first = math.log(300) + math.log(2) * next_sentence
     assert rows[0]["loss"] == pytest.approx(first, abs=0.1)              # starts uniform
     assert rows[-1]["loss"] < 0.75 * first and result["val_loss"] < rows[0]["loss"]
-    model, tokenizer = load_model(tmp_path / "base", any_architecture=True)
-    assert model.config.architecture == architecture
+    model, tokenizer = load_any_model(tmp_path / "base")
+    assert model.architecture == architecture
     assert ("bits_per_byte" in result) == (objective == "causal")
     assert ("short_spans_rebuilt" in result) == (objective in ("span", "ul2"))
     assert ("next_sentence_accuracy" in result) == next_sentence
 
 
+def pretrain_causal(tmp_path, corpus):
+    cfg = config(tmp_path, corpus, train_pretrain.Config, out=str(tmp_path / "causal"), steps=40)
+    train_pretrain.main(cfg)
+
+
 def test_a_decoder_becomes_a_prefix_model_that_fills_in(tmp_path, corpus):
-    train_pretrain.main(config(tmp_path, corpus, out=str(tmp_path / "causal"), steps=40))
+    pretrain_causal(tmp_path, corpus)
     before, _ = load_model(tmp_path / "causal")
     cfg = config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="ul2",
                  architecture="prefix", steps=1, lr=0.0)
-    train_pretrain.main(cfg)
-    after, tokenizer = load_model(tmp_path / "base", any_architecture=True)
-    assert after.config.architecture == "prefix" and "<|X|>" in tokenizer.special
+    train_denoise.main(cfg)
+    after, tokenizer = load_any_model(tmp_path / "base")
+    assert after.architecture == "prefix" and "<|X|>" in tokenizer.special
     tokens = torch.tensor([tokenizer.encode("the red bear saw the new hat")])
     known = after(tokens)[..., :len(tokenizer.ranks)]
     torch.testing.assert_close(known, before(tokens)[..., :len(tokenizer.ranks)])
 
 
 def test_a_decoder_becomes_both_stacks_of_an_encoder_decoder_that_learns(tmp_path, corpus):
-    train_pretrain.main(config(tmp_path, corpus, out=str(tmp_path / "causal"), steps=40))
+    pretrain_causal(tmp_path, corpus)
     before, _ = load_model(tmp_path / "causal")
     cfg = config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span", steps=1, lr=0.0)
-    train_pretrain.main(cfg)
-    after, tokenizer = load_model(tmp_path / "base", any_architecture=True)
+    train_denoise.main(cfg)
+    after, tokenizer = load_any_model(tmp_path / "base")
     tokens, source = some_ids(2, 9), some_ids(2, 7)
     written = after(tokens, source=source, source_lengths=torch.tensor([7, 4]))
     n = len(tokenizer.ranks)
@@ -170,34 +182,34 @@ def test_a_decoder_becomes_both_stacks_of_an_encoder_decoder_that_learns(tmp_pat
     for block, own in zip(after.encoder, before.blocks):
         torch.testing.assert_close(block.state_dict(), own.state_dict())
     # training moves the new cross-attention's way out, and with it what is written
-    train_pretrain.main(config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span",
+    train_denoise.main(config(tmp_path, corpus, init=str(tmp_path / "causal"), objective="span",
                                steps=2, lr=1e-3, out=str(tmp_path / "moved")))
-    moved_on, _ = load_model(tmp_path / "moved", any_architecture=True)
+    moved_on, _ = load_any_model(tmp_path / "moved")
     assert all(block.cross_attention.wo.weight.abs().max() > 0 for block in moved_on.blocks)
 
 
 @pytest.mark.parametrize("changes, named", [
     ({"objective": "bert"}, "--objective bert: give causal, mlm, span, ul2"),
     ({"objective": "mlm", "architecture": "decoder"}, "decoder does not go with .*mlm; give encod"),
-    ({"architecture": "encoder"}, "encoder does not go with --objective causal"),
-    ({"next_sentence": True}, "--next_sentence goes with --objective mlm")])
+    ({"objective": "causal", "architecture": "encoder"}, "encoder does not go with .*causal"),
+    ({"objective": "causal", "next_sentence": True}, "--next_sentence goes with --objective mlm")])
 def test_what_cannot_be_learned_is_refused_by_name(changes, named, tmp_path, corpus):
     with pytest.raises(ValueError, match=named):
-        train_pretrain.main(config(tmp_path, corpus, **changes))
+        train_denoise.main(config(tmp_path, corpus, **changes))
 
 
 def test_a_model_of_another_architecture_is_refused(tmp_path, corpus):
     folder = folder_of(tiny_model(architecture="encoder"), tmp_path / "encoder")
     with pytest.raises(ValueError, match="is an encoder with 0 segments; .* an encoder_decoder"):
-        train_pretrain.main(config(tmp_path, corpus, init=folder, objective="span", n_layers=2))
+        train_denoise.main(config(tmp_path, corpus, init=folder, objective="span", n_layers=2))
 
 
 def test_sizes_that_the_given_model_does_not_have_are_refused(tmp_path, corpus):
-    folder = folder_of(tiny_model(), tmp_path / "start")
+    start = {"init": folder_of(tiny_model(), tmp_path / "start"), "objective": "causal",
+             "architecture": "prefix", "n_layers": 2}
     with pytest.raises(ValueError, match="--d_model 48, but the model in --init .* has 32"):
-        train_pretrain.main(config(tmp_path, corpus, init=folder, d_model=48, n_layers=2))
-    train_pretrain.main(config(tmp_path, corpus, init=folder, n_layers=2, n_heads=2, steps=1,
-                               overwrite=True))
+        train_denoise.main(config(tmp_path, corpus, **start, d_model=48))
+    train_denoise.main(config(tmp_path, corpus, **start, steps=1, overwrite=True))
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -216,7 +228,7 @@ def test_rebuilt_spans_are_counted_span_by_span(monkeypatch):
     wrong = [[(i + 1) % 256 if i < 256 and n == 1 else i for n, i in enumerate(row)]
              for row in targets]                               # the first token of the first span
     monkeypatch.setattr(sample, "generate", lambda *arguments: wrong)
-    spans = [objectives.spans_said(row[:-1], source.sentinels) for row in targets]
+    spans = [objectives.spans_after(row[:-1], source.sentinels) for row in targets]
     short = [sum(len(span) <= 5 for span in row.values()) for row in spans]
     spoiled = sum(len(row[source.sentinels[0]]) <= 5 for row in spans)
     found = evaluate.span_figures(model, source, 6)["short_spans_rebuilt"]
@@ -236,6 +248,6 @@ def test_masked_accuracy_counts_first_guesses():
     assert found["masked_accuracy"] == pytest.approx(expected.item())
     space = (batch.targets[batch.loss_mask] == ord(" ")).float().mean()
     assert found["guess_accuracy"] == pytest.approx(space.item())
-    assert evaluate.validation_loss(model, source, 4, 2) == pytest.approx(
-        -sum(token_logps(model, source.rows(range(i, i + 2))).sum() for i in (0, 2)).item()
+    assert evaluate.validation_loss(model, source, 4, 2, denoised_logps) == pytest.approx(
+        -sum(denoised_logps(model.logps, source.rows(range(i, i + 2))).sum() for i in (0, 2)).item()
         / sum(source.rows(range(i, i + 2)).n_targets for i in (0, 2)), rel=1e-5)

@@ -10,9 +10,10 @@ from tiny import TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 import data
 import readers
 import train_dpo
-import training
-from model import load_model
-from train_dpo import dpo_loss, response_logps, score_pairs
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model
+from scoring import response_logps
+from train_dpo import dpo_loss
 
 LOG2 = math.log(2)
 
@@ -20,7 +21,7 @@ LOG2 = math.log(2)
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 def made_pairs(n):
@@ -58,7 +59,7 @@ def test_noisy_routers_make_no_noise_between_policy_and_reference(tmp_path):
     folder_of(tiny_model(n_experts=4, router_noise=True), tmp_path / "sft")
     write_rows(tmp_path / "pairs.jsonl", made_pairs(80))
     train_dpo.main(config(tmp_path, lr=0.0))
-    losses = [row["loss"] for row in training.read_metrics(tmp_path / "dpo")]
+    losses = [row["loss"] for row in read_metrics(tmp_path / "dpo")]
     assert losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 
@@ -109,8 +110,8 @@ def test_parameters_move_by_weighted_differences_of_their_log_prob_gradients(tmp
     policy, reference, pairs = tiny_model(1), tiny_model(2), read_pairs(tmp_path, 4)
     batch = pairs.batch(0, 4)
     with torch.no_grad():
-        ref_w, ref_l = response_logps(reference, batch).chunk(2)
-    loss, margin = dpo_loss(*response_logps(policy, batch).chunk(2), ref_w, ref_l, beta=0.1)
+        ref_w, ref_l = response_logps(reference.logps, batch).chunk(2)
+    loss, margin = dpo_loss(*response_logps(policy.logps, batch).chunk(2), ref_w, ref_l, beta=0.1)
     loss.backward()
     found = {name: w.grad.clone() for name, w in policy.named_parameters()}
     expected = {name: torch.zeros_like(w) for name, w in policy.named_parameters()}
@@ -124,33 +125,12 @@ def test_parameters_move_by_weighted_differences_of_their_log_prob_gradients(tmp
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
-# ---------------------------------------------------------------------- log-probs of pairs
-
-def test_log_probs_are_summed_over_the_answer_and_its_end_only(tmp_path):
-    model, pairs = tiny_model(), read_pairs(tmp_path, 6)
-    batch = pairs.batch(0, 6)
-    with torch.no_grad():
-        found = response_logps(model, batch)                     # chosen, then rejected
-        expected = [slow_score(model, made_pairs(6)[i], side)
-                    for side in ("chosen", "rejected") for i in batch.index.tolist()]
-    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_scored_pairs_stand_in_the_order_of_the_pairs(tmp_path):
-    model, pairs = tiny_model(), read_pairs(tmp_path, 11)
-    scores = score_pairs(model, pairs, batch_size=4)             # the last batch is smaller
-    with torch.no_grad():
-        expected = torch.stack([torch.stack([slow_score(model, pair, side) for side in
-                                             ("chosen", "rejected")]) for pair in made_pairs(11)])
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-4)
-
-
 # ---------------------------------------------------------------------- whole runs
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_training_starts_at_log_2_and_raises_the_held_out_margin(tmp_path, cached):
     result = train_dpo.main(config(tmp_path, steps=12, eval_every=1, cache_reference=cached))
-    rows = training.read_metrics(tmp_path / "dpo")
+    rows = read_metrics(tmp_path / "dpo")
     # a cached score comes from a batch of another width: equal up to fp32 rounding of sums of ~50
     tolerance = 1e-5 if cached else 0.0
     assert abs(rows[0]["margin"]) <= tolerance and rows[0]["kl_proxy"] <= 10 * tolerance
@@ -174,7 +154,7 @@ def test_cached_and_live_reference_train_the_same_policy(tmp_path):
 
 def test_every_figure_that_step_35_asks_for_is_logged(tmp_path):
     train_dpo.main(config(tmp_path, steps=2))
-    rows = training.read_metrics(tmp_path / "dpo")
+    rows = read_metrics(tmp_path / "dpo")
     assert len(rows) == 2
     assert {"step", "loss", "margin", "accuracy", "kl_proxy", "logp_chosen", "logp_rejected",
             "grad_norm", "lr", "tokens", "tokens_per_s"} <= set(rows[0])
@@ -184,12 +164,12 @@ def test_every_figure_that_step_35_asks_for_is_logged(tmp_path):
 def test_a_resumed_run_repeats_the_curve_against_the_same_reference(tmp_path):
     cfg = config(tmp_path, steps=6, save_every=3)
     result = train_dpo.main(cfg)
-    whole = training.read_metrics(cfg.out)
+    whole = read_metrics(cfg.out)
     shutil.rmtree(tmp_path / "dpo" / "checkpoints" / "step_000006")
     for name in ("config.json", "model.safetensors"):            # as if killed after step 4
         (tmp_path / "dpo" / name).unlink()
     again = train_dpo.main(dataclasses.replace(cfg, resume=True))
-    rows = training.read_metrics(cfg.out)
+    rows = read_metrics(cfg.out)
     assert [row["step"] for row in rows] == list(range(6))
     assert abs(whole[3]["margin"]) > 0.01                        # a reset reference would give 0
     for name in ("loss", "margin", "kl_proxy", "grad_norm"):

@@ -1,11 +1,9 @@
 """lifecycle.py from end to end on a very small preset, what it repeats, and bad command lines."""
 import copy
 import dataclasses
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,8 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
-import training
+from plumbing.curves import plot_curves, read_metrics
+from plumbing.options import command_line
 
 ROOT = Path(lifecycle.__file__).parent
 STAGES = ("pretrain", "sft", "rm", "dpo", "ppo")
@@ -47,8 +46,7 @@ CONFIG = lifecycle.Config(preset="smoke", seed=3, out="out", device="cpu", dtype
 def first_run(tmp_path_factory):
     """One real run of everything: its folder, report, and what the exam found."""
     folder, seen = tmp_path_factory.mktemp("life"), {}
-    real_examine, real_documents, real_plot = (
-        lifecycle.examine, readers.read_documents, training.plot_curves)
+    real_examine, real_documents = lifecycle.examine, readers.read_documents
 
     def examine(*arguments):
         seen["exam"] = real_examine(*arguments)
@@ -58,13 +56,13 @@ def first_run(tmp_path_factory):
         return real_documents(name, max_bytes=min(max_bytes, 100_000), **options)
 
     def plot(rows, *arguments):                              # so do twenty panels of PPO
-        real_plot([{"step": row["step"], "loss": row["loss"]} for row in rows], *arguments)
+        plot_curves([{"step": row["step"], "loss": row["loss"]} for row in rows], *arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(lifecycle.PRESETS, "smoke", TINY)
         patch.setattr(lifecycle, "examine", examine)
         patch.setattr(readers, "read_documents", documents)
-        patch.setattr(training, "plot_curves", plot)
+        patch.setattr("plumbing.run.plot_curves", plot)
         report = lifecycle.main(CONFIG)
     return folder, report, seen["exam"]
 
@@ -81,7 +79,7 @@ def again(first_run, tmp_path, monkeypatch):
     monkeypatch.setitem(lifecycle.PRESETS, "smoke", TINY)
     monkeypatch.setattr(lifecycle, "examine", lambda *arguments: copy.deepcopy(exam))
     monkeypatch.setattr(lifecycle, "draw", lambda *arguments: None)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
     called = []
     for name, script in SCRIPTS.items():
         monkeypatch.setattr(script, "main", lambda cfg, name=name, real=script.main: (
@@ -90,7 +88,7 @@ def again(first_run, tmp_path, monkeypatch):
 
 
 def curve(out, *names):
-    return [[row.get(name) for name in names] for row in training.read_metrics(out)]
+    return [[row.get(name) for name in names] for row in read_metrics(out)]
 
 
 # ---------------------------------------------------------------------- what it makes
@@ -116,11 +114,11 @@ def test_the_report_has_every_figure_and_each_is_a_number(first_run):
 def test_every_stage_is_real_each_loss_ends_below_its_start(first_run):
     folder, report, _ = first_run
     for name in ("pretrain", "sft", "rm", "dpo"):
-        rows = training.read_metrics(folder / "out" / name)
+        rows = read_metrics(folder / "out" / name)
         assert rows[-1]["loss"] < rows[0]["loss"], name
-    ppo = training.read_metrics(folder / "out" / "ppo")
+    ppo = read_metrics(folder / "out" / "ppo")
     assert ppo[0]["kl"] == 0 and all("true_reward" in row for row in ppo)
-    sft = training.read_metrics(folder / "out" / "sft")
+    sft = read_metrics(folder / "out" / "sft")
     assert {"accuracy", "unseen_families"} <= set(sft[-1])
     assert report["stages"]["sft"]["val_loss"] < report["stages"]["sft"]["base_loss"]
 
@@ -257,22 +255,6 @@ def test_an_interrupted_stage_of_other_settings_is_not_gone_on_with(again):
     assert not Path("out/dpo").exists()
 
 
-# ---------------------------------------------------------------------- beside the document
-
-@pytest.mark.parametrize("script, steps", [
-    (train_pretrain, "1 2 3 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 4"),      # 001 section 1.6
-    (train_sft, "1 2 3 3.1 3.2 3.3 3.4 4 5"),                             # section 2.5
-    (train_rm, "1 2 2.1 2.2 2.3 2.4 2.5 3"),                              # section 4.5, phase 2
-    (train_ppo, "4 5 5.1 5.2 5.3 5.4 6"),                                 # section 4.5, phase 3
-    (train_dpo, "1 2 3 3.1 3.2 3.3 3.4 3.5 4"),                           # section 4.7
-])
-def test_each_main_has_the_steps_of_the_document_in_their_order(script, steps):
-    comments = re.findall(r"# (.*)", inspect.getsource(script.main))
-    found = [step for text in comments for step in re.findall(r"(?<![\w.])(\d(?:\.\d)?)\.? ", text)]
-    left = iter(found)
-    assert all(step in left for step in steps.split()), found
-
-
 # ---------------------------------------------------------------------- bad command lines
 
 @pytest.fixture(scope="module")
@@ -330,6 +312,6 @@ def test_each_script_says_what_is_wrong_with_its_options(monkeypatch, bad, scrip
     if script is not lifecycle and script is not evaluate:
         sys.argv += ["--out", "new", "--overwrite"]
     with pytest.raises(SystemExit) as stopped:
-        training.command_line(script.main, script.Config, script.__doc__)
+        command_line(script.main, script.Config, script.__doc__)
     assert stopped.value.code.startswith(f"{name}: ") and message in stopped.value.code
     assert "\n" not in stopped.value.code and not Path("new/metrics.jsonl").exists()

@@ -280,51 +280,10 @@ def test_tied_output_is_the_embedding_and_untied_is_its_own():
     assert torch.equal(untied(some_tokens(2, 9)), tied(some_tokens(2, 9)))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_token_logps_are_the_log_softmax_of_the_logits_before_each_token(temperature):
-    model, tokens = tiny(), some_tokens(3, 12)
-    loss_mask = some_tokens(3, 12, seed=2, vocab_size=2).bool()
-    with torch.no_grad():
-        scores, entropy = token_logps(model.logps, a_batch(tokens, loss_mask), temperature, True)
-        expected = (model(tokens) / temperature).log_softmax(-1)
-    assert scores.shape == entropy.shape == (3, 11) and 10 < loss_mask[:, 1:].sum() < 25
-    for b in range(3):
-        for t in range(1, 12):
-            logp = expected[b, t - 1]
-            wanted = (logp[tokens[b, t]], -(logp.exp() * logp).sum()) if loss_mask[b, t] else (0, 0)
-            assert scores[b, t - 1].item() == pytest.approx(float(wanted[0]), abs=2e-5)
-            assert entropy[b, t - 1].item() == pytest.approx(float(wanted[1]), abs=2e-5)
-
-
 def test_temperature_divides_the_logits():
     model, tokens = tiny(), some_tokens(2, 9)
     expected = (model(tokens) / 4).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
     torch.testing.assert_close(model.logps(tokens, tokens, temperature=4.0), expected)
-
-
-def test_masked_scores_equal_the_unmasked_ones_where_the_mask_is_one():
-    model, tokens = tiny(), some_tokens(3, 12)
-    loss_mask = some_tokens(3, 12, seed=2, vocab_size=2).bool()
-    every = token_logps(model.logps, a_batch(tokens))
-    some = token_logps(model.logps, a_batch(tokens, loss_mask))
-    assert (every < 0).all()
-    torch.testing.assert_close(some, every * loss_mask[:, 1:], atol=1e-6, rtol=1e-6)
-
-
-def test_equal_logits_score_minus_log_vocabulary_with_entropy_log_vocabulary():
-    model = tiny()
-    torch.nn.init.zeros_(model.embedding.weight)
-    for temperature in (0.1, 1.0, 10.0):
-        scores, entropy = token_logps(model.logps, a_batch(some_tokens(1, 6)), temperature, True)
-        torch.testing.assert_close(scores, torch.full((1, 5), -math.log(40)))
-        torch.testing.assert_close(entropy, torch.full((1, 5), math.log(40)))
-
-
-def test_a_batch_without_targets_scores_zero_and_can_still_be_trained_on():
-    model, tokens = tiny(), some_tokens(2, 6)
-    scores = token_logps(model.logps, a_batch(tokens, torch.zeros_like(tokens).bool()))
-    scores.sum().backward()
-    assert scores.tolist() == [[0.0] * 5] * 2
 
 
 # ---------------------------------------------------------------------- precision and memory

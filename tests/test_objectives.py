@@ -13,8 +13,7 @@ from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
 PAIRED = [(objective, architecture) for objective in ("causal", "span", "ul2")
-          for architecture in objectives.ARCHITECTURES_OF[objective]
-          if (objective, architecture) != ("causal", "decoder")]
+          for architecture in objectives.ARCHITECTURES_OF[objective]]
 
 
 def rng(seed=0):
@@ -95,7 +94,7 @@ def test_a_corrupted_row_by_hand():
 def rebuilt(inputs, targets, sentinels, end):
     """The text, from both sides, one token after the other."""
     assert inputs[-1] == end and targets[-1] == end
-    spans = objectives.spans_said(targets[:-1], sentinels)
+    spans = objectives.spans_after(targets[:-1], sentinels)
     text = []
     for i in inputs[:-1]:
         text += spans[i] if i in spans else [i]
@@ -162,7 +161,7 @@ def test_one_mode_of_ul2_can_be_asked_for():
 
 
 def test_spans_are_read_from_what_a_model_wrote():
-    assert objectives.spans_said([5, 90, 1, 2, 91, 92, 3, 90, 4], [90, 91, 92]) == \
+    assert objectives.spans_after([5, 90, 1, 2, 91, 92, 3, 90, 4], [90, 91, 92]) == \
         {90: (1, 2, 4), 91: (), 92: (3,)}
 
 
@@ -339,4 +338,4 @@ def test_next_sentence_batches_mark_padding_and_segments():
 
 def test_every_pair_of_an_objective_with_an_architecture_is_tested():
     assert len(list(product(objectives.ARCHITECTURES_OF, range(4)))) == 16
-    assert len(ALL) + 1 == sum(map(len, objectives.ARCHITECTURES_OF.values()))
+    assert len(ALL) == sum(map(len, objectives.ARCHITECTURES_OF.values()))

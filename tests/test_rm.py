@@ -4,21 +4,32 @@ import math
 
 import pytest
 import torch
-from tiny import END, TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
+from tiny import (
+    END,
+    TOKENIZER,
+    conversation,
+    ending_model,
+    folder_of,
+    slow_logps,
+    tiny_model,
+    write_rows,
+)
 
 import data
 import readers
 import sample
 import train_rm
-import training
-from model import load_model
-from train_rm import bradley_terry_loss, margins, response_rewards, shift_to_zero
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model, load_reward_model
+from plumbing.run import Run
+from scoring import response_rewards
+from train_rm import bradley_terry_loss, margins, shift_to_zero
 
 
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 def made_pairs(n):
@@ -35,25 +46,6 @@ def config(tmp_path, **changes):
         "init": str(tmp_path / "sft"), "out": str(tmp_path / "rm"), "steps": 10, "warmup": 0,
         "data": str(tmp_path / "pairs.jsonl"), "batch_size": 8, "lr": 1.4e-3, "device": "cpu",
         "n_shift": 8, "max_new_tokens": 12, "dtype": "float32", "log_every": 1} | changes)
-
-
-def ending_model():
-    """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
-    model = tiny_model(tied=False)
-    with torch.no_grad():
-        states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
-        direction = states.mean(0)
-        model.lm_head.weight[END] = 4 * direction / direction.dot(direction)
-    return model
-
-
-def conversation(question="Is it?", answer="yes", after=()):
-    """One row: prompt, answer with its <|end|>, then tokens that belong to nobody."""
-    prompt = TOKENIZER.prompt([{"role": "user", "content": question}])
-    response = [*TOKENIZER.encode(answer), END]
-    ids = prompt + response + list(after)
-    mask = [0] * len(prompt) + [1] * len(response) + [0] * len(after)
-    return data.right_padded([(ids, mask)], TOKENIZER.pad, len(ids), [0])
 
 
 # ---------------------------------------------------------------------- the loss
@@ -86,57 +78,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
     assert not torch.isclose(bradley_terry_loss(r_w + 7.5, r_l), loss)
 
 
-# ---------------------------------------------------------------------- where it is read
-
-def test_reward_is_the_scalar_at_the_end_token_of_the_answer():
-    model, batch = tiny_model(head="scalar"), conversation(after=TOKENIZER.encode("junk"))
-    values = model(batch.tokens)
-    place = batch.tokens[0].tolist().index(END, len(TOKENIZER.prompt(
-        [{"role": "user", "content": "Is it?"}])))
-    assert batch.tokens[0, place] == END
-    torch.testing.assert_close(response_rewards(model, batch), values[:, place], rtol=0, atol=0)
-
-
-def test_the_reward_is_the_documents_plus_a_share_of_the_answers_log_probability():
-    model, sft = tiny_model(head="scalar", tied=False), tiny_model(tied=False)
-    sft.load_state_dict({name: model.state_dict()[name] for name in sft.state_dict()})
-    batch = conversation()
-    documents = response_rewards(model, batch)             # w_p starts at 0
-    model.likelihood.data.fill_(0.25)
-    model.requires_grad_(False)
-    length = int(batch.loss_mask[0].nonzero()[-1]) + 1
-    logps = slow_logps(sft, batch.tokens[0, :length].tolist())
-    expected = documents + 0.25 * logps[batch.loss_mask[0, 1:length]].sum()
-    torch.testing.assert_close(response_rewards(model, batch), expected.float())
-    assert (expected - documents).abs() > 0.5
-
-
-def test_tokens_after_the_answer_do_not_move_its_reward():
-    model = tiny_model(head="scalar")
-    model.likelihood.data.fill_(0.5)
-    reward = response_rewards(model, conversation())
-    for after in ([TOKENIZER.pad] * 9, TOKENIZER.encode("no, never")):
-        torch.testing.assert_close(response_rewards(model, conversation(after=after)), reward)
-    for other in (conversation(answer="yep"), conversation(question="Is he?")):
-        assert not torch.isclose(response_rewards(model, other), reward)
-
-
-def test_rows_of_different_lengths_get_the_rewards_they_get_alone():
-    model = tiny_model(head="scalar")
-    model.likelihood.data.fill_(0.5)
-    sides = [conversation(answer=text) for text in ("a", "a much longer answer", "three")]
-    rows = [(b.tokens[0].tolist(), b.loss_mask[0].tolist()) for b in sides]
-    together = response_rewards(model, data.right_padded(rows, TOKENIZER.pad, 48, [0, 1, 2]))
-    alone = torch.cat([response_rewards(model, batch) for batch in sides])
-    torch.testing.assert_close(together, alone)
-    assert together.std() > 0.01
-
-
-def test_a_row_without_an_answer_is_an_error():
-    batch = data.response_batch([[1, 2], [3]], [[4], []], TOKENIZER.pad, 64)
-    with pytest.raises(ValueError, match="no response token"):
-        response_rewards(tiny_model(head="scalar"), batch)
-
+# ---------------------------------------------------------------------- margins of pairs
 
 def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
     rows = readers.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(11)))
@@ -154,39 +96,30 @@ def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
 
 # ---------------------------------------------------------------------- what is added to the loss
 
-def test_last_and_mean_value_by_hand():
+def test_mean_value_by_hand():
     values = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
     loss_mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]]).bool()
-    assert train_rm.last_value(values, loss_mask).tolist() == [3, 8]
     assert train_rm.mean_value(values, loss_mask).tolist() == [2.5, 8]
 
 
-def test_log_probs_of_the_response_tokens_stand_at_their_own_places():
-    model, sft = tiny_model(head="scalar", tied=False), tiny_model(tied=False)
-    sft.load_state_dict({name: model.state_dict()[name] for name in sft.state_dict()})
+def test_log_probs_of_the_response_tokens_stand_where_they_are_predicted():
+    model = tiny_model(head="scalar", tied=False)
     sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]), ([1, 2, 9], [0, 0, 1])]
     batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1, 2])
-    values, logps = train_rm.values_and_logps(model, batch)
+    values, logps = train_rm.values_of(model.values_and_logps, batch, with_logps=True)
     expected = torch.zeros(3, 6)
     for b, (ids, mask) in enumerate(sides):
         for t in range(len(ids)):
             if mask[t]:
-                expected[b, t] = slow_logps(sft, ids)[t - 1]
+                expected[b, t - 1] = slow_logps(model.trunk, ids)[t - 1]
     torch.testing.assert_close(logps, expected)
-    torch.testing.assert_close(values, model(batch.tokens))
-
-
-def test_without_likelihood_its_weight_stays_at_zero(tmp_path):
-    def weight_after(**changes):
-        train_rm.main(config(tmp_path, steps=2, overwrite=True, **changes))
-        return load_model(tmp_path / "rm", head=None)[0].likelihood.item()
-    assert weight_after(likelihood=False) == 0 != weight_after()
+    torch.testing.assert_close(values, model(batch.tokens).squeeze(-1))
 
 
 def test_each_term_has_its_say_only_if_its_coefficient_is_not_zero(tmp_path, monkeypatch):
     def weights_after(name, **coefficients):
         train_rm.main(config(tmp_path, out=str(tmp_path / name), steps=1, **coefficients))
-        return load_model(tmp_path / name, head=None)[0].embedding.weight
+        return load_reward_model(tmp_path / name)[0].trunk.embedding.weight
     plain = weights_after("plain", mean_coef=0.0, lm_coef=0.0)
     assert not torch.equal(plain, weights_after("lm", mean_coef=0.0, lm_coef=0.3))
     assert not torch.equal(plain, weights_after("mean", mean_coef=1.0, lm_coef=0.0))
@@ -200,14 +133,14 @@ def test_after_the_shift_sampled_sft_answers_score_zero_on_average(tmp_path):
     sft, reward_model, cfg = ending_model(), tiny_model(5, head="scalar"), config(tmp_path)
     prompts = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(40)]
     with torch.no_grad():
-        reward_model.scalar_head.bias += 3.0
+        reward_model.head.bias += 3.0
 
     def mean_reward(seed):
         """Scored one answer at a time, and the standard error of the mean."""
         ids = [TOKENIZER.prompt(prompt["messages"]) for prompt in prompts]
         answers = sample.generate(sft, ids, 12, (END,), temperature=1.0,
                                   generator=torch.Generator().manual_seed(seed))
-        scores = torch.stack([reward_model(torch.tensor([x + y]))[0, -1]
+        scores = torch.stack([reward_model(torch.tensor([x + y]))[0, -1, 0]
                               for x, y in zip(ids, answers)]).detach()
         return scores.mean().item(), scores.std().item() / 40 ** 0.5
 
@@ -227,15 +160,14 @@ def test_the_shift_changes_no_ranking_and_no_weight_but_the_bias(tmp_path):
     shift_to_zero(reward_model, sft, TOKENIZER, prompts, config(tmp_path))
     moved = {name for name, w in reward_model.state_dict().items()
              if not torch.equal(w, before[name])}
-    assert moved == {"scalar_head.bias"}
+    assert moved == {"head.bias"}
 
 
 # ---------------------------------------------------------------------- a whole run
 
 def test_training_learns_to_rank_unseen_pairs_against_their_length(tmp_path):
-    # a head that begins wrong; likelihood, which likes short answers, would soon be right
-    result = train_rm.main(config(tmp_path, eval_every=1, likelihood=False, seed=1))
-    rows = training.read_metrics(tmp_path / "rm")
+    result = train_rm.main(config(tmp_path, eval_every=1, seed=3))       # a head that begins wrong
+    rows = read_metrics(tmp_path / "rm")
     assert result["accuracy"] == rows[-1]["accuracy"] == 1.0
     assert result["length_accuracy"] == 0.0                      # the chosen one is always shorter
     assert result["likelihood_accuracy"] == 1.0
@@ -248,24 +180,22 @@ def test_training_learns_to_rank_unseen_pairs_against_their_length(tmp_path):
 
 def test_psi_starts_as_the_sft_model_with_a_fresh_scalar_head(tmp_path):
     train_rm.main(config(tmp_path, steps=1, lr=0.0))
-    sft, reward_model = (load_model(tmp_path / name, head=None)[0] for name in ("sft", "rm"))
-    assert reward_model.config.head == "scalar"
+    sft, _ = load_model(tmp_path / "sft")
+    reward_model, _ = load_reward_model(tmp_path / "rm")
     kept = dict(reward_model.state_dict())
-    head, bias = kept.pop("scalar_head.weight"), kept.pop("scalar_head.bias")
-    assert kept.pop("likelihood").item() == 0
-    lengths = [1 + len(pair[side]) for pair in made_pairs(80) for side in ("chosen", "rejected")]
-    assert 32 / kept.pop("likelihood_unit").item() == pytest.approx(sum(lengths) / 160, rel=0.1)
-    assert set(kept) == set(sft.state_dict())
-    assert all(torch.equal(w, sft.state_dict()[name]) for name, w in kept.items())
+    head, bias = kept.pop("head.weight"), kept.pop("head.bias")
+    assert head.shape == (1, 32) and bias.shape == (1,)
+    assert set(kept) == {f"trunk.{name}" for name in sft.state_dict()}
+    assert all(torch.equal(kept[f"trunk.{name}"], w) for name, w in sft.state_dict().items())
     assert head.abs().sum() > 0 and bias.item() != 0             # random, and shifted
 
 
-def test_the_scalar_head_starts_at_std_one_over_root_of_width_plus_one():
-    model = tiny_model(head="scalar", n_layers=1, d_model=1024)
-    model.initialize()
-    std = model.scalar_head.weight.std().item()
-    assert std == pytest.approx(1025 ** -0.5, rel=4 / 2048 ** 0.5)       # 4 standard errors
-    assert model.scalar_head.bias.item() == 0
+def test_step_3_freezes_the_reward_model(tmp_path, monkeypatch):
+    finished = []
+    monkeypatch.setattr(Run, "finish", lambda self, model, *others: finished.append(model))
+    train_rm.main(config(tmp_path, steps=1))
+    [model] = finished
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 def test_an_empty_answer_stops_before_training(tmp_path):

@@ -9,9 +9,13 @@ import torch
 import lora
 import parallel
 import sample
+from architectures import ARCHITECTURES, SourceCache
 from data import left_pad, response_batch
-from model import KVCache, ModelConfig, Transformer, save_model, token_logps
+from heads import WithHead
+from model import KVCache, ModelConfig, Transformer
+from plumbing.folders import save_model
 from sample import KEEP, filter_logits, generate, next_token, print_stream, respond, stream
+from scoring import token_logps
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -19,12 +23,12 @@ INF = math.inf
 TOKENIZER = Tokenizer.bytes()
 
 
-def tiny(seed=0, dtype=torch.float32, **changes) -> Transformer:
+def tiny(seed=0, dtype=torch.float32, architecture="decoder", **changes) -> Transformer:
     """A small model that has opinions: no weight is still at its starting value."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 40, "context_length": 32, "d_model": 32, "n_layers": 2, "n_heads": 4,
              "n_kv_heads": 2, "token_shift": True}
-    model = Transformer(ModelConfig(**sizes | changes), dtype)
+    model = ARCHITECTURES[architecture](ModelConfig(**sizes | changes), dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
@@ -74,9 +78,11 @@ def test_weights_cast_once_for_a_generation_give_what_casting_them_at_each_token
     for name, w in cast.named_parameters():                            # norms are not even copied
         assert (w.data_ptr() == model.get_parameter(name).data_ptr()) == (name in shared)
     tokens, starts = left_pad(some_prompts(3, 9, 1, 6), pad=0)
-    source = {"source": tokens, "source_lengths": torch.full((4,), 9)} \
-        if "architecture" in sizes else {}
-    caches = [KVCache(model.config, starts, 12, torch.bfloat16) for _ in range(2)]
+    source, Cache = {}, KVCache
+    if "architecture" in sizes:
+        source = {"source": tokens, "source_lengths": torch.full((4,), 9)}
+        Cache = SourceCache
+    caches = [Cache(model.config, starts, 12, torch.bfloat16) for _ in range(2)]
     for _ in range(3):
         expected, found = (m(tokens, cache=cache, **source)
                            for m, cache in zip((model, cast), caches))
@@ -98,9 +104,12 @@ def test_adapters_and_shards_are_cast_at_each_token_as_ever(monkeypatch):
 
 def test_cpus_decode_large_models_in_the_models_dtype_and_small_ones_in_float32(monkeypatch):
     model, seen = tiny(dtype=torch.bfloat16), []
-    run = Transformer.run
-    monkeypatch.setattr(Transformer, "run", lambda self, blocks, h, at: (
-        seen.append((self.embedding.weight.dtype, h.dtype)), run(self, blocks, h, at))[1])
+    run_blocks = Transformer.run_blocks
+
+    def watched(self, blocks, h, *others):
+        seen.append((self.embedding.weight.dtype, h.dtype))
+        return run_blocks(self, blocks, h, *others)
+    monkeypatch.setattr(Transformer, "run_blocks", watched)
     generate(model, some_prompts(3, 5), 4)
     assert set(seen) == {(torch.float32, torch.float32)}
     seen.clear()
@@ -130,7 +139,7 @@ def test_a_prompt_read_in_pieces_gives_the_same_cache():
 @torch.no_grad()
 def test_positions_count_from_the_first_real_token():
     model, turned = tiny(), []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: turned.append(args[1].cos))
+    model.blocks[0].register_forward_pre_hook(lambda block, args: turned.append(args[1]))
     cache = KVCache(model.config, torch.tensor([0, 3]), 6, torch.float32)
     model(torch.ones(2, 5, dtype=torch.long), cache=cache)
     model(torch.ones(2, 1, dtype=torch.long), cache=cache)
@@ -354,7 +363,7 @@ def test_sampler_and_scorer_agree_on_the_log_probabilities(monkeypatch):
         for (row, token), logp in zip(pairs, logps, strict=True):
             outputs[row].append(token)
             sampled[row].append(logp)
-    scores = token_logps(model, response_batch(PROMPTS, outputs, 0, 0), temperature=0.7)
+    scores = token_logps(model.logps, response_batch(PROMPTS, outputs, 0, 0), temperature=0.7)
     for prompt, output, logps, row in zip(PROMPTS, outputs, sampled, scores.tolist()):
         first = len(prompt) - 1
         assert row[first:first + len(output)] == pytest.approx(logps, abs=1e-4)
@@ -378,7 +387,7 @@ def test_prompt_and_answer_may_fill_the_context_but_not_exceed_it():
 
 def test_a_reward_model_does_not_generate():
     with pytest.raises(ValueError, match="scalar head"):
-        generate(tiny(head="scalar"), [[1, 2]], 3)
+        generate(WithHead(tiny(), 1), [[1, 2]], 3)
 
 
 # ---------------------------------------------------------------------- text

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,15 @@ import evaluate
 import lora
 import readers
 import train_sft
-import training
-from model import load_model, token_logps
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model
+from scoring import token_logps
 
 
 @pytest.fixture(autouse=True)
 def seeded_and_without_pictures(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(training, "plot_curves", lambda *arguments: None)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 def made_rows(n):
@@ -33,6 +35,7 @@ def made_rows(n):
 
 def packed(tmp_path, rows, context_length=64):
     examples = readers.read_examples(write_rows(tmp_path / "rows.jsonl", rows))
+    examples = data.format_examples(examples, TOKENIZER)
     return data.PackedExamples(examples, TOKENIZER, context_length, seed=0)
 
 
@@ -61,7 +64,7 @@ def test_loss_is_the_mean_over_answer_tokens_of_conversations_scored_alone(tmp_p
     batch = source.rows(range(len(source)))
     assert len(source) < len(rows)                               # several share a row
     with torch.no_grad():
-        logps = token_logps(model, batch)
+        logps = token_logps(model.logps, batch)
         expected, count = 0.0, 0
         for row in source.examples:
             ids = []
@@ -97,7 +100,7 @@ def test_accumulation_is_exact_when_micro_batches_have_unequal_targets(tmp_path)
     for name, batch_size, accumulate in (("whole", 4, 1), ("parts", 1, 4)):
         train_sft.main(config(tmp_path, out=str(tmp_path / name), batch_size=batch_size,
                               grad_accum=accumulate, context_length=32, steps=3))
-    whole, parts = (training.read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for ours, theirs in zip(parts, whole):
         for figure in ("loss", "grad_norm"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4)
@@ -107,10 +110,12 @@ def test_accumulation_is_exact_when_micro_batches_have_unequal_targets(tmp_path)
 
     # it would not be exact as a mean of means: the first step's rows differ in their targets
     rows = readers.read_examples(tmp_path / "tasks.jsonl", split="train")
-    source = data.PackedExamples(rows, TOKENIZER, 32, seed=0, tau=1.0)
+    weights = data.mixing_weights(Counter(row["task"] for row in rows), tau=1.0)
+    source = data.PackedExamples(data.format_examples(rows, TOKENIZER), TOKENIZER, 32, seed=0,
+                                 weights=weights)
     model, batch = load_model(tmp_path / "base")[0], source.batch(0, 4)
     with torch.no_grad():
-        loss, counts = -token_logps(model, batch).sum(1), batch.loss_mask[:, 1:].sum(1)
+        loss, counts = -token_logps(model.logps, batch).sum(1), batch.loss_mask[:, 1:].sum(1)
     assert whole[0]["loss"] == pytest.approx((loss.sum() / counts.sum()).item(), rel=1e-5)
     assert (loss / counts).mean().item() != pytest.approx(whole[0]["loss"], rel=1e-2)
 
@@ -126,7 +131,7 @@ def test_a_resumed_run_compares_itself_with_the_base_it_began_from(tmp_path):
 
 def test_held_out_loss_falls_below_the_base_and_a_unigram(tmp_path):
     result = train_sft.main(config(tmp_path, steps=30, eval_every=15, lr=2e-2))
-    rows = training.read_metrics(tmp_path / "sft")
+    rows = read_metrics(tmp_path / "sft")
     assert result["val_loss"] == rows[-1]["val_loss"] < 0.7 * result["unigram_loss"]
     assert result["val_loss"] < 0.5 * result["base_loss"]
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -164,13 +169,13 @@ def test_the_base_and_unigram_to_beat_are_measured_on_held_out_answers(tmp_path)
 def test_a_resumed_run_repeats_the_curve(tmp_path):
     cfg = config(tmp_path, steps=6, save_every=3, peft="lora", lora_rank=2)
     train_sft.main(cfg)
-    whole, folder = training.read_metrics(cfg.out), tmp_path / "sft"
+    whole, folder = read_metrics(cfg.out), tmp_path / "sft"
     weights = weights_of(folder)
     shutil.rmtree(folder / "checkpoints" / "step_000006")
     for name in ("config.json", "model.safetensors"):            # as if killed after step 4
         (folder / name).unlink()
     train_sft.main(replace(cfg, resume=True))
-    rows = training.read_metrics(cfg.out)
+    rows = read_metrics(cfg.out)
     for name in ("step", "loss", "grad_norm", "lr"):
         assert [row[name] for row in rows] == [row[name] for row in whole]
     assert all(torch.equal(w, weights[name]) for name, w in weights_of(folder).items())
@@ -181,12 +186,12 @@ def test_a_resumed_run_repeats_the_curve(tmp_path):
 def test_lora_trains_only_a_and_b_and_leaves_adapter_and_merged_model_that_agree(
         monkeypatch, tmp_path):
     trained = []
-    real = training.pick_optimizer
+    real = train_sft.pick_optimizer
 
     def watched(name, model, *args):
         trained.extend(name for name, w in model.named_parameters() if w.requires_grad)
         return real(name, model, *args)
-    monkeypatch.setattr(training, "pick_optimizer", watched)
+    monkeypatch.setattr(train_sft, "pick_optimizer", watched)
     cfg = config(tmp_path, peft="lora", lora_rank=2, lora_alpha=8.0, lora_targets="wq,w2", lr=1e-2)
     result = train_sft.main(replace(cfg, steps=20))
     assert len(trained) == 2 * 2 * 2 and all(name.endswith((".A", ".B")) for name in trained)
@@ -218,7 +223,7 @@ def test_recomputed_activations_train_the_same_model_and_the_cost_is_said(tmp_pa
     for name, weight in weights_of(tmp_path / "kept").items():
         torch.testing.assert_close(weights_of(tmp_path / "sft")[name], weight)
     assert "tokens to train on" in capsys.readouterr().err
-    assert training.read_metrics(tmp_path / "sft")[-1]["mfu"] > 0
+    assert read_metrics(tmp_path / "sft")[-1]["mfu"] > 0
 
 
 def test_full_fine_tuning_moves_every_weight(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
@@ -36,6 +37,25 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, architecture: 
             if weight.dim() == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
     return model
+
+
+def ending_model() -> Transformer:
+    """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
+        direction = states.mean(0)
+        model.lm_head.weight[END] = 4 * direction / direction.dot(direction)
+    return model
+
+
+def conversation(question: str = "Is it?", answer: str = "yes", after=()) -> data.Batch:
+    """One row: prompt, answer with its <|end|>, then tokens that belong to nobody."""
+    prompt = TOKENIZER.prompt([{"role": "user", "content": question}])
+    response = [*TOKENIZER.encode(answer), END]
+    ids = prompt + response + list(after)
+    mask = [0] * len(prompt) + [1] * len(response) + [0] * len(after)
+    return data.right_padded([(ids, mask)], TOKENIZER.pad, len(ids), [0])
 
 
 def folder_of(model: Transformer, path: Path) -> str:
