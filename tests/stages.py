@@ -1,0 +1,119 @@
+"""A tiny run of every stage, whole, stopped and killed, in this process or on several ranks.
+
+    torchrun --nproc_per_node 2 tests/stages.py FOLDER STAGE...
+
+FOLDER holds what write_inputs() wrote; each stage leaves STAGE_straight, STAGE_stopped and
+STAGE_killed in it, the latter two resumed to the end.
+"""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import folder_of, tiny_model, write_rows
+from tiny_runs import write_corpus
+
+import plumbing.run
+import train_denoise
+import train_dpo
+import train_pretrain
+import train_ppo
+import train_rm
+import train_sft
+from plumbing.options import build
+from plumbing.run import Run
+
+SIZES = {"d_model": 16, "n_layers": 1, "n_heads": 2}
+EVERY_STAGE = {"steps": 6, "log_every": 3, "save_every": 2, "device": "cpu", "dtype": "float32"}
+SAMPLED = {"max_new_tokens": 6, "batch_size": 4}
+CORPUS = {"data": "corpus.txt", "tokenizer": "bytes", "context_length": 32, "batch_size": 2,
+          "warmup": 2, "eval_every": 4, "eval_windows": 4, **SIZES}
+EXAMPLES = {"init": "sft", "data": "examples.jsonl", "batch_size": 2, "grad_accum": 2, "warmup": 2,
+            "eval_every": 4, "eval_examples": 4}
+PAIRS = {"init": "sft", "data": "pairs.jsonl", "batch_size": 2, "warmup": 2, "eval_every": 4}
+STAGES = {
+    "pretrain": (train_pretrain, CORPUS | {"grad_accum": 2}),
+    "experts": (train_pretrain, CORPUS | {"n_experts": 4, "balance": "bias", "router_noise": True,
+                                          "optimizer": "muon", "copy_steps": 1}),
+    "denoise": (train_denoise, CORPUS | {"data": "documents.jsonl", "objective": "mlm",
+                                         "next_sentence": True}),
+    "t5": (train_denoise, CORPUS | {"objective": "span"}),
+    "sft": (train_sft, EXAMPLES),
+    "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
+    "rm": (train_rm, PAIRS | {"lm_coef": 0.1, "max_new_tokens": 6, "n_shift": 4}),
+    "dpo": (train_dpo, PAIRS),
+    "ppo": (train_ppo, SAMPLED | {"init": "sft", "reward_model": "rm", "prompts": "examples.jsonl",
+                                  "minibatch_size": 2})}
+INPUTS = ("init", "data", "prompts", "reward_model")          # options that name a file or folder
+
+
+def write_inputs(folder: Path) -> Path:
+    """A corpus, conversations, pairs, and model folders for the stages after pretraining."""
+    write_corpus(folder)
+    examples = []
+    pairs = []
+    documents = []
+    for i in range(60):
+        question = f"what is {i} and one?"
+        examples.append({"prompt": question, "response": f"{i + 1}"})
+        pairs.append({"prompt": question, "chosen": f"it is {i + 1}", "rejected": f"{i} is odd"})
+        documents.append({"text": f"Bear {i} woke up. It ate {i} berries. Then it slept."})
+    write_rows(folder / "documents.jsonl", documents)
+    write_rows(folder / "examples.jsonl", examples)
+    write_rows(folder / "pairs.jsonl", pairs)
+    sizes = SIZES | {"context_length": 64}
+    folder_of(tiny_model(**sizes), folder / "sft")
+    folder_of(tiny_model(seed=1, head="scalar", **sizes), folder / "rm")
+    return folder
+
+
+def run(folder: Path, stage: str, out: str, **more) -> None:
+    script, options = STAGES[stage]
+    options = EVERY_STAGE | options | more | {"out": str(folder / out)}
+    for name in INPUTS:
+        if name in options:
+            options[name] = str(folder / options[name])
+    script.main(build(script.Config, options))
+
+
+class Killed(BaseException):
+    """Nothing catches it: what is on the disk is what a kill leaves."""
+
+
+def interrupted(how: str, step: int):
+    """A Run.log after which, at `step`, rank 0 is told to stop or every rank dies."""
+    log = Run.log
+
+    def interrupting(self, current, **figures):
+        log(self, current, **figures)
+        if current == step and how == "killed":
+            self.wait_for_checkpoint()         # a thread of this process, which goes on living
+            raise Killed
+        if current == step and self.rank == 0:
+            signal.raise_signal(signal.SIGTERM)
+    return interrupting
+
+
+def straight_stopped_and_killed(folder: Path, stage: str) -> None:
+    run(folder, stage, f"{stage}_straight")
+    log = Run.log
+    for how, step in (("stopped", 2), ("killed", 4)):          # 4: a step after the checkpoint
+        Run.log = interrupted(how, step)
+        try:
+            run(folder, stage, f"{stage}_{how}")
+        except (SystemExit, Killed):
+            pass
+        else:
+            raise AssertionError(f"{stage} was not {how}")
+        finally:
+            Run.log = log
+        assert not (folder / f"{stage}_{how}" / "config.json").exists()
+        run(folder, stage, f"{stage}_{how}", resume=True)
+
+
+if __name__ == "__main__":
+    plumbing.run.plot_curves = lambda *args: None
+    for stage in sys.argv[2:]:
+        straight_stopped_and_killed(Path(sys.argv[1]), stage)
