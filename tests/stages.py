@@ -5,8 +5,6 @@
 FOLDER holds what write_inputs() wrote; each stage leaves STAGE_straight, STAGE_stopped and
 STAGE_killed in it, the latter two resumed to the end.
 """
-import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +16,8 @@ from tiny_runs import write_corpus
 import plumbing.run
 import train_denoise
 import train_dpo
-import train_pretrain
 import train_ppo
+import train_pretrain
 import train_rm
 import train_sft
 from plumbing.options import build

@@ -110,7 +110,8 @@ def out(tmp_path_factory) -> Path:
         return {"out": str(out / name), "data": str(out / "corpus.txt"), "tokenizer": "bytes",
                 "d_model": 20, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1,
                 "context_length": 32, "token_shift": True, "optimizer": "muon", "steps": 8,
-                "batch_size": batch_size, "warmup": 3, "log_every": 3, "eval_every": 4, "eval_windows": 4, "save_every": 0,
+                "batch_size": batch_size, "warmup": 3, "log_every": 3, "eval_every": 4,
+                "eval_windows": 4, "save_every": 0,
                 "device": "cpu", "dtype": "float32"} | more
 
     under_torchrun(2, [options(f"{name}_{shard}", 2, shard=shard, **model)

@@ -22,7 +22,7 @@ from torch import nn
 
 import corpus as corpora
 import train_pretrain
-from plumbing.checkpoints import checkpoints, newest_checkpoint, read_checkpoint
+from plumbing.checkpoints import newest_checkpoint, read_checkpoint
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model
 from plumbing.options import flat
