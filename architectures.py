@@ -32,6 +32,7 @@ from model import (
     Transformer,
     predecessors,
 )
+from tokenizer import Tokenizer
 
 
 def successors(h: Tensor, documents: Tensor | None) -> Tensor:
@@ -330,3 +331,37 @@ def with_encoder(decoder: Transformer) -> EncoderDecoder:
     if decoder.config.token_shift:
         nn.init.zeros_(model.shift_back.weight)        # the decoder has never seen a successor
     return model
+
+
+def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Transformer:
+    """The same model for a tokenizer with more tokens. Those of the old one keep their embeddings;
+    a new word starts at the mean of those of its pieces, a new special token near the mean of all.
+
+    Raises ValueError when `new` lacks a token of `old`, reserved ones excepted.
+    """
+    new_ids = new.ranks | new.special
+    # old id -> new id; None for a token that the new tokenizer does not have
+    moves = {old.special[name]: new_ids.get(name) for name in old.named}
+    for token, i in old.ranks.items():
+        moves[i] = new_ids.get(token)
+    missing = [i for i, j in moves.items() if j is None]
+    if missing:
+        raise ValueError(f"the new tokenizer lacks {len(missing)} tokens of the model, for example "
+                         f"{old.decode(missing[:1], specials=True)!r}; extend the model's own")
+    config = dataclasses.replace(model.config, vocab_size=new.vocab_size)
+    extended = model.fresh(config).to(model.device)
+    weights = model.state_dict()
+    taken = set(moves.values())
+    for name in ("embedding.weight", "lm_head.weight"):
+        if name not in weights:                        # tied models have no lm_head
+            continue
+        rows = weights[name]                           # (V_old, D)
+        # noise of the usual size, because equal embeddings would stay equal for long
+        table = rows.mean(0) + 0.02 * torch.randn_like(extended.embedding.weight)
+        table[list(moves.values())] = rows[list(moves.keys())]
+        for token, i in new.ranks.items():
+            if i not in taken:                         # a new word, of pieces that the old one had
+                table[i] = rows[old.pieces(token)].mean(0)
+        weights[name] = table
+    extended.load_state_dict(weights)
+    return extended

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import kernels
 import readers
 from model import ModelConfig, Transformer
+from plumbing.device import DTYPES, pick_device
 from plumbing.optimizers import adamw
 from plumbing.options import parse
-from plumbing.run import DTYPES, pick_device
 from sample import generate
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 

@@ -28,9 +28,9 @@ import readers
 import sample
 from heads import WithHead
 from model import Transformer
+from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
 from plumbing.options import command_line
-from plumbing.run import pick_device, pick_dtype
 from scoring import token_logps
 from world.judge import parse_answer, true_reward
 from world.tasks import HELDOUT_FAMILIES

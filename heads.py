@@ -59,11 +59,6 @@ class WithHead(nn.Module):
         # in fp32, because rewards that differ in the third digit must not be rounded alike
         return F.linear(hidden.float(), self.head.weight, self.head.bias)
 
-    def cast(self, dtype: torch.dtype) -> nn.Module:
-        """What sample.py asks of a model before it generates: refused."""
-        raise ValueError("this model has a scalar head: it is a reward model or a critic; "
-                         "generating tokens takes a language model")
-
     @property
     def config(self) -> ModelConfig:
         return self.trunk.config

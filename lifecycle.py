@@ -31,9 +31,9 @@ import train_sft
 from model import parameter_count
 from plumbing.checkpoints import newest_checkpoint
 from plumbing.curves import read_metrics
+from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents
 from plumbing.options import build, command_line, flat
-from plumbing.run import pick_device, pick_dtype
 
 STAGES = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo,
           "ppo": train_ppo}

@@ -17,7 +17,6 @@ Everything that kernels/ fuses is called through kernels/.
 moe.py has the experts, architectures.py the encoder, the prefix model and the encoder-decoder made
 of the same blocks, heads.py reward models and critics, plumbing/folders.py saves and loads.
 """
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -29,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import moe
 import parallel
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -436,31 +434,6 @@ class Transformer(nn.Module):
         """A new model of the same architecture, with sizes of its own."""
         return type(self)(config, self.dtype)
 
-    def cast(self, dtype: torch.dtype) -> "Transformer":
-        """This model to generate with, its matrices cast to dtype once instead of at every token.
-
-        Shares the norms with it, and the routers, which work in fp32. Returns the model itself
-        where nothing changes, and where adapters or shards stand in the place of matrices: those
-        are cast at every token.
-        """
-        if dtype == self.embedding.weight.dtype:
-            return self
-        weights = self.state_dict()
-        with torch.device("meta"):                     # nothing is drawn or copied
-            model = self.fresh(self.config)
-        if weights.keys() != model.state_dict().keys():        # adapters have others
-            return self
-        for name, weight in weights.items():
-            if parallel.is_sharded(weight):
-                return self
-            if weight.dim() >= 2 and "router" not in name:
-                weights[name] = weight.to(dtype)
-        # assigned, not copied: norms and routers are the same tensors in both models
-        model.load_state_dict(weights, assign=True)
-        model.cos = self.cos
-        model.sin = self.sin
-        return model.train(self.training)
-
 
 def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
                  positions: Tensor | None) -> Tensor:
@@ -496,37 +469,3 @@ def active_parameter_count(model: Transformer) -> int:
     one_expert = 3 * config.d_model * config.d_expert
     n_idle = config.n_experts - config.top_k
     return parameter_count(model) - len(moe.sparse_layers(model)) * n_idle * one_expert
-
-
-def extend_vocabulary(model: Transformer, old: Tokenizer, new: Tokenizer) -> Transformer:
-    """The same model for a tokenizer with more tokens. Those of the old one keep their embeddings;
-    a new word starts at the mean of those of its pieces, a new special token near the mean of all.
-
-    Raises ValueError when `new` lacks a token of `old`, reserved ones excepted.
-    """
-    new_ids = new.ranks | new.special
-    # old id -> new id; None for a token that the new tokenizer does not have
-    moves = {old.special[name]: new_ids.get(name) for name in old.named}
-    for token, i in old.ranks.items():
-        moves[i] = new_ids.get(token)
-    missing = [i for i, j in moves.items() if j is None]
-    if missing:
-        raise ValueError(f"the new tokenizer lacks {len(missing)} tokens of the model, for example "
-                         f"{old.decode(missing[:1], specials=True)!r}; extend the model's own")
-    config = dataclasses.replace(model.config, vocab_size=new.vocab_size)
-    extended = model.fresh(config).to(model.device)
-    weights = model.state_dict()
-    taken = set(moves.values())
-    for name in ("embedding.weight", "lm_head.weight"):
-        if name not in weights:                        # tied models have no lm_head
-            continue
-        rows = weights[name]                           # (V_old, D)
-        # noise of the usual size, because equal embeddings would stay equal for long
-        table = rows.mean(0) + 0.02 * torch.randn_like(extended.embedding.weight)
-        table[list(moves.values())] = rows[list(moves.keys())]
-        for token, i in new.ranks.items():
-            if i not in taken:                         # a new word, of pieces that the old one had
-                table[i] = rows[old.pieces(token)].mean(0)
-        weights[name] = table
-    extended.load_state_dict(weights)
-    return extended

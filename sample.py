@@ -24,9 +24,10 @@ from architectures import SourceCache
 from data import left_pad
 from heads import WithHead
 from model import KVCache, Transformer, parameter_count
+from parallel import is_sharded
+from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_any_model, load_model
 from plumbing.options import command_line
-from plumbing.run import pick_device, pick_dtype
 
 KEEP = 0.75          # finished rows are carried along until this share is left: less copying
 SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
@@ -98,6 +99,35 @@ def decoding_dtype(model: Transformer) -> torch.dtype:
     return model.dtype
 
 
+def cast_once(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model to generate with, its matrices cast to dtype once instead of at every token.
+
+    It shares the norms with the model, and the routers, which work in fp32. Returns the model
+    itself where nothing changes, and where adapters or shards stand in the place of matrices: those
+    are cast at every token. Raises ValueError for a model with a head.
+    """
+    if isinstance(model, WithHead):
+        raise ValueError("this model has a scalar head: it is a reward model or a critic; "
+                         "generating tokens takes a language model")
+    if dtype == model.embedding.weight.dtype:
+        return model
+    weights = model.state_dict()
+    with torch.device("meta"):                                 # nothing is drawn or copied
+        cast = model.fresh(model.config)
+    if weights.keys() != cast.state_dict().keys():             # adapters have others
+        return model
+    for name, weight in weights.items():
+        if is_sharded(weight):
+            return model
+        if weight.dim() >= 2 and "router" not in name:
+            weights[name] = weight.to(dtype)
+    # assigned, not copied: norms and routers are the same tensors in both models
+    cast.load_state_dict(weights, assign=True)
+    cast.cos = model.cos
+    cast.sin = model.sin
+    return cast.train(model.training)
+
+
 def check_room(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> int:
     """The tokens that a prompt takes in the decoder's context.
 
@@ -144,7 +174,7 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         tokens = tokens[:, -1:]
         starts = torch.zeros_like(starts)
     dtype = decoding_dtype(model)
-    model = model.cast(dtype)
+    model = cast_once(model, dtype)
     make_cache = SourceCache if source else KVCache
     cache = make_cache(model.config, starts, prompt_length + max_new_tokens, dtype)
 

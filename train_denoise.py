@@ -31,9 +31,8 @@ import corpus
 import evaluate
 import objectives
 import train_pretrain
-from architectures import ARCHITECTURES, Encoder, with_encoder
+from architectures import ARCHITECTURES, Encoder, extend_vocabulary, with_encoder
 from heads import WithHead
-from model import extend_vocabulary
 from moe import router_figures, router_loss
 from plumbing.folders import load_any_model
 from plumbing.optimizers import pick_optimizer

@@ -32,11 +32,11 @@ from dataclasses import dataclass, fields, replace
 import corpus
 import evaluate
 import shards
+from architectures import extend_vocabulary
 from model import (
     ModelConfig,
     Transformer,
     active_parameter_count,
-    extend_vocabulary,
     parameter_count,
 )
 from moe import router_figures, router_loss

@@ -61,8 +61,8 @@ import readers
 import train_pretrain
 from lifecycle import run_stage
 from model import ModelConfig
+from plumbing.device import pick_device
 from plumbing.options import build, command_line
-from plumbing.run import pick_device
 from tokenizer import Tokenizer
 
 PARAMETERS = ("A", "B", "alpha", "beta", "L_inf")

@@ -2,7 +2,10 @@
 The machinery that every training script shares, so that a script can be about its algorithm.
 
     options.py      a dataclass and its comments become the command line
-    run.py          one run of one stage: device, precision, ranks, seed, output folder, metrics
+    run.py          one run of one stage: ranks, seed, output folder, the helpers of every loop
+    device.py       where a run computes and in which precision
+    guard.py        which updates would do harm; float16's loss scale
+    metrics.py      logged figures become rows of metrics.jsonl
     checkpoints.py  a run's state on the disk: whole or absent, damaged ones named
     folders.py      model folders: written at the end of a stage, read at the start of the next
     optimizers.py   learning rates, AdamW, Adam, Muon

@@ -9,10 +9,11 @@ from architectures import (
     Encoder,
     EncoderDecoder,
     SourceCache,
+    extend_vocabulary,
     successors,
     with_encoder,
 )
-from model import ModelConfig, extend_vocabulary, parameter_count
+from model import ModelConfig, parameter_count
 from plumbing.folders import load_any_model, load_model
 from plumbing.optimizers import Muon
 from tokenizer import SPECIAL_TOKENS, Tokenizer

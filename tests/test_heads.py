@@ -6,6 +6,7 @@ from tiny import TOKENIZER, tiny_model
 from architectures import Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer, parameter_count
+from sample import cast_once
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 40, "context_length": 24, "d_model": 32, "n_layers": 2, "n_heads": 4,
@@ -114,5 +115,5 @@ def test_gradient_checkpointing_is_the_trunks():
 
 def test_a_model_with_a_head_does_not_generate():
     with pytest.raises(ValueError, match="scalar head.*generating tokens takes a language model"):
-        tiny_model(head="scalar").cast(torch.float32)
+        cast_once(tiny_model(head="scalar"), torch.float32)
     assert tiny_model(head="scalar").config.vocab_size == TOKENIZER.vocab_size

@@ -24,9 +24,10 @@ import corpus as corpora
 import train_pretrain
 from plumbing.checkpoints import newest_checkpoint, read_checkpoint
 from plumbing.curves import read_metrics
+from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
 from plumbing.options import flat
-from plumbing.run import Run, pick_device, pick_dtype
+from plumbing.run import Run
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)

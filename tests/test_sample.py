@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import lora
-import parallel
 import sample
 from architectures import ARCHITECTURES, SourceCache
 from data import left_pad, response_batch
@@ -69,9 +68,10 @@ def test_decoding_with_a_cache_equals_the_full_forward_at_every_step():
 def test_weights_cast_once_for_a_generation_give_what_casting_them_at_each_token_gives(sizes):
     model = tiny(dtype=torch.bfloat16, **sizes).eval()
     before = torch.get_rng_state()
-    cast = model.cast(torch.bfloat16)
+    cast = sample.cast_once(model, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), before) and not cast.training
-    assert model.cast(torch.float32) is model and cast.cast(torch.bfloat16) is cast
+    assert sample.cast_once(model, torch.float32) is model
+    assert sample.cast_once(cast, torch.bfloat16) is cast
     shared = {name for name, w in cast.named_parameters() if w.dtype == torch.float32}
     assert shared == {name for name, w in model.named_parameters()
                       if w.dim() == 1 or "router" in name}
@@ -96,10 +96,11 @@ def test_adapters_and_shards_are_cast_at_each_token_as_ever(monkeypatch):
     monkeypatch.setattr(sample, "SMALL", 0)
     expected = generate(model, prompts, 6)
     lora.apply(model, rank=2, alpha=4.0)                               # B is 0: adds nothing
-    assert model.cast(torch.bfloat16) is model and generate(model, prompts, 6) == expected
+    assert sample.cast_once(model, torch.bfloat16) is model
+    assert generate(model, prompts, 6) == expected
     model = tiny(dtype=torch.bfloat16)
-    monkeypatch.setattr(parallel, "is_sharded", lambda t: True)
-    assert model.cast(torch.bfloat16) is model
+    monkeypatch.setattr(sample, "is_sharded", lambda t: True)
+    assert sample.cast_once(model, torch.bfloat16) is model
 
 
 def test_cpus_decode_large_models_in_the_models_dtype_and_small_ones_in_float32(monkeypatch):
