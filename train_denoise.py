@@ -190,8 +190,7 @@ def main(cfg: Config) -> dict:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
-            # 3.5 GRADIENT SYNCHRONIZATION: DDP averages in the last micro-batch's backward pass.
-            # Said before the forward pass, because DDP makes its hooks ready there.
+            # 3.5 GRADIENT SYNCHRONIZATION in the last micro-batch; DDP asks before the forward pass
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS: log p of the hidden tokens, and with --next_sentence (B, 2) logits
             logps = denoised_logps(forward, batch)                         # (B, T)

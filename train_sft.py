@@ -149,7 +149,7 @@ def main(cfg: Config) -> dict:
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
         loss = 0.0                                           # of the whole step
         for batch in batches:
-            # DDP averages in the last backward pass; it makes its hooks ready in the forward pass
+            # gradients are averaged in the last micro-batch; DDP asks before the forward pass
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS
             logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0
@@ -165,8 +165,8 @@ def main(cfg: Config) -> dict:
         run.step(optimizer, lr, loss, grad_norm)
         optimizer.zero_grad()
 
-        # 3.7/3.4 PERIODIC EVALUATION: held-out examples, and families never trained on
         figures = {"loss": loss}
+        # 3.7/3.4 PERIODIC EVALUATION: held-out examples, and families never trained on
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, tokenizer, quiz, cfg)
         tokens = sum(batch.tokens.numel() for batch in batches)
