@@ -507,7 +507,7 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
     """target.load_state_dict(state) for a state of whole tensors, or of parts like the target's.
 
     Raises what load_state_dict does for a state that does not fit: RuntimeError, ValueError or
-    KeyError.
+    KeyError; and ValueError for an optimizer's state of parameters in another order.
     """
     if isinstance(target, nn.Module):
         own = target.state_dict()
@@ -515,3 +515,16 @@ def load(target: nn.Module | torch.optim.Optimizer, state: dict) -> None:
     elif isinstance(target, torch.optim.Optimizer):    # other objects have no tensors to share
         state = map_optimizer_state(part, state, target)
     target.load_state_dict(state)
+    if isinstance(target, torch.optim.Optimizer):
+        check_state_sizes(target)
+
+
+def check_state_sizes(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for a state of another size than its parameter: torch compares only how
+    many parameters there are, and its fused kernels would read beyond the end of a smaller one."""
+    for parameter, entries in optimizer.state.items():
+        for name, t in entries.items():
+            # AdamW counts its steps in a scalar
+            if isinstance(t, Tensor) and t.dim() > 0 and t.numel() != parameter.numel():
+                raise ValueError(f"{name} of shape {tuple(t.shape)} for a parameter of shape "
+                                 f"{tuple(parameter.shape)}")

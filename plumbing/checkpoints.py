@@ -11,7 +11,6 @@ at any moment leaves the checkpoints before it as they were. The newest KEEP and
 """
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import parallel
+from plumbing.folders import current_names, sha256
 
 KEEP = 2
 
@@ -98,15 +98,27 @@ def load_parts(folder: Path, parts: dict, state: dict) -> None:
     if (folder / ".metadata").exists():                   # each rank has written its own share
         states = parallel.load_parts(states, parts, folder)
     for name, part in parts.items():
-        weights = folder / f"{name}.safetensors"
+        weights = weights_file(folder, name)
         try:
             if weights.exists():
-                parallel.load(part, safetensors.torch.load_file(weights))
+                saved = safetensors.torch.load_file(weights)
             else:
-                parallel.load(part, states[name])
+                saved = states[name]
+            if isinstance(part, nn.Module):
+                saved = current_names(saved)              # heads once had other names
+            parallel.load(part, saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: its {name} is not the one of this run; --resume takes "
                              f"the options the run was started with ({error})") from error
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """The file of a model's weights. DPO of former versions called its "model" the "policy"."""
+    file = folder / f"{name}.safetensors"
+    former = folder / "policy.safetensors"
+    if name == "model" and former.exists():
+        return former
+    return file
 
 
 # ---------------------------------------------------------------------- writing
@@ -247,11 +259,6 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def modules_of(parts: dict) -> list[str]:

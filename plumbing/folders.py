@@ -13,6 +13,7 @@ Model folders: what every finished stage leaves in --out, and the next one reads
 Folders of former versions open as well: their heads had other names, see current_names().
 """
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
-from plumbing.checkpoints import sha256
 from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
@@ -76,6 +76,11 @@ def parents(cfg) -> dict[str, str]:
         if folder:
             found[folder] = sha256(Path(folder) / "model.safetensors")
     return found
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------- reading

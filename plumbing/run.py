@@ -380,7 +380,9 @@ class Run:
     def say_changed_options(self, began: dict) -> None:
         now = flat(self.cfg)
         for name in sorted(began.keys() & now.keys() - MAY_CHANGE):
-            if began[name] != now[name]:
+            # former versions wrote 0 for these sizes, which are computed from others
+            computed = began[name] == 0 and name in ("n_kv_heads", "d_ff", "d_expert")
+            if began[name] != now[name] and not computed:
                 self.say(f"the run began with --{name} {began[name]}; from here on it is "
                          f"{now[name]}")
 

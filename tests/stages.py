@@ -94,20 +94,23 @@ def interrupted(how: str, step: int):
     return interrupting
 
 
+def run_until(how: str, step: int, folder: Path, stage: str, out: str) -> None:
+    log = Run.log
+    Run.log = interrupted(how, step)
+    try:
+        run(folder, stage, out)
+    except (SystemExit, Killed):
+        assert not (folder / out / "config.json").exists()
+    else:
+        raise AssertionError(f"{stage} was not {how}")
+    finally:
+        Run.log = log
+
+
 def straight_stopped_and_killed(folder: Path, stage: str) -> None:
     run(folder, stage, f"{stage}_straight")
-    log = Run.log
     for how, step in (("stopped", 2), ("killed", 4)):          # 4: a step after the checkpoint
-        Run.log = interrupted(how, step)
-        try:
-            run(folder, stage, f"{stage}_{how}")
-        except (SystemExit, Killed):
-            pass
-        else:
-            raise AssertionError(f"{stage} was not {how}")
-        finally:
-            Run.log = log
-        assert not (folder / f"{stage}_{how}" / "config.json").exists()
+        run_until(how, step, folder, stage, f"{stage}_{how}")
         run(folder, stage, f"{stage}_{how}", resume=True)
 
 

@@ -104,6 +104,22 @@ def test_names_reach_the_disk_after_their_contents(tmp_path, monkeypatch):
     assert len(set(events[:middle])) == 4 and events[middle + 1:] == [final.parent, run.out]
 
 
+def test_an_optimizers_state_of_parameters_in_another_order_is_refused(tmp_path):
+    """torch would load it, because it counts the parameters alone; its fused kernels would then
+    read beyond the end of the smaller one."""
+    sizes = [(2, 4), (4, 4)]
+    optimizers = []
+    for order in (sizes, sizes[::-1]):
+        model = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in order])
+        sum(p.sum() for p in model).backward()
+        optimizers.append(adamw(model, lr=0.1))
+    optimizers[0].step()
+    saved(start(tmp_path), 1, optimizer=optimizers[0])
+    with pytest.raises(ValueError, match="its optimizer is not the one of this run.*exp_avg of "
+                                         r"shape \(2, 4\) for a parameter of shape \(4, 4\)"):
+        start(tmp_path, resume=True).track(optimizer=optimizers[1])
+
+
 # ---------------------------------------------------------------------- which of them stay
 
 def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):

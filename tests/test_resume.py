@@ -1,5 +1,6 @@
 """Every stage, stopped by a signal and killed between two checkpoints: resumed, it writes the same
 figures and weights, bit for bit, as the run that nothing stops; on one rank and on two."""
+import json
 import os
 import socket
 import subprocess
@@ -7,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import stages
 import torch
 from tiny_runs import same_run
+
+from plumbing.checkpoints import newest_checkpoint
+from plumbing.folders import sha256
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,10 +54,13 @@ def on_two_ranks(folder: Path, names: list[str]) -> None:
         assert_same_end(folder, name)
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_a_stage_that_was_stopped_or_killed_ends_bit_for_bit_the_same(folder, stage, monkeypatch,
-                                                                      capsys):
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
     monkeypatch.setattr("plumbing.run.plot_curves", lambda *args: None)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_stage_that_was_stopped_or_killed_ends_bit_for_bit_the_same(folder, stage, capsys):
     stages.straight_stopped_and_killed(folder, stage)
     assert_same_end(folder, stage)
     said = capsys.readouterr().err
@@ -67,3 +75,56 @@ def test_two_ranks_that_were_stopped_or_killed_end_bit_for_bit_the_same(folder):
 @pytest.mark.slow
 def test_two_ranks_end_bit_for_bit_the_same_in_every_stage(folder):
     on_two_ranks(folder, list(stages.STAGES))
+
+
+# ---------------------------------------------------------------------- former versions
+
+def as_before(checkpoint: Path, likelihood: float = 0.0) -> None:
+    """Rewrite a checkpoint as the first version wrote it: other names of heads and of DPO's model,
+    the state of torch's GradScaler, a list of tokens, and 0 for sizes that are computed."""
+    dpo = "dpo" in str(checkpoint)
+    for file in checkpoint.glob("*.safetensors"):
+        weights = {}
+        for name, weight in safetensors.torch.load_file(file).items():
+            if name.startswith("head."):
+                head = "scalar_head" if len(weight) == 1 else "next_sentence_head"
+                name = name.replace("head", head, 1)
+                if head == "scalar_head":
+                    weights["likelihood"] = torch.tensor([likelihood])
+                    weights["likelihood_unit"] = torch.tensor([1.5])
+            weights[name.removeprefix("trunk.")] = weight
+        file.unlink()
+        name = "policy" if dpo else file.stem
+        safetensors.torch.save_file(weights, checkpoint / f"{name}.safetensors")
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state["scaler"] = {}
+    for figures in state["pending"]:
+        if figures["tokens"] == [0]:
+            del figures["tokens"]
+    torch.save(state, checkpoint / "state.pt")
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta["config"] |= {"n_kv_heads": 0, "likelihood": False}
+    meta["sha256"] = {file.name: sha256(file) for file in checkpoint.iterdir()
+                      if file.name != "meta.json"}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "denoise", "sft", "lora", "rm", "dpo", "ppo"])
+def test_a_checkpoint_of_a_former_version_goes_on_bit_for_bit(folder, stage, capsys):
+    """Weights by their former names; the optimizer's numbers by the order of parameters."""
+    out = folder / f"{stage}_former"
+    stages.run(folder, stage, f"{stage}_straight")
+    stages.run_until("stopped", 2, folder, stage, out.name)
+    as_before(newest_checkpoint(out))
+    stages.run(folder, stage, out.name, resume=True)
+    assert same_run(out, folder / f"{stage}_straight")
+    said = capsys.readouterr().err
+    assert "going on from step 3" in said and "the run began with" not in said
+
+
+def test_a_reward_model_that_reads_log_p_is_not_gone_on_with(folder):
+    stages.run_until("stopped", 2, folder, "rm", "rm_former")
+    as_before(newest_checkpoint(folder / "rm_former"), likelihood=0.25)
+    with pytest.raises(ValueError, match='step_000003: its model is not the one of this run.*'
+                                         'weight "likelihood" of 0.25'):
+        stages.run(folder, "rm", "rm_former", resume=True)
