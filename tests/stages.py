@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import folder_of, tiny_model, write_rows
-from tiny_runs import write_corpus
+from tiny_runs import make_runs_quick, write_corpus
 
-import plumbing.run
 import train_denoise
 import train_dpo
 import train_ppo
@@ -115,6 +114,6 @@ def straight_stopped_and_killed(folder: Path, stage: str) -> None:
 
 
 if __name__ == "__main__":
-    plumbing.run.plot_curves = lambda *args: None
+    make_runs_quick()
     for stage in sys.argv[2:]:
         straight_stopped_and_killed(Path(sys.argv[1]), stage)

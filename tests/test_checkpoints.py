@@ -15,12 +15,6 @@ from plumbing import checkpoints
 from plumbing.optimizers import adamw
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take most of a tiny run's second; test_curves.py draws one."""
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *args: None)
-
-
 def saved(run, *steps_done, **parts):
     """A checkpoint after each of so many steps; `parts` or a new model are what it holds."""
     run.track(**(parts or {"model": nn.Linear(2, 2)}))

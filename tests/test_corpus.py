@@ -115,9 +115,8 @@ def test_bearish_puts_qualities_behind_what_they_belong_to_and_keeps_them():
 # ---------------------------------------------------------------------- training on several
 
 @pytest.fixture(autouse=True)
-def seeded_and_without_pictures(monkeypatch):
+def seeded():
     torch.manual_seed(0)
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 @pytest.fixture

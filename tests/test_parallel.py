@@ -43,7 +43,7 @@ BOTH = {                                    # what two groups of two ranks equal
     "even": "even", "even_adamw": "even_adamw",                    # one process
     "even_experts": "even_experts_none", "t5": "t5_none"}          # two ranks under DDP
 
-RANK = """import json, math, os, signal, sys, plumbing.run, train_denoise, train_pretrain
+RANK = """import json, math, os, signal, sys, train_denoise, train_pretrain
 from parallel import local
 from plumbing.options import build
 from plumbing.run import Run
@@ -64,7 +64,9 @@ def broken(*args):
     return scores(*args) * (math.nan if os.environ["RANK"] == "1" and len(calls) == 3 else 1)
 def full(descriptor):
     raise OSError(28, "No space left on device")
-plumbing.run.plot_curves = lambda *args: None
+sys.path.append("tests")
+from tiny_runs import make_runs_quick
+make_runs_quick()
 Run.log, Run.finish, fsync = stopping, counted, os.fsync
 for options in json.loads(sys.argv[1]):
     train_pretrain.token_logps = broken if options["out"].endswith("skips") else scores
@@ -136,13 +138,11 @@ def out(tmp_path_factory) -> Path:
                    + [options(f"{name}_both", 2, **both, **EVEN, **DIVIDED[name])
                       for name in BOTH]
                    + [options("redivided_4", 2, resume=True, **both, **EVEN)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("plumbing.run.plot_curves", lambda *args: None)
-        for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}
-                            | {"quarters": FOUR}).items():
-            alone(options(name, 4, **model))
-        for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
-            alone(options(name, 4, resume=True, **model))
+    for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}
+                        | {"quarters": FOUR}).items():
+        alone(options(name, 4, **model))
+    for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
+        alone(options(name, 4, resume=True, **model))
     return out
 
 

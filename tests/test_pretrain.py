@@ -27,9 +27,8 @@ TEXT = "".join(LINES.format("one two three four five six seven".split()[i * i % 
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_without_pictures(monkeypatch):
+def seeded():
     torch.manual_seed(0)
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
 
 
 def config(tmp_path, text=TEXT, **changes):

@@ -54,11 +54,6 @@ def on_two_ranks(folder: Path, names: list[str]) -> None:
         assert_same_end(folder, name)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *args: None)
-
-
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_stage_that_was_stopped_or_killed_ends_bit_for_bit_the_same(folder, stage, capsys):
     stages.straight_stopped_and_killed(folder, stage)

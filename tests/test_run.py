@@ -34,12 +34,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take most of a tiny run's second; test_curves.py draws one."""
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *args: None)
-
-
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     return write_corpus(tmp_path)
@@ -521,9 +515,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path, corpus)
     """In the first of the steps the ranks have different numbers of targets."""
     options = {"log_every": 1, "steps": 8}
     cfg = tiny_run(tmp_path / "two", corpus, batch_size=2, **options)
-    processes = on_two_ranks(f"""import plumbing.run, train_pretrain
+    processes = on_two_ranks(f"""import sys, train_pretrain
 from plumbing.options import build
-plumbing.run.plot_curves = lambda *args: None
+sys.path.append("tests")
+from tiny_runs import make_runs_quick
+make_runs_quick()
 train_pretrain.main(build(train_pretrain.Config, {flat(cfg)}))""")
     train_pretrain.main(tiny_run(tmp_path / "one", corpus, batch_size=4, **options))
     try:
@@ -549,10 +545,12 @@ def test_ranks_skip_together_and_fail_together(tmp_path, corpus):
     """A NaN on rank 1 alone, in the third of 8 steps; then rank 0's disk is full."""
     cfg = tiny_run(tmp_path / "skips", corpus, batch_size=2, log_every=1, steps=8)
     full = tiny_run(tmp_path / "full", corpus, batch_size=2, steps=10_000, save_every=2)
-    processes = on_two_ranks(f"""import hashlib, math, os, torch, plumbing.run, train_pretrain
+    processes = on_two_ranks(f"""import hashlib, math, os, sys, torch, train_pretrain
 from plumbing.options import build
 from plumbing.run import Run
-plumbing.run.plot_curves = lambda *args: None
+sys.path.append("tests")
+from tiny_runs import make_runs_quick
+make_runs_quick()
 calls, scores, finish = [], train_pretrain.token_logps, Run.finish
 def broken(*args):
     calls.append(1)

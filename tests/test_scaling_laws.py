@@ -169,7 +169,6 @@ def test_every_run_spends_its_budget_and_reads_no_token_twice(preset):
 
 
 def test_the_smoke_grid_runs_and_finished_runs_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
     cfg = laws.Config(preset="smoke", out=str(tmp_path / "runs"), bootstrap=4, device="cpu",
                       dtype="float32", figure=str(tmp_path / "figure.png"))
     report = laws.main(cfg)

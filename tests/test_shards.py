@@ -292,8 +292,7 @@ def pretrain_config(tmp_path, source, **changes):
         "device": "cpu", "dtype": "float32", "log_every": 1} | changes)
 
 
-def test_training_from_shards_equals_training_from_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
+def test_training_from_shards_equals_training_from_the_text(tmp_path):
     source = write_corpus(tmp_path / "rows.jsonl")
     folder, _ = written(tmp_path, data=source, tokenizer="bpe", vocab_size=300, max_bytes=40_000)
     results = [train_pretrain.main(pretrain_config(tmp_path, where, tokenizer=tokenizer,
