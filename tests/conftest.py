@@ -1,5 +1,4 @@
-"""Tests find the scripts, whose runs are quick; where there is no GPU, Triton's interpreter runs the
-kernels."""
+"""Tests find the scripts and run them quickly. Without a GPU Triton's interpreter runs the kernels."""
 import os
 import sys
 from pathlib import Path
