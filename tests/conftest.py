@@ -1,4 +1,4 @@
-"""Tests find the scripts and run them quickly. Without a GPU Triton's interpreter runs the kernels."""
+"""Tests find the scripts and run them quickly; without a GPU Triton runs interpreted."""
 import os
 import sys
 from pathlib import Path
