@@ -50,7 +50,7 @@ def linear_decay(step: int, steps: int, peak: float) -> float:
 # ---------------------------------------------------------------------- optimizers by name
 
 def pick_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, dtype: torch.dtype,
-                   betas=(0.9, 0.95), eps: float = 1e-8) -> torch.optim.Optimizer:
+                   betas=(0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
     """The optimizer of --optimizer, over the model's trainable parameters.
 
     name: adamw; adam, which has no weight decay (001 section 4.5); or muon. dtype: the dtype of
