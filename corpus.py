@@ -66,7 +66,8 @@ def read_texts(cfg) -> Texts:
 
 
 def drop_duplicates(texts: Texts) -> tuple[Texts, int]:
-    """Of documents that are the same to the letter the first stays; also returns how many went."""
+    """Of documents of one corpus and split that are the same to the letter the first stays; also
+    returns how many went."""
     return filtered(texts, without_duplicates)
 
 
@@ -268,7 +269,6 @@ class TrainingData:
         self.cfg = cfg
         self.run = run
         self.n_words = n_words                        # ordinary tokens, to copy
-        # (corpora by name, so that losses and shares can be told apart in the log)
         source, self.shares = mixed(names_of(cfg.data), cfg.shares, windows, cfg.alpha)
         self.text = wrap(source)
         self.last_text = self.text
@@ -278,7 +278,7 @@ class TrainingData:
         # a model from --init can look back already
         self.text_from = 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
         self.last_text_from = cfg.steps
-        if cfg.schedule == "wsd":
+        if cfg.anneal_data:                           # while the learning rate falls (wsd)
             self.last_text_from = round((1 - cfg.decay) * cfg.steps)
         # steps at which other text begins, whose losses are no measure of a spike
         self.changes = (self.text_from, self.last_text_from)

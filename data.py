@@ -381,8 +381,8 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
 
 
 def format_examples(examples: list[dict], tokenizer) -> list[dict]:
-    """Conversations with their "ids" in the chat template and "mask", 1 on what the assistant says:
-    train_sft.py shows these two steps."""
+    """Conversations with their "ids" in the chat template and "mask", 1 on the assistant's words:
+    the two steps that train_sft.py spells out."""
     formatted = []
     for example in examples:
         ids = tokenizer.conversation(example["messages"])

@@ -46,7 +46,10 @@ GAINS = Path(__file__).parent / "results" / "gains.json"
 
 # Only what differs from the scripts' own defaults; "exam": how many tasks and prompts.
 PRESETS = {
-    "tiny": {},
+    "tiny": {
+        "pretrain": {"optimizer": "muon", "copy_steps": 250},
+        "sft": {"optimizer": "muon"},
+    },
     "smoke": {
         "pretrain": {"max_bytes": 1_000_000, "steps": 80, "warmup": 10, "eval_windows": 16},
         "sft": {"n_examples": 2000, "steps": 50, "warmup": 5, "eval_examples": 40},

@@ -253,6 +253,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The decoder: embedding, blocks, a last norm, a projection to the vocabulary."""
     architecture = "decoder"
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):

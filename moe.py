@@ -300,7 +300,7 @@ def balance_experts(model: nn.Module, nudge: bool = True) -> Tensor | None:
     return loads
 
 
-def router_figures(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
+def balance_routers(model: nn.Module, nudge: bool) -> dict[str, Tensor | float]:
     """After an optimizer step: balance the experts, and the figures to log; {} for a dense model
     and for expert choice.
 

@@ -23,8 +23,8 @@ def token_logps(logps: Callable, batch: data.Batch, temperature: float = 1.0,
     """log p(x_t | x_<t) in nats of every target of the batch, (B, T-1) fp32, 0 elsewhere; with
     with_entropy also the entropy of each prediction in nats, (B, T-1).
 
-    The one place where tokens are shifted against their predictions: entry t - 1 is the score of
-    token t. Logits are divided by `temperature` first.
+    Tokens are shifted against their predictions here: entry t - 1 is the score of token t. Logits
+    are divided by `temperature` first.
     """
     loss_mask = batch.loss_mask[:, 1:]
     if batch.n_targets == loss_mask.numel():

@@ -33,7 +33,7 @@ import objectives
 import train_pretrain
 from architectures import ARCHITECTURES, Encoder, extend_vocabulary, with_encoder
 from heads import WithHead
-from moe import router_figures, router_loss
+from moe import balance_routers, router_loss
 from plumbing.folders import load_any_model
 from plumbing.optimizers import pick_optimizer
 from plumbing.options import command_line
@@ -76,7 +76,7 @@ def new_model(cfg: Config, sizes, dtype):
     return WithHead(encoder, 2, zero=True, keep_lm_head=True)          # "random" and "next"
 
 
-def new_or_loaded(cfg: Config, run):
+def load_init(cfg: Config, run):
     """The model of --init under this run's architecture and its tokenizer, or (None, None).
 
     A decoder's weights are those of a prefix model, and begin both stacks of an encoder-decoder.
@@ -130,7 +130,7 @@ def main(cfg: Config) -> dict:
     run = start(cfg, __file__)
     train_pretrain.check(cfg)
     cfg = with_architecture(cfg)
-    model, init_tokenizer = new_or_loaded(cfg, run)
+    model, init_tokenizer = load_init(cfg, run)
 
     # 1. DATA PREPARATION
     texts = corpus.read_texts(cfg)
@@ -184,12 +184,13 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):          # 3.9 step <- step + 1
         # 3.1 Sample mini-batch
         batches = train.batch(step)
+        # the mean over ranks and not the sum, because DDP will divide the gradients by their number
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
         if step in train.changes:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
-            # 3.5 GRADIENT SYNCHRONIZATION in the last micro-batch; DDP asks before the forward pass
+            # 3.5 GRADIENT SYNCHRONIZATION: with the last micro-batch's backward pass (FSDP: each)
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS: log p of the hidden tokens, and with --next_sentence (B, 2) logits
             logps = denoised_logps(forward, batch)                         # (B, T)
@@ -210,9 +211,10 @@ def main(cfg: Config) -> dict:
         lr = train_pretrain.rate(step, cfg)
         updated = run.step(optimizer, lr, loss, grad_norm)
         optimizer.zero_grad()
+        load_figures = balance_routers(model, nudge=updated)   # {} for a dense model
 
         # 3.8 LOGGING & CHECKPOINTING
-        figures = {"loss": loss} | router_figures(model, nudge=updated)
+        figures = {"loss": loss} | load_figures
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, train.shares, bytes_per_token, cfg)
         tokens = sum(batch.n_tokens for batch in batches)

@@ -16,9 +16,9 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
   5.2  V_t is the value of the state before the action, V(x, y_<t): 001's V(x, y_<=t) has seen y_t,
        and an advantage over a baseline that knows the action is no advantage.
        Log-probs are recomputed by the function that 5.3 uses, in the same mini-batches, so rho_t is
-       exactly 1 before the first update; sampling is at temperature 1 without top-p, else
-       the samples would not come from pi_theta. A response without <|end|> scores --no_end_score.
-       Advantages are whitened over the real tokens.
+       exactly 1 before the first update; no top-p, and one --temperature for sampling and
+       log-probs, else the samples would not come from pi_theta. A response without <|end|> scores
+       --no_end_score. Advantages are whitened over the real tokens.
   5.3  mini-batches keep their members over the epochs and change order; the value loss is clipped
        and has a factor 1/2; gradients are clipped; Adam's eps is 1e-5; learning rates decay
        linearly to 0.
@@ -178,7 +178,7 @@ def score_responses(reward_model: WithHead, batch: Batch, end: int,
 
 
 def whiten(rollouts: list[dict]) -> None:
-    """Advantages to mean 0 and variance 1 over the real tokens of the whole rollout, in place."""
+    """Advantages to mean 0 and variance 1 over the real tokens of this rank's rollout, in place."""
     flat = torch.cat([r["advantages"][r["mask"] > 0] for r in rollouts])
     mean = flat.mean()
     std = flat.std(correction=0) + 1e-8
@@ -196,7 +196,7 @@ def rollout_figures(rollouts: list[dict]) -> dict[str, Tensor]:
 
     score = per_response("score")
     kl = torch.cat([r["kl"].sum(1) for r in rollouts])                     # nats per response
-    k3 = torch.cat([(r["kl_k3"] * r["mask"]).sum(1) for r in rollouts])
+    k3 = torch.cat([r["kl_k3"].sum(1) for r in rollouts])                  # 0 outside the mask
     length = torch.cat([r["mask"].sum(1) for r in rollouts])
     returns = per_token("returns")
     unexplained = (returns - per_token("values")).var()
@@ -219,12 +219,14 @@ def load_critic(reward_model: WithHead, cfg: Config, run) -> WithHead:
     """phi: a copy of the reward model, or theta_SFT with a new scalar head."""
     if cfg.critic_init == "rm":
         critic = copy.deepcopy(reward_model)
+        if not critic.config.tied:
+            critic.trunk.lm_head.requires_grad_(False)     # values do not depend on it
     elif cfg.critic_init == "sft":
         trunk, _ = load_model(cfg.init, run.device, run.dtype)
         critic = WithHead(trunk, 1)
     else:
         raise ValueError(f"--critic_init {cfg.critic_init}: give rm or sft")
-    return critic.requires_grad_(True)
+    return critic
 
 
 def main(cfg: Config) -> dict:
@@ -256,7 +258,7 @@ def main(cfg: Config) -> dict:
     mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
     run.forecast(actor, critic, reference, reward_model, rows=cfg.minibatch_size,
                  length=mean_length, log_mfu=False,
-                 tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * mean_length)
+                 tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * mean_length)  # 2: critic, too
 
     # 5. FOR step = 1 TO T_PPO
     for step in run.steps(cfg.steps):
@@ -287,7 +289,7 @@ def main(cfg: Config) -> dict:
                     "batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl,
                     "kl_k3": kl_k3(old_logps, ref_logps), "score": score, "ended": ended,
                     "values": values, "advantages": advantages, "returns": returns})
-        whiten(rollouts)
+        whiten(rollouts)                       # the scale of A_t must not change the step's size
 
         # ---- OPTIMIZATION PHASE
         # 5.3 FOR epoch = 1 TO K_epochs, over shuffled mini-batches

@@ -8,7 +8,8 @@ Stage 1: autoregressive pretraining (001 section 1.6): a corpus in, a base model
                         3.6 clip  3.7 update  3.8 log and checkpoint  3.9 next step
   4. RETURN theta*
 
-Minimise  L = -(1/n) sum_t log p_theta(x_t | x_<t)  over the n target tokens of the whole step.
+Minimise  L = -(1/n) sum_t log p_theta(x_t | x_<t)  over the n target tokens of the whole step
+(and, of a Mixture of Experts, the routers' balance loss).
 
 Differs from the document:
   1.1      only documents that are the same to the letter are dropped, by hash.
@@ -19,6 +20,8 @@ Differs from the document:
   2.2      weight decay on matrices only.
   3.2-3.3  not a mean of means: summed loss over the number of target tokens of the whole step.
   3.4      gradient checkpointing only with --gradient_checkpointing: small models need none.
+  3.7      an update whose loss or gradient is NaN or leaps is skipped (plumbing/guard.py).
+  3.8      perplexity of the validation text only.
 
     python train_pretrain.py                              # the embedded world, minutes on two cores
     python train_pretrain.py --data book.txt --tokenizer bytes --n_layers 4 --d_model 128
@@ -39,7 +42,7 @@ from model import (
     active_parameter_count,
     parameter_count,
 )
-from moe import router_figures, router_loss
+from moe import balance_routers, router_loss
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer, warmup_stable_decay
 from plumbing.options import Options, command_line, nested
@@ -50,7 +53,7 @@ from scoring import token_logps
 @dataclass
 class Config(Options):
     preset: str = ""                  # gpt2-124m: that size and recipe, where no option is given
-    init: str = ""                    # model folder to go on from; empty: a new model
+    init: str = ""                    # model folder to go on from, with its sizes and tokenizer
     out: str = "out/pretrain"         # model folder to write
     data: str = "world"               # corpora, with commas: world, bearish, file, folder, shards
     alpha: float = 1.0                # of several, each has p = n^alpha / sum n^alpha; 0: all alike
@@ -63,7 +66,8 @@ class Config(Options):
     document_masks: bool = True       # attention stays inside a document
     model: ModelConfig = nested(ModelConfig, ("context_length",), vocab_size=2048)   # a new model
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
-    copy_steps: int = 0               # a new model's first steps copy random tokens: GAIN_COPY
+    copy_steps: int = 0               # a new model's first steps (at most steps / 6) copy random
+                                      # tokens: GAIN_COPY
     steps: int = 1800                 # optimizer steps (T_max), copying included
     batch_size: int = 8               # windows per micro-batch and rank (B)
     grad_accum: int = 1               # micro-batches per optimizer step
@@ -116,7 +120,7 @@ def check_sizes(cfg: Config, found: ModelConfig) -> None:
                              f"{has}; leave the option out, or train a new model without --init")
 
 
-def new_or_loaded(cfg: Config, run) -> tuple[Transformer | None, object]:
+def load_init(cfg: Config, run) -> tuple[Transformer | None, object]:
     """The model of --init and its tokenizer, or (None, None)."""
     if not cfg.init:
         return None, None
@@ -165,7 +169,7 @@ def heldout_figures(model, windows: dict, shares: dict[str, float], bytes_per_to
 def main(cfg: Config) -> dict:
     run = start(cfg, __file__)
     check(cfg)
-    model, init_tokenizer = new_or_loaded(cfg, run)
+    model, init_tokenizer = load_init(cfg, run)
 
     # 1. DATA PREPARATION
     texts = corpus.read_texts(cfg)
@@ -198,7 +202,7 @@ def main(cfg: Config) -> dict:
     # 2.2 optimizer_state <- AdamW(0.9, 0.95, 1e-8, 0.1)
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype,
                                betas=(0.9, 0.95))
-    # 2.3 step <- 0, or that of the checkpoint with --resume
+    # 2.3 step <- 0; with --resume the checkpoint's weights, optimizer_state and step
     run.track(model=model, optimizer=optimizer)
     baselines = evaluate.ngram_baselines(windows, train.shares, tokenizer.vocab_size)
     bytes_per_token = corpus.bytes_per_token(streams)
@@ -209,12 +213,13 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):          # 3.9 step <- step + 1
         # 3.1 Sample mini-batch
         batches = train.batch(step)
+        # the mean over ranks and not the sum, because DDP will divide the gradients by their number
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
         if step in train.changes:
             run.guard.forget()                 # losses of other text are no measure of a spike
         loss = 0.0                             # of the whole step
         for batch in batches:
-            # 3.5 GRADIENT SYNCHRONIZATION in the last micro-batch; DDP asks before the forward pass
+            # 3.5 GRADIENT SYNCHRONIZATION: with the last micro-batch's backward pass (FSDP: each)
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS: log softmax(z_t)[x_t] of every token
             logps = token_logps(forward, batch)                            # (B, T)
@@ -228,11 +233,12 @@ def main(cfg: Config) -> dict:
         grad_norm = run.clip(model, cfg.max_norm)
         # 3.7 PARAMETER UPDATE
         lr = rate(step, cfg)
-        updated = run.step(optimizer, lr, loss, grad_norm)
+        updated = run.step(optimizer, lr, loss, grad_norm)     # AdamW_step; none that would harm
         optimizer.zero_grad()
+        load_figures = balance_routers(model, nudge=updated)   # {} for a dense model
 
         # 3.8 LOGGING & CHECKPOINTING
-        figures = {"loss": loss} | router_figures(model, nudge=updated)
+        figures = {"loss": loss} | load_figures
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, windows, train.shares, bytes_per_token, cfg)
         tokens = sum(batch.n_targets for batch in batches)

@@ -40,7 +40,7 @@ class Config(Options):
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 12_800             # how many to take, at most
+    n_pairs: int = 19_200             # how many to take, at most
     label_noise: float = 0.0          # the world's annotators err with this probability
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
@@ -48,10 +48,10 @@ class Config(Options):
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
     n_shift: int = 200                # SFT answers whose mean reward becomes 0
     max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 800                  # optimizer steps (T_RM)
+    steps: int = 1200                 # optimizer steps (T_RM)
     batch_size: int = 16              # pairs per step and rank
     optimizer: str = "adam"           # adam | adamw | muon (inner matrices; the rest by AdamW)
-    lr: float = 7e-4                  # peak learning rate (document, large models: 1e-5)
+    lr: float = 3e-4                  # peak learning rate (document, large models: 1e-5)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only; adam: none
     mean_coef: float = 0.0            # weight of the same loss on mean values over the response
@@ -59,7 +59,7 @@ class Config(Options):
     max_norm: float = 1.0             # gradient clipping
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     eval_every: int = 200             # steps between evaluations
-    eval_pairs: int = 1000            # held-out pairs ranked at the end
+    eval_pairs: int = 1000            # held-out pairs
     save_every: int = 200             # steps between checkpoints
 
 
@@ -73,7 +73,7 @@ def mean_value(values: Tensor, loss_mask: Tensor) -> Tensor:
     return (values * loss_mask).sum(1) / loss_mask.sum(1)
 
 
-def values_of(forward, batch, with_logps: bool) -> tuple[Tensor, Tensor | None]:
+def read_values(forward, batch, with_logps: bool) -> tuple[Tensor, Tensor | None]:
     """The value at every token (B, T), and the log p of the response's tokens in nats, (B, T)."""
     where = {"documents": batch.documents, "positions": batch.positions}
     if not with_logps:
@@ -194,7 +194,7 @@ def main(cfg: Config) -> dict:
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
 
         # 2.2 Compute r_w and r_l, read at the last token of each response
-        values, logps = values_of(forward, batch, with_logps=cfg.lm_coef > 0)  # (2B, T) each
+        values, logps = read_values(forward, batch, with_logps=cfg.lm_coef > 0)  # (2B, T) each
         r_w, r_l = last_value(values, batch.loss_mask).chunk(2)                # (B,) each
 
         # 2.3 Loss: the mean of -log sigma(r_w - r_l)
@@ -219,9 +219,9 @@ def main(cfg: Config) -> dict:
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
+    shift_to_zero(model, reference, tokenizer, prompts, cfg)           # b_r
     # 3. Freeze r_psi
     model.requires_grad_(False)
-    shift_to_zero(model, reference, tokenizer, prompts, cfg)
     results = run.last("accuracy", "ece") | rankers
     return run.finish(model, tokenizer, results)
 

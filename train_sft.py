@@ -69,7 +69,7 @@ class Config(Options):
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
     tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix
     eval_every: int = 500             # steps between evaluations
-    eval_examples: int = 200          # held-out examples answered at each evaluation
+    eval_examples: int = 200          # of a world: exam questions answered at each evaluation
     save_every: int = 200             # steps between checkpoints
 
 
@@ -122,7 +122,7 @@ def main(cfg: Config) -> dict:
     length = model.config.context_length
 
     # 2. DATA FORMATTING
-    train_rows, heldout_rows = read_rows(cfg)                # 3.7/1.1 templates and chains: theirs
+    train_rows, heldout_rows = read_rows(cfg)                # 3.7/1.1 with the data's own templates
     format_rows(train_rows, tokenizer)
     format_rows(heldout_rows, tokenizer)
     # 3.7/1.2 Compute sampling weights w_k ~ N_k^(1/tau) of the task families
@@ -135,7 +135,7 @@ def main(cfg: Config) -> dict:
     # 3.7/2 theta <- theta*, AdamW
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     unigram_loss = evaluate.unigram_response_loss(train, heldout, tokenizer.vocab_size)
-    base_loss = evaluate.response_loss(model, heldout, cfg.batch_size)     # before a resume loads
+    base_loss = evaluate.response_loss(model, heldout, cfg.batch_size)     # of --init
     run.track(model=model, optimizer=optimizer)
     run.say(f"{len(train_rows)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
             f"{parameter_count(model) / 1e6:.2f}M parameters train; held-out response loss to "
@@ -146,10 +146,11 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
         batches = train.micro_batches(step, cfg, run)        # 3.7/3.1 respecting the weights w_k
+        # the mean over ranks and not the sum, because DDP will divide the gradients by their number
         n_targets = run.mean_over_ranks(sum(batch.n_targets for batch in batches))
         loss = 0.0                                           # of the whole step
         for batch in batches:
-            # gradients are averaged in the last micro-batch; DDP asks before the forward pass
+            # ranks average in the backward pass of the last micro-batch (FSDP: of each)
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS
             logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0

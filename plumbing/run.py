@@ -161,8 +161,7 @@ class Run:
             dist.barrier()
 
     def mean_over_ranks(self, value: float | list[float] | Tensor) -> float | list[float]:
-        """DDP averages gradients over ranks: a summed loss divided by the mean number of target
-        tokens per rank is, after that average, divided by the number of all."""
+        """The mean of a number, or of each of several, over all ranks."""
         if self.world_size == 1:
             return value.tolist() if isinstance(value, Tensor) else value
         tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device)
@@ -192,7 +191,7 @@ class Run:
         if self.world_size > 1:
             return nn.parallel.DistributedDataParallel(
                 CallForward(model, call), find_unused_parameters=unused_parameters)
-        return functools.partial(call)
+        return functools.partial(call)                 # a plain method takes no attributes
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers for one step and rank, the same after a resume."""
@@ -297,8 +296,8 @@ class Run:
         for part_name, part in self.parts.items():
             if part is optimizer:
                 name = part_name
-        # The mean over ranks, so that all of them decide alike. Reading it is the only place where
-        # a step waits for the GPU.
+        # The mean over ranks, so that all of them decide alike. Reading it waits for the GPU, once
+        # a step.
         judged = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         loss_value, norm_value = self.mean_over_ranks(judged)
         fault = self.guard.fault(name, loss_value, norm_value)
@@ -419,7 +418,7 @@ class Run:
         Raises the error of the checkpoint before this one, as wait_for_checkpoint() does.
         """
         self.wait_for_checkpoint()
-        state = self.state(steps_done)
+        state = self.state(steps_done)                 # on all ranks, because it gathers
         if self.saved_step == steps_done:
             return
         self.saved_step = steps_done

@@ -106,7 +106,7 @@ def test_log_probs_of_the_response_tokens_stand_where_they_are_predicted():
     model = tiny_model(head="scalar", tied=False)
     sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]), ([1, 2, 9], [0, 0, 1])]
     batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1, 2])
-    values, logps = train_rm.values_of(model.values_and_logps, batch, with_logps=True)
+    values, logps = train_rm.read_values(model.values_and_logps, batch, with_logps=True)
     expected = torch.zeros(3, 6)
     for b, (ids, mask) in enumerate(sides):
         for t in range(len(ids)):
