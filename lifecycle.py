@@ -48,7 +48,7 @@ GAINS = Path(__file__).parent / "results" / "gains.json"
 PRESETS = {
     "tiny": {
         "pretrain": {"optimizer": "muon", "copy_steps": 250},
-        "sft": {"optimizer": "muon"},
+        "sft": {"optimizer": "muon", "lr": 4e-3},
     },
     "smoke": {
         "pretrain": {"max_bytes": 1_000_000, "steps": 80, "warmup": 10, "eval_windows": 16},

@@ -60,8 +60,9 @@ class Config(Options):
     steps: int = 1000                 # optimizer steps (T_ft)
     batch_size: int = 16              # rows per micro-batch and rank
     grad_accum: int = 1               # micro-batches per optimizer step
-    optimizer: str = "adamw"          # adamw | muon (inner matrices; the rest by AdamW)
-    lr: float = 4e-3                  # peak learning rate (document: 1e-4 to 3e-4)
+    optimizer: str = "adamw"          # adamw | muon (inner matrices): with --lr 4e-3 in the
+                                      # lifecycle 75.8 % of the quiz instead of 62.1
+    lr: float = 2e-3                  # peak learning rate (document, large models: 1e-4 to 3e-4)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
     max_norm: float = 1.0             # gradient clipping
