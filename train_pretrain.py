@@ -66,7 +66,7 @@ class Config(Options):
     document_masks: bool = True       # attention stays inside a document
     model: ModelConfig = nested(ModelConfig, ("context_length",), vocab_size=2048)   # a new model
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
-    copy_steps: int = 0               # first steps (<= steps / 6) copy: 250 gain 0.10 nats with Muon
+    copy_steps: int = 0               # first steps (<= steps / 6) copy: 250 gain 0.1 nats with Muon
     steps: int = 1800                 # optimizer steps (T_max), copying included
     batch_size: int = 8               # windows per micro-batch and rank (B)
     grad_accum: int = 1               # micro-batches per optimizer step
