@@ -257,6 +257,11 @@ class Mixture:
 
 # ---------------------------------------------------------------------- one object for the loop
 
+def copying_steps(cfg) -> int:
+    """How many steps of a new model copy: --copy_steps, but at most a sixth of all steps."""
+    return min(cfg.copy_steps, cfg.steps // 6)
+
+
 class TrainingData:
     """What each optimizer step reads: at first copying, then the corpora, at last --anneal_data.
 
@@ -276,7 +281,7 @@ class TrainingData:
             source, _ = mixed(names_of(cfg.anneal_data), "", windows, cfg.alpha)
             self.last_text = wrap(source)
         # a model from --init can look back already
-        self.text_from = 0 if cfg.init else min(cfg.copy_steps, cfg.steps // 6)
+        self.text_from = 0 if cfg.init else copying_steps(cfg)
         self.last_text_from = cfg.steps
         if cfg.anneal_data:                           # while the learning rate falls (wsd)
             self.last_text_from = round((1 - cfg.decay) * cfg.steps)

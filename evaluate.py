@@ -110,6 +110,21 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int,
     return float(unigram_loss), float(bigram_loss)
 
 
+def corpus_figures(losses: dict[str, float], shares: dict[str, float],
+                   bytes_per_token: dict[str, float] | None = None) -> dict[str, float]:
+    """The losses of several corpora, nats per token, as figures to log: val_loss is their mean
+    weighted by the training shares; a corpus of --anneal_data alone has no share in it. With
+    bytes_per_token also bits per byte, which compare models of different tokenizers."""
+    val_loss = sum(share * losses[name] for name, share in shares.items())
+    figures = {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
+    for name, loss in losses.items():
+        suffix = f"/{name}" if len(losses) > 1 else ""     # a single corpus is val_loss itself
+        figures[f"val_loss{suffix}"] = loss
+        if bytes_per_token is not None:
+            figures[f"bits_per_byte{suffix}"] = loss / bytes_per_token[name] / math.log(2)
+    return figures
+
+
 def ngram_baselines(windows: dict, shares: dict[str, float], vocab_size: int) -> dict[str, float]:
     """ngram_losses of several corpora, weighted by their shares. windows: {(corpus, split):
     data.TokenStream}."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import corpus
 import evaluate
 import readers
 import sample
@@ -202,7 +203,7 @@ def continuations(model, tokenizer, examples: list[dict]) -> list[list[int]]:
 def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) -> dict:
     """Fluency of documents sampled from the base model, beside held-out documents of the corpus."""
     # 2 MB of the training text, enough to find a copy of a template and quick to count.
-    corpus = list(readers.read_documents(cfg.data, split="train", max_bytes=2_000_000))
+    training_texts = list(readers.read_documents(cfg.data, split="train", max_bytes=2_000_000))
     heldout = readers.read_documents(cfg.data, split="heldout", max_bytes=1_000_000)
     generator = torch.Generator(model.device).manual_seed(cfg.seed)
     # 160 tokens hold six in ten documents of the corpus from beginning to end.
@@ -217,8 +218,8 @@ def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) 
         n_words = len(story.split())
         words = text.split()[:n_words]
         real.append(" ".join(words))
-    return {"stories": stories[:3], "fluency": evaluate.fluency(stories, corpus),
-            "fluency_corpus": evaluate.fluency(real, corpus)}
+    return {"stories": stories[:3], "fluency": evaluate.fluency(stories, training_texts),
+            "fluency_corpus": evaluate.fluency(real, training_texts)}
 
 
 # ---------------------------------------------------------------------- the report
@@ -389,7 +390,7 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     curves = {name: read_metrics(config.out) for name, config in configs.items()}
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))     # in inches
     # As many steps of copying as corpus.TrainingData makes of the option.
-    copying = min(configs["pretrain"].copy_steps, configs["pretrain"].steps // 6)
+    copying = corpus.copying_steps(configs["pretrain"])
     draw_pretraining(axes[0, 0], curves["pretrain"], stages["pretrain"], copying)
     draw_families(axes[0, 1], stages)
     draw_reward_model(axes[0, 2], curves["rm"], stages["rm"])

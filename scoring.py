@@ -68,6 +68,12 @@ def score_pairs(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) 
 
 # ---------------------------------------------------------------------- rewards
 
+def last_place(mask: Tensor) -> Tensor:
+    """mask (B, T) of 0 and 1 -> the place of each row's last 1, (B, 1)."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * places).argmax(1, keepdim=True)
+
+
 def last_value(values: Tensor, loss_mask: Tensor) -> Tensor:
     """values, loss_mask (B, T) -> the value at each row's last response token (B,).
 
@@ -75,9 +81,7 @@ def last_value(values: Tensor, loss_mask: Tensor) -> Tensor:
     """
     if not loss_mask.any(1).all():
         raise ValueError("a row has no response token: there is nothing to reward")
-    places = torch.arange(values.shape[1], device=values.device)
-    last = (loss_mask * places).argmax(1, keepdim=True)                # (B, 1)
-    return values.gather(1, last).squeeze(1)
+    return values.gather(1, last_place(loss_mask)).squeeze(1)
 
 
 def response_rewards(rewards: Callable, batch: data.Batch) -> Tensor:

@@ -22,7 +22,6 @@ Differs from the document:
     python train_denoise.py --objective ul2                            # UL2
     python train_denoise.py --objective causal --architecture prefix   # prefix language model
 """
-import math
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -108,18 +107,12 @@ def heldout_figures(model, heldout: dict, shares: dict[str, float], bytes_per_to
     first corpus' hidden text, or for causal, where nothing is hidden, bits per byte."""
     trunk = model.trunk if isinstance(model, WithHead) else model
     losses = {}
-    for name in shares:
-        losses[name] = evaluate.validation_loss(trunk, heldout[name], cfg.eval_windows,
-                                                cfg.batch_size, denoised_logps)
-    val_loss = sum(share * losses[name] for name, share in shares.items())
-    figures = {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-    for name in shares:
-        suffix = f"/{name}" if len(shares) > 1 else ""
-        figures[f"val_loss{suffix}"] = losses[name]
-        if cfg.objective == "causal":
-            figures[f"bits_per_byte{suffix}"] = losses[name] / bytes_per_token[name] / math.log(2)
+    for name, source in heldout.items():
+        losses[name] = evaluate.validation_loss(trunk, source, cfg.eval_windows, cfg.batch_size,
+                                                denoised_logps)
     if cfg.objective == "causal":
-        return figures
+        return evaluate.corpus_figures(losses, shares, bytes_per_token)
+    figures = evaluate.corpus_figures(losses, shares)
     first = next(iter(heldout.values()))
     if cfg.objective == "mlm":
         return figures | evaluate.masked_figures(model, first, cfg.eval_windows, cfg.batch_size)
@@ -157,7 +150,7 @@ def main(cfg: Config) -> dict:
                                    cfg.next_sentence)
 
     train = corpus.TrainingData(windows, cfg, run, n_words=len(tokenizer.ranks), wrap=hide)
-    heldout = {name: hide(windows[name, "heldout"]) for name in train.shares}
+    heldout = {name: hide(windows[name, "heldout"]) for name in corpus.all_names(cfg)}
 
     # 2. INITIALIZE
     # 2.1 theta <- theta_0

@@ -42,7 +42,7 @@ from plumbing.optimizers import linear_decay, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
 from readers import read_prompts
-from scoring import kl_k1, kl_k3, masked_mean, response_rewards, token_logps
+from scoring import kl_k1, kl_k3, last_place, masked_mean, response_rewards, token_logps
 
 
 @dataclass
@@ -85,9 +85,7 @@ def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
     score: (B,). kl, mask: (B, T), mask 1 on response tokens. Returns (B, T), 0 outside the mask.
     """
     rewards = -beta * kl * mask
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * places).argmax(1, keepdim=True)                         # (B, 1)
-    return rewards.scatter_add(1, last, score[:, None])
+    return rewards.scatter_add(1, last_place(mask), score[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,

@@ -28,7 +28,6 @@ Differs from the document:
     torchrun --nproc_per_node 8 train_pretrain.py ...     # data parallel, one process per GPU
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp --tensor_parallel 2 ...  # 4 x 2
 """
-import math
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -151,18 +150,10 @@ def heldout_figures(model, windows: dict, shares: dict[str, float], bytes_per_to
                     cfg: Config) -> dict:
     """Loss in nats per token, perplexity, and bits per byte, of each corpus and of all together."""
     losses = {}
-    bits = {}
-    for name in shares:
+    for name in bytes_per_token:
         losses[name] = evaluate.validation_loss(model, windows[name, "heldout"], cfg.eval_windows,
                                                 cfg.batch_size)
-        bits[name] = losses[name] / bytes_per_token[name] / math.log(2)
-    val_loss = sum(share * losses[name] for name, share in shares.items())
-    figures = {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-    for name in shares:
-        suffix = f"/{name}" if len(shares) > 1 else ""
-        figures[f"val_loss{suffix}"] = losses[name]
-        figures[f"bits_per_byte{suffix}"] = bits[name]
-    return figures
+    return evaluate.corpus_figures(losses, shares, bytes_per_token)
 
 
 def main(cfg: Config) -> dict:

@@ -418,10 +418,10 @@ class Run:
         Raises the error of the checkpoint before this one, as wait_for_checkpoint() does.
         """
         self.wait_for_checkpoint()
-        state = self.state(steps_done)                 # on all ranks, because it gathers
-        if self.saved_step == steps_done:
+        if self.saved_step == steps_done:              # on all ranks alike
             return
         self.saved_step = steps_done
+        state = self.state(steps_done)                 # on all ranks, because it gathers
         if self.writer.ranks is not None or self.rank == 0:
             meta = {"step": steps_done, "val_loss": state["val_loss"], "config": flat(self.cfg),
                     "parents": self.parents}

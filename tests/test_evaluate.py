@@ -248,3 +248,12 @@ def test_kl_is_the_mean_log_ratio_of_whole_sampled_answers():
             for m, sign in ((model, 1), (other, -1)):
                 total += sign * slow_logps(m, prompt + answer)[len(prompt) - 1:].sum().item()
     assert found == pytest.approx(total / 2, rel=1e-4) and found > 1
+
+
+def test_figures_of_several_corpora_by_hand():
+    """A corpus of the annealing alone is measured, but has no share in the mean."""
+    losses = {"a": 1.0, "b": 3.0, "last": 2.0}
+    figures = evaluate.corpus_figures(losses, {"a": 0.75, "b": 0.25}, dict.fromkeys(losses, 2.0))
+    assert figures["val_loss"] == 1.5 and figures["perplexity"] == math.exp(1.5)
+    assert figures["val_loss/last"] == 2.0 and figures["bits_per_byte/b"] == 1.5 / math.log(2)
+    assert evaluate.corpus_figures({"a": 1.0}, {"a": 1.0}).keys() == {"val_loss", "perplexity"}
