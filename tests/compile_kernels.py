@@ -1,6 +1,7 @@
 """
 Compile what the public functions launch for a GPU that need not be there, and print what each
-kernel takes of it, one JSON object a line: python tests/compile_kernels.py ARCH CASE...
+kernel takes of it, one JSON object a line: python tests/compile_kernels.py ARCH [DTYPE...]
+(of the DTYPEs given the cases that take seconds; without any, all cases of all dtypes)
 
 Real launches are followed up to the point where the compiled kernel would run, so what is compiled
 is what ships: the same tiles, warps, dtypes and alignments. Numbers that come out are garbage.
@@ -129,9 +130,8 @@ def attention_slow(dtype):
     kernels.decode_attention(cache[:, :1], cache, cache, torch.zeros(1).int(), 2**15)
 
 
-CASES = {f"{case.__name__}-{str(dtype)[6:]}": (case, dtype)
-         for case, dtype in product([small, cross_entropy, moe, nf4, attention, attention_slow],
-                                    [torch.bfloat16, torch.float32, torch.float16])}
+QUICK = [small, cross_entropy, moe, nf4, attention]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 
 # ---------------------------------------------------------------------- compiling
@@ -170,18 +170,19 @@ def compile_instead_of_running(arch: int) -> dict:
     return compiled
 
 
-def main(arch: int, cases: list[str]) -> None:
+def main(arch: int, dtypes: list[str]) -> None:
+    cases = [*QUICK, attention_slow] if not dtypes else QUICK
+    wanted = [dtype for dtype in DTYPES if not dtypes or str(dtype)[6:] in dtypes]
     compiled = compile_instead_of_running(arch)
-    for case in cases:
-        function, dtype = CASES[case]
-        function(dtype)
+    for case, dtype in product(cases, wanted):
+        case(dtype)
         while compiled:
             name, kernel = compiled.popitem()[1]
-            print(json.dumps({"case": case, "kernel": name, "arch": arch,
-                              "shared": kernel.metadata.shared, "limit": SHARED_MEMORY[arch],
-                              "warps": kernel.metadata.num_warps,
+            print(json.dumps({"case": case.__name__, "dtype": str(dtype)[6:], "kernel": name,
+                              "arch": arch, "shared": kernel.metadata.shared,
+                              "limit": SHARED_MEMORY[arch], "warps": kernel.metadata.num_warps,
                               **resources(kernel)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:] or list(CASES))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,15 +1,16 @@
-"""Run train_pretrain.py whole, and again while killing it at random moments, on one rank or more.
+"""Run train_pretrain.py whole, and again while killing it at random moments, on one rank or two.
 
-    python tests/killed.py '{"data": ..., "out": ..., ...}' RANKS KILLS
+    python tests/killed.py FOLDER RANKS KILLS STEPS
 
-Writes OUT/straight, the run that nothing stops, and OUT/killed. Prints how each attempt ended: -9
-where it was killed, 0 for the last. Processes are forked, so that torch is imported once.
+Writes FOLDER/straight, the run that nothing stops, and FOLDER/killed. Prints how each attempt
+ended: -9 where it was killed, 0 for the last. Processes are forked, so that torch is imported once.
+Of several ranks, two more attempts come first, under torchrun: in one rank 0 is killed, in one
+torchrun is told to stop.
 """
-import json
 import os
 import random
 import signal
-import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,11 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny_runs import make_runs_quick
+from tiny_runs import free_port, make_runs_quick, tiny_run, wait_for_rows, write_corpus
 
 import train_pretrain
-from plumbing.options import build
+from plumbing.curves import read_metrics
+from plumbing.options import flat
 
+ROOT = Path(train_pretrain.__file__).parent
 FILES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
 
@@ -42,9 +45,7 @@ def die_at_file(moment: int, out: str) -> None:
 def attempt(cfg, ranks: int, die) -> int:
     """Run all ranks to the end, or until rank 0 is dead, which all others then are. die(pid) is
     called with 0 in rank 0 before it starts, and with its process id here. Returns rank 0's end."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(ranks):
         pids.append(os.fork())
@@ -68,13 +69,33 @@ def attempt(cfg, ranks: int, die) -> int:
     return end
 
 
-def main(options: dict, ranks: int, kills: int) -> None:
+def under_torchrun(cfg, ranks: int, signum: int) -> int:
+    """Three rows later SIGKILL goes to rank 0, or SIGTERM to torchrun, which hands it on. Returns
+    torchrun's end."""
+    options = [f"--{name}={value}" for name, value in flat(cfg).items()]
+    rows = len(read_metrics(cfg.out)) + 3
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+         "--master_port", str(free_port()), str(ROOT / "train_pretrain.py"), *options])
+    wait_for_rows(cfg.out, rows, process)
+    pid = process.pid
+    if signum == signal.SIGKILL:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        pid = min(int(child) for child in children)
+    os.kill(pid, signum)
+    return process.wait(timeout=100)
+
+
+def main(out: Path, ranks: int, kills: int, steps: int) -> None:
     make_runs_quick()
     torch.optim.SGD([torch.zeros(1)])          # imports half of torch: once, not in each attempt
-    out = Path(options.pop("out"))
-    cfg = build(train_pretrain.Config, options | {"out": str(out / "straight")})
+    cfg = tiny_run(out / "straight", write_corpus(out), n_layers=1, batch_size=2, steps=steps,
+                   log_every=2, save_every=1)
     assert attempt(cfg, ranks, lambda pid: None) == 0
     cfg = replace(cfg, out=str(out / "killed"), resume=True)
+    if ranks > 1:
+        for signum in (signal.SIGKILL, signal.SIGTERM):
+            print(under_torchrun(cfg, ranks, signum), flush=True)
     chance = random.Random(ranks)
     for number in range(kills):
         moment = chance.randint(1, 60)
@@ -91,4 +112,4 @@ def main(options: dict, ranks: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))

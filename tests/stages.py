@@ -1,17 +1,18 @@
-"""A tiny run of every stage, whole, stopped and killed, in this process or on several ranks.
+"""A tiny run of every stage, whole, stopped and killed, in this process or on two ranks.
 
-    torchrun --nproc_per_node 2 tests/stages.py FOLDER STAGE...
+    python tests/stages.py FOLDER STAGE...
 
-FOLDER holds what write_inputs() wrote; each stage leaves STAGE_straight, STAGE_stopped and
-STAGE_killed in it, the latter two resumed to the end.
+Each stage leaves STAGE_straight, STAGE_stopped and STAGE_killed in FOLDER, the latter two resumed
+to the end. Two ranks are started, by torchrun, in which this script runs the stages.
 """
+import os
 import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import folder_of, tiny_model, write_rows
-from tiny_runs import make_runs_quick, write_corpus
+from tiny_runs import make_runs_quick, same_run, under_torchrun, write_corpus
 
 import train_denoise
 import train_dpo
@@ -113,7 +114,23 @@ def straight_stopped_and_killed(folder: Path, stage: str) -> None:
         run(folder, stage, f"{stage}_{how}", resume=True)
 
 
+def assert_same_end(folder: Path, stage: str) -> None:
+    straight = folder / f"{stage}_straight"
+    for how in ("stopped", "killed"):
+        assert same_run(folder / f"{stage}_{how}", straight), (stage, how)
+        for file in straight.glob("adapter.*"):                # LoRA's own weights
+            assert (folder / f"{stage}_{how}" / file.name).read_bytes() == file.read_bytes()
+
+
+def on_two_ranks(folder: Path, names: list[str]) -> None:
+    write_inputs(folder)
+    under_torchrun(2, __file__, str(folder), *names)
+
+
 if __name__ == "__main__":
-    make_runs_quick()
-    for stage in sys.argv[2:]:
-        straight_stopped_and_killed(Path(sys.argv[1]), stage)
+    if "RANK" in os.environ:
+        make_runs_quick()
+        for stage in sys.argv[2:]:
+            straight_stopped_and_killed(Path(sys.argv[1]), stage)
+    else:
+        on_two_ranks(Path(sys.argv[1]).resolve(), sys.argv[2:])

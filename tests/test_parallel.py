@@ -6,143 +6,34 @@ and gradient norms stay within 1e-5, and weights within 1e-4, a fortieth of one 
 """
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import parallel_runs
 import pytest
 import safetensors.torch
 import torch
+from parallel_runs import BOTH, DIVIDED, MODELS, OTHERS
 
 import parallel
-import train_denoise
 import train_pretrain
 from model import ModelConfig, Transformer
 from plumbing.checkpoints import newest_checkpoint, read_checkpoint, read_meta
 from plumbing.curves import read_metrics
 from plumbing.options import build
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = {                                  # what equals one process
-    "muon": {}, "adamw": {"optimizer": "adamw", "token_shift": False, "tied": False},
-    "accumulated": {"grad_accum": 2, "gradient_checkpointing": True}}
-OTHERS = {                                  # what equals DDP: routers are balanced on each rank
-    "experts": {"n_experts": 4, "balance": "bias", "gradient_checkpointing": True},
-    "bert": {"objective": "mlm"}}           # its figures are of hidden states
-EVEN = {"n_kv_heads": 2}                    # what two ranks can divide
-DIVIDED = {                                 # what equals one process on ranks with the same tokens
-    "even": {}, "even_adamw": {"optimizer": "adamw", "tied": False, "gradient_checkpointing": True},
-    "even_experts": {"n_experts": 4, "n_shared_experts": 1, "balance": "bias", "d_expert": 16},
-    "t5": {"objective": "span", "eval_windows": 1}, "even_bert": {"objective": "mlm"}}
-FOUR = {"d_model": 24, "n_heads": 4, "n_kv_heads": 4}                  # what four can
-BOTH = {                                    # what two groups of two ranks equal
-    "even": "even", "even_adamw": "even_adamw",                    # one process
-    "even_experts": "even_experts_none", "t5": "t5_none"}          # two ranks under DDP
 
-RANK = """import json, math, os, signal, sys, train_denoise, train_pretrain
-from parallel import local
-from plumbing.options import build
-from plumbing.run import Run
-log, finish, scores = Run.log, Run.finish, train_pretrain.token_logps
-calls = []
-def stopping(run, step, **figures):
-    log(run, step, **figures)
-    if run.out.name.startswith("stopped") and step == 4:       # a step after the newest row
-        signal.raise_signal(signal.SIGTERM)
-def counted(run, model, *args):
-    held = [*model.parameters()] + [t for state in run.parts["optimizer"].state.values()
-                                    for t in state.values() if getattr(t, "ndim", 0)]
-    file = run.out / f"held_{run.rank}_of_{run.world_size}.json"
-    file.write_text(json.dumps([sum(local(t).numel() for t in held), sum(t.numel() for t in held)]))
-    return finish(run, model, *args)
-def broken(*args):
-    calls.append(1)
-    return scores(*args) * (math.nan if os.environ["RANK"] == "1" and len(calls) == 3 else 1)
-def full(descriptor):
-    raise OSError(28, "No space left on device")
-sys.path.append("tests")
-from tiny_runs import make_runs_quick
-make_runs_quick()
-Run.log, Run.finish, fsync = stopping, counted, os.fsync
-for options in json.loads(sys.argv[1]):
-    train_pretrain.token_logps = broken if options["out"].endswith("skips") else scores
-    os.fsync = full if options["out"].endswith("full") and os.environ["RANK"] == "1" else fsync
-    try:
-        script = train_denoise if "objective" in options else train_pretrain
-        script.main(build(script.Config, options))
-    except SystemExit as end:
-        assert end.code == 0
-    except OSError as error:
-        open(options["out"] + os.environ["RANK"], "w").write(str(error))
-"""
-
-
-def under_torchrun(ranks: int, runs: list[dict]) -> None:
-    """All of the runs, one after the other, in the same processes."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-         "--master_port", str(port), "--no_python", sys.executable, "-c", RANK, json.dumps(runs)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-
-
-def alone(options: dict) -> None:
-    """One of the runs in this process."""
-    script = train_denoise if "objective" in options else train_pretrain
-    script.main(build(script.Config, options))
+@pytest.fixture(scope="module")
+def out(background) -> Path:
+    """The folder of parallel_runs.py, when all of its runs have ended."""
+    return background("parallel_runs")
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    """All runs that the tests look at: ONE/..., NAME_none and NAME_fsdp on two ranks, ..."""
+def slow_out(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("parallel")
-    text = "".join(f"{i} bears and {j} bears are {i + j} bears.\n"
-                   for i in range(8) for j in range(9))
-    (out / "corpus.txt").write_text(text)
-
-    def options(name, batch_size, **more) -> dict:
-        return {"out": str(out / name), "data": str(out / "corpus.txt"), "tokenizer": "bytes",
-                "d_model": 20, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1,
-                "context_length": 32, "token_shift": True, "optimizer": "muon", "steps": 8,
-                "batch_size": batch_size, "warmup": 3, "log_every": 3, "eval_every": 4,
-                "eval_windows": 4, "save_every": 0,
-                "device": "cpu", "dtype": "float32"} | more
-
-    under_torchrun(2, [options(f"{name}_{shard}", 2, shard=shard, **model)
-                       for name, model in (MODELS | OTHERS).items() for shard in ("none", "fsdp")]
-                   + [options(f"{name}_divided", 4, tensor_parallel=2, **EVEN, **model)
-                      for name, model in DIVIDED.items()]
-                   + [options(same, 2, **EVEN, **DIVIDED[name])
-                      for name, same in BOTH.items() if same.endswith("_none")]
-                   + [options("stopped_divided", 4, tensor_parallel=2, **EVEN)]
-                   + [options("stopped", 2, shard="fsdp"), options("skips", 2, shard="fsdp"),
-                      options("full", 2, shard="fsdp", steps=2)]
-                   + [options("stopped_2", 2, shard="fsdp", resume=resume)
-                      for resume in (False, True)])
-    for name in ("resumed_1", "resumed_4"):
-        shutil.copytree(out / "stopped", out / name)
-    for name in ("redivided_1", "redivided_4"):
-        shutil.copytree(out / "stopped_divided", out / name)
-    both = {"shard": "fsdp", "tensor_parallel": 2}
-    under_torchrun(4, [options("four", 1, shard="fsdp"), options("four_none", 1),
-                       options("quarters_divided", 4, tensor_parallel=4, **FOUR),
-                       options("resumed_4", 1, shard="fsdp", resume=True)]
-                   + [options(f"{name}_both", 2, **both, **EVEN, **DIVIDED[name])
-                      for name in BOTH]
-                   + [options("redivided_4", 2, resume=True, **both, **EVEN)])
-    for name, model in (MODELS | {n: EVEN | model for n, model in DIVIDED.items()}
-                        | {"quarters": FOUR}).items():
-        alone(options(name, 4, **model))
-    for name, model in (("resumed_1", {}), ("redivided_1", EVEN)):
-        alone(options(name, 4, resume=True, **model))
+    parallel_runs.main(out, list(parallel_runs.BOTH))
     return out
 
 
@@ -183,10 +74,15 @@ def test_two_ranks_that_divide_each_matrix_train_as_one_process(out, name):
     same_to_rounding(out / name, out / f"{name}_divided")
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_two_groups_of_two_ranks_train_as_two_whole_processes_or_one(out, name):
+def test_two_groups_of_two_ranks_train_as_one_process(out):
     """Each group divides the matrices and reads half the batch; FSDP shares what is left."""
-    same_to_rounding(out / BOTH[name], out / f"{name}_both")
+    same_to_rounding(out / "even", out / "even_both")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_two_groups_of_two_ranks_train_as_two_whole_processes_or_one(slow_out, name):
+    same_to_rounding(slow_out / BOTH[name], slow_out / f"{name}_both")
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -5,11 +5,9 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import metrics, same_run, start, tiny_run, write_corpus
+from tiny_runs import free_port, metrics, same_run, start, tiny_run, wait_for_rows, write_corpus
 from torch import nn
 
 import corpus as corpora
@@ -433,72 +431,6 @@ def test_a_process_that_is_told_to_stop_saves_and_exits_at_once(tmp_path, corpus
     assert [row["step"] for row in metrics(out)] == list(range(done + 3))
 
 
-def wait_for_rows(out, n, process) -> None:
-    deadline = time.monotonic() + 200
-    while len(read_metrics(out)) < n:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def killed_again_and_again(out, cfg, ranks, kills) -> None:
-    """tests/killed.py, to which out/killed may exist; it must equal out/straight in the end."""
-    options = flat(cfg) | {"out": str(out)}
-    killed = subprocess.run([sys.executable, str(ROOT / "tests" / "killed.py"), json.dumps(options),
-                             str(ranks), str(kills)], env=ENVIRONMENT, capture_output=True,
-                            text=True, timeout=300)
-    ends = killed.stdout.split()
-    assert ends == ["-9"] * kills + ["0"], killed.stderr
-    assert "Error" not in killed.stderr and "going on from step" in killed.stderr
-    assert same_run(out / "killed", out / "straight")
-    kept = {f.name for f in (out / "killed" / "checkpoints").iterdir()}    # with the best, perhaps
-    assert {f"step_{n:06d}" for n in (cfg.steps - 1, cfg.steps)} <= kept and len(kept) <= 3
-
-
-def test_a_run_killed_at_any_moment_and_resumed_ends_bit_for_bit_the_same(tmp_path, corpus):
-    """Killed by the clock, and right before this or that file is opened, renamed or removed. So
-    many steps that three kills by the clock, half a second at most, come before the last one."""
-    cfg = tiny_run("", corpus, n_layers=1, steps=200, log_every=2, save_every=1)
-    killed_again_and_again(tmp_path, cfg, ranks=1, kills=9)
-
-
-def workers(process) -> list[int]:
-    """The ranks that a torchrun has started."""
-    pid = process.pid
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
-def test_two_ranks_killed_and_told_to_stop_under_torchrun_end_bit_for_bit_the_same(tmp_path,
-                                                                                  corpus):
-    out = tmp_path / "killed"
-    cfg = tiny_run(out, corpus, n_layers=1, steps=70, log_every=2, save_every=1, batch_size=2,
-                   resume=True)
-
-    def launch(rows):
-        """Under torchrun, until so many rows are logged."""
-        python, *script = command(cfg)
-        process = subprocess.Popen(
-            [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-             str(free_port()), *script], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        wait_for_rows(out, rows, process)
-        return process
-    process = launch(4)
-    os.kill(min(workers(process)), signal.SIGKILL)             # rank 0: torchrun ends the other
-    assert "going on from" not in process.communicate(timeout=60)[1] and process.returncode
-    process = launch(len(read_metrics(out)) + 3)
-    process.send_signal(signal.SIGTERM)                        # which torchrun hands on
-    error = process.communicate(timeout=30)[1]
-    done = int(newest_checkpoint(out).name[5:])
-    assert f"stopped after step {done - 1}; everything is saved in {out}" in error and done < 70
-    killed_again_and_again(tmp_path, replace(cfg, resume=False), ranks=2, kills=4)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def on_two_ranks(script: str) -> list[subprocess.Popen]:
     """The script in two processes that find each other, as torchrun would start them."""
     environment = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -511,46 +443,25 @@ def on_two_ranks(script: str) -> list[subprocess.Popen]:
     return processes
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path, corpus):
-    """In the first of the steps the ranks have different numbers of targets."""
-    options = {"log_every": 1, "steps": 8}
-    cfg = tiny_run(tmp_path / "two", corpus, batch_size=2, **options)
-    processes = on_two_ranks(f"""import sys, train_pretrain
-from plumbing.options import build
-sys.path.append("tests")
-from tiny_runs import make_runs_quick
-make_runs_quick()
-train_pretrain.main(build(train_pretrain.Config, {flat(cfg)}))""")
-    train_pretrain.main(tiny_run(tmp_path / "one", corpus, batch_size=4, **options))
-    try:
-        for process in processes:
-            error = process.communicate(timeout=200)[1]
-            assert process.returncode == 0, error
-    finally:
-        for process in processes:
-            process.kill()
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == 8 and one[0]["tokens"] < 128 == one[1]["tokens"] - one[0]["tokens"]
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        for name in ("loss", "grad_norm", "lr", "val_loss"):
-            if name in a:
-                assert b[name] == pytest.approx(a[name], rel=1e-3), (name, a, b)
-    weights = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Three runs one after the other in two processes: one that nothing disturbs; one with a NaN on
+    rank 1 alone, in the third of 8 steps; one in which rank 0's disk is full.
 
-
-def test_ranks_skip_together_and_fail_together(tmp_path, corpus):
-    """A NaN on rank 1 alone, in the third of 8 steps; then rank 0's disk is full."""
-    cfg = tiny_run(tmp_path / "skips", corpus, batch_size=2, log_every=1, steps=8)
-    full = tiny_run(tmp_path / "full", corpus, batch_size=2, steps=10_000, save_every=2)
+    Returns their folder, the corpus, and for each rank (exit code, stdout, stderr).
+    """
+    folder = tmp_path_factory.mktemp("two_ranks")
+    corpus = write_corpus(folder)
+    same = tiny_run(folder / "two", corpus, batch_size=2, log_every=1, steps=8)
+    skips = tiny_run(folder / "skips", corpus, batch_size=2, log_every=1, steps=8)
+    full = tiny_run(folder / "full", corpus, batch_size=2, steps=10_000, save_every=2)
     processes = on_two_ranks(f"""import hashlib, math, os, sys, torch, train_pretrain
 from plumbing.options import build
 from plumbing.run import Run
 sys.path.append("tests")
 from tiny_runs import make_runs_quick
 make_runs_quick()
+train_pretrain.main(build(train_pretrain.Config, {flat(same)}))
 calls, scores, finish = [], train_pretrain.token_logps, Run.finish
 def broken(*args):
     calls.append(1)
@@ -563,18 +474,42 @@ def told(run, model, *args):
 def full(*args):
     raise OSError(28, "No space left on device")
 train_pretrain.token_logps, Run.finish = broken, told
-train_pretrain.main(build(train_pretrain.Config, {flat(cfg)}))
+train_pretrain.main(build(train_pretrain.Config, {flat(skips)}))
 torch.save = full
 train_pretrain.main(build(train_pretrain.Config, {flat(full)}))""")
     try:
-        (first, why), (second, hint) = (process.communicate(timeout=200) for process in processes)
+        said = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    codes = [process.returncode for process in processes]
+    return folder, corpus, [(code, *texts) for code, texts in zip(codes, said)]
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(two_ranks):
+    """In the first of the steps the ranks have different numbers of targets."""
+    folder, corpus, said = two_ranks
+    assert (folder / "two" / "config.json").exists(), said
+    train_pretrain.main(tiny_run(folder / "one", corpus, batch_size=4, log_every=1, steps=8))
+    one = metrics(folder / "one")
+    two = metrics(folder / "two")
+    assert len(one) == 8 and one[0]["tokens"] < 128 == one[1]["tokens"] - one[0]["tokens"]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for name in ("loss", "grad_norm", "lr", "val_loss"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-3), (name, a, b)
+    weights = [load_model(folder / name)[0].state_dict() for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=0)
+
+
+def test_ranks_skip_together_and_fail_together(two_ranks):
+    folder, _, ((code, first, why), (other_code, second, hint)) = two_ranks
     assert first == second and first.startswith("1 {"), (why, hint)
-    rows = metrics(tmp_path / "skips")
+    rows = metrics(folder / "skips")
     assert [row.get("skipped") for row in rows] == [None] * 2 + [1] * 6
     assert all(math.isfinite(row["loss"]) for row in rows)             # of rank 0, in the third
     assert "step_000002.tmp: no space left on the disk" in why.splitlines()[-1], why
     assert "another rank could not write its checkpoint, and says why" in hint.splitlines()[-1]
-    assert all(process.returncode == 1 for process in processes)
+    assert code == other_code == 1

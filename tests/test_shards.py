@@ -161,7 +161,7 @@ def test_an_interrupted_run_does_not_look_complete_and_can_be_started_again(tmp_
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_run_leaves_neither_processes_nor_what_looks_complete(tmp_path):
     source, folder = write_corpus(tmp_path / "rows.jsonl", 2000), tmp_path / "shards"
-    (tmp_path / "many.jsonl").write_text(Path(source).read_text() * 300)        # half a minute
+    (tmp_path / "many.jsonl").write_text(Path(source).read_text() * 100)        # ten seconds
     run = subprocess.Popen([sys.executable, "shards.py", "--data", str(tmp_path / "many.jsonl"),
                             "--tokenizer", "bytes", "--out", str(folder), "--workers", "2",
                             "--shard_tokens", "10000"], cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -81,9 +81,9 @@ def test_ten_megabytes_take_seconds_and_no_document_comes_twice():
     start = time.process_time()
     timed = list(itertools.islice(World(0).documents(seed=9), 1000))
     assert sum(map(len, timed)) / (time.process_time() - start) > 1e6      # 4e6 on an idle core
-    documents = corpus(5000)
+    documents = corpus(3000)
     assert len(set(documents)) == len(documents)
-    assert not set(documents) & set(corpus(5000, "heldout"))
+    assert not set(documents) & set(corpus(3000, "heldout"))
     lengths = [len(document.split()) for document in documents]
     assert min(lengths) >= 30 and max(lengths) <= 350 and 80 <= np.mean(lengths) <= 160
 
@@ -157,7 +157,7 @@ def test_all_facts_are_in_training():
 def test_the_training_corpus_works_no_heldout_sum():
     sums = re.compile(r"(\d+) ([+-]) (\d+) = \d+\. \d+ ([+-]) (\d+) = \d+\. "
                       r"(?:The (?:answer|result)|That makes|So the answer)")
-    found = [sums.findall(text) for text in (" ".join(corpus()), " ".join(corpus(5000, "heldout")))]
+    found = [sums.findall(text) for text in (" ".join(corpus()), " ".join(corpus(3000, "heldout")))]
     for chains, side in zip(found, (False, True)):
         assert len(chains) > 1000
         assert all(is_heldout(sorted((("+", int(a)), (p, int(b)), (q, int(c))))) == side

@@ -1,4 +1,9 @@
 """Runs of a tenth of a second that several tests start, and how two of them are compared."""
+import os
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +43,19 @@ def start(tmp_path: Path, **options) -> run.Run:
     return run.start(Config(out=str(tmp_path / "out"), **options), "train_test.py")
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def under_torchrun(ranks: int, *command: str) -> None:
+    """Run a script with its arguments on so many ranks, to the end."""
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                    "--master_port", str(free_port()), *command],
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=500)
+
+
 def write_corpus(tmp_path: Path) -> Path:
     """2,000 bytes: 72 lines of arithmetic, of which a tiny model learns the shape at once."""
     file = tmp_path / "corpus.txt"
@@ -68,6 +86,13 @@ def prepared(cfg, init=None) -> SimpleNamespace:
     train = corpus.TrainingData(windows, cfg, here, n_words=len(tokenizer.ranks))
     return SimpleNamespace(texts=texts, n_duplicates=n_duplicates, n_empty=n_empty,
                            tokenizer=tokenizer, streams=streams, windows=windows, train=train)
+
+
+def wait_for_rows(out, n, process) -> None:
+    deadline = time.monotonic() + 200
+    while len(read_metrics(out)) < n:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def metrics(out) -> list[dict]:
