@@ -2,17 +2,19 @@
 How fast we are beside what others use, measured in one run on this machine.
 
     python bench.py train                  # a training step of a 5.8M model; about 10 minutes
+    python bench.py train --quick          # one round of it, at most five minutes
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
     python bench.py kernels                # every kernel beside its alternatives (kernels/bench.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
     python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
 
-Every row is measured in fresh processes, alternated with the other rows over several rounds; the
-table shows medians. Training: bf16 by autocast (ours: by the model's own casts), gradient clipping,
-fused AdamW, random tokens. Contenders: Hugging Face's Llama (if transformers is installed), and our
-own writing of the structure of nanoGPT's model (LayerNorm, learned positions, GELU) and of
-minimind's (RMSNorm, rotary, SwiGLU, separate projections) and nanochat's (queries and keys
-normalised, squared ReLU, bounded logits), each with the loss as its code has it.
+Every row is measured in fresh processes, alternated with the other rows over several rounds, and
+printed at once; the table shows medians. Training: bf16 by autocast (ours: by the model's own
+casts), gradient clipping, fused AdamW, random tokens. Contenders: Hugging Face's Llama (if
+transformers is installed), and our own writing of the structure of nanoGPT's model (LayerNorm,
+learned positions, GELU) and of minimind's (RMSNorm, rotary, SwiGLU, separate projections) and
+nanochat's (queries and keys normalised, squared ReLU, bounded logits), each with the loss as its
+code has it.
 After the table one JSON line per row; our own rows are named "lifecycle".
 """
 import dataclasses
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 import kernels
 import readers
 from model import ModelConfig, Transformer
-from plumbing.device import DTYPES, pick_device
+from plumbing.device import DTYPES, cpu_multiplies_bfloat16, pick_device, pick_dtype
+from plumbing.forecast import matmul_peak
 from plumbing.optimizers import adamw
 from plumbing.options import parse
 from sample import generate
@@ -56,13 +59,14 @@ class Config:
     context_length: int = 256         # train: tokens per row
     batch_size: int = 0               # rows; 0: 16 for train, both 1 and 16 for generate
     new_tokens: int = 256             # generate: tokens after a prompt of 16
-    dtype: str = "bfloat16"           # bfloat16 | float32 | float16 (GPU)
+    dtype: str = "auto"               # auto (what is fast here) | bfloat16 | float32 | float16
     device: str = "auto"              # auto | cpu | cuda
     modes: str = "eager,compile"      # train: comma-separated; generate is eager
     contenders: str = "all"           # comma-separated: hf_llama, nanogpt, nanochat, lifecycle ...
     data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
     rounds: int = 3                   # fresh processes per row
     steps: int = 10                   # train: timed steps per process; generate: one generation
+    quick: bool = False               # one round of 5 steps, to get an idea
 
 
 # ---------------------------------------------------------------------- the others' models
@@ -456,7 +460,13 @@ def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
 
 def main(bench: str, cfg: Config) -> list[dict]:
     """Measure every row `rounds` times, alternating; print the table and the JSON lines."""
+    device = pick_device(cfg.device)
+    dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
+    cfg = dataclasses.replace(cfg, dtype=dtype)
+    if cfg.quick:
+        cfg = dataclasses.replace(cfg, rounds=1, steps=5)
     names = pick_contenders(bench, cfg)
+    print(machine(device), flush=True)
     modes = cfg.modes.split(",") if bench == "train" else ["eager"]
     sizes = [cfg.batch_size] if cfg.batch_size else BATCH_SIZES[bench]
     conditions = [(name, mode, size) for size in sizes for mode in modes for name in names]
@@ -467,9 +477,8 @@ def main(bench: str, cfg: Config) -> list[dict]:
         for name, mode, size in conditions:
             row = measure(bench, dataclasses.replace(cfg, batch_size=size), name, mode)
             measured[name, mode, size].append(row)
-            # To stderr, because stdout is for the table and the JSON lines.
-            print(f"round {number}/{cfg.rounds}: {name} {mode} batch {size}: "
-                  f"{row[speed]:.1f} {speed}", file=sys.stderr, flush=True)
+            print(f"round {number}/{cfg.rounds}: {name} {mode} {dtype} batch {size}: "
+                  f"{row[speed]:.1f} {speed}", flush=True)
     rows = []
     for name, mode, size in conditions:
         row = {"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
@@ -481,6 +490,22 @@ def main(bench: str, cfg: Config) -> list[dict]:
     for row in rows:
         print(json.dumps(row))
     return rows
+
+
+def machine(device: torch.device) -> str:
+    """What computes here, and how fast: the peaks that no contender can pass."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        bfloat16 = "with" if cpu_multiplies_bfloat16() else "without"
+        name = f"CPU, {torch.get_num_threads()} threads, {capability} {bfloat16} bfloat16"
+    peaks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.float32 or device.type == "cuda" or cpu_multiplies_bfloat16():
+            peak = matmul_peak(device, dtype) / 1e12
+            peaks.append(f"{str(dtype).removeprefix('torch.')} {peak:.3g} TFLOP/s")
+    return f"{name}; large matmuls: {', '.join(peaks)}"
 
 
 def pick_contenders(bench: str, cfg: Config) -> list[str]:
@@ -533,5 +558,7 @@ if __name__ == "__main__":
                 main(sys.argv[1], parse(Config, sys.argv[2:], __doc__))
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
+    elif sys.argv[1:2] in (["--help"], ["-h"]):
+        print(f"{__doc__}\nfirst argument: {', '.join(CONTENDERS)} or kernels; each has a --help")
     else:
         sys.exit(f"{__doc__}\nfirst argument: {', '.join(CONTENDERS)} or kernels")

@@ -1,11 +1,14 @@
 """
-Where a run computes and in which precision.
+Where a run computes, in which precision, and on how many cores.
 """
 import os
 import sys
+import time
 
 import torch
+from torch import Tensor
 
+ALL_THREADS = torch.get_num_threads()                  # before anything has changed their number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,14 +42,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             # a T4, say, emulates bfloat16 slowly and multiplies float16 fast
             fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "bfloat16" if fast_bf16 else "float16"
-        elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        elif device.type == "cpu" and cpu_multiplies_bfloat16():
             name = "bfloat16"
     if name not in DTYPES:
         raise ValueError(f"--dtype {name}: give auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type != "cuda":
         raise ValueError(f"--dtype float16 needs a GPU (its loss scaling does), not {device.type}; "
                          "give auto, float32 or bfloat16")
+    if name == "bfloat16" and device.type == "cpu" and not cpu_multiplies_bfloat16():
+        print("--dtype bfloat16: this processor has no AVX512-BF16 and emulates it, about ten "
+              "times slower than float32; give --dtype auto or float32", file=sys.stderr)
     return DTYPES[name]
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """False also where the environment (ATEN_CPU_CAPABILITY=avx2) takes AVX512 away."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_avx512 and torch.cpu._is_avx512_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -59,3 +71,78 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------------- cores
+
+def pick_threads(device: torch.device, seconds: float = 0.1) -> str:
+    """Compute with fewer threads where all of them are slower, because other processes need the
+    cores: a thread that waits for its turn holds up all others. Returns what was done, for the
+    reader; "" where nothing was.
+
+    seconds: how long each number of threads is tried. OMP_NUM_THREADS in the environment is obeyed
+    untried.
+    """
+    n = ALL_THREADS
+    if device.type != "cpu" or n == 1 or "OMP_NUM_THREADS" in os.environ:
+        return ""
+    # on a machine with nothing else to do, more threads win by far
+    speeds = {}
+    for threads in sorted({n, n - 1, max(1, n // 2), 1}, reverse=True):
+        torch.set_num_threads(threads)
+        speeds[threads] = small_matmuls_per_second(seconds)
+    best = max(speeds, key=speeds.get)
+    # a quarter faster at least, because a short trial is noisy
+    if speeds[best] < 1.25 * speeds[n]:
+        best = n
+    torch.set_num_threads(best)
+    if best == n:
+        return ""
+    return (f"other processes are busy: {best} of {n} threads compute, which is "
+            f"{speeds[best] / speeds[n]:.1f} times as fast; OMP_NUM_THREADS={n} insists on all")
+
+
+def small_matmuls_per_second(seconds: float) -> float:
+    """Of the size of a small model's, after each of which all threads wait for the last one."""
+    x = torch.full((1024, 128), 0.01)
+    w = torch.full((128, 128), 0.01)
+    n = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        product: Tensor = x @ w
+        product.relu_()
+        n += 1
+    return n / (time.perf_counter() - start)
+
+
+class CoreWatch:
+    """Notices, while a run goes on, that other processes take the cores away from it.
+
+    On a quiet machine the processor time of all threads is their number times the time that
+    passes, because a thread that waits for the others spins.
+    """
+
+    def __init__(self, device: torch.device):
+        self.watching = device.type == "cpu"
+        self.restart()
+
+    def restart(self) -> None:
+        self.clock = time.perf_counter()
+        self.processor = time.process_time()
+
+    def complaint(self, seconds: float = 5.0) -> str:
+        """Once, when the run got less than three quarters of its cores for so many seconds: what
+        to do. "" otherwise."""
+        passed = time.perf_counter() - self.clock
+        n = torch.get_num_threads()
+        # a single thread is slowed down by others, but waits for none
+        if not self.watching or n == 1 or passed < seconds:
+            return ""
+        got = (time.process_time() - self.processor) / passed
+        self.restart()
+        if got >= 0.75 * n:
+            return ""
+        self.watching = False
+        return (f"this run gets {got:.1f} of its {n} cores, because other processes are busy, and "
+                "threads that wait for each other lose more than that; stopped and started again "
+                f"with OMP_NUM_THREADS={n - 1} and --resume it may be faster")

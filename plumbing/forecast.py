@@ -82,7 +82,7 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
     # The ranks of a tensor-parallel group share the FLOPs of the same tokens.
     seconds = flops / tensor_parallel / (peak * USUAL_MFU)
     return (f"{work.tokens / 1e6:.1f}M tokens to train on, {flops:.1e} FLOPs; about "
-            f"{in_words(seconds)} at {USUAL_MFU:.0%} of {peak / 1e12:.2f} TFLOP/s, and "
+            f"{in_words(seconds)} at {USUAL_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s, and "
             f"{total / 1e9:.2f} of {memory / 1e9:.0f} GB for weights, optimizer and activations")
 
 
@@ -196,13 +196,15 @@ def memory_of(device: torch.device) -> int:
 # ---------------------------------------------------------------------- speed
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """FLOP/s of the best of three large square matmuls, the measure of MFU."""
+    """FLOP/s of the best of many large square matmuls, the measure of MFU."""
     if n == 0:
         n = 8192 if device.type == "cuda" else 1024
     # A constant, because random numbers would move the generator that the run draws from.
     a = torch.full((n, n), 0.01, device=device, dtype=dtype)
     best = float("inf")                                    # seconds
-    for _ in range(4):                                     # one to warm up, and three
+    # for a fifth of a second, because on a busy machine most of them are interrupted
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.2 or best == float("inf"):
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":

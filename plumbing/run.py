@@ -37,7 +37,14 @@ import kernels
 import parallel
 from plumbing import checkpoints, folders, forecast
 from plumbing.curves import plot_curves, read_metrics
-from plumbing.device import peak_memory, pick_device, pick_dtype
+from plumbing.device import (
+    ALL_THREADS,
+    CoreWatch,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+)
 from plumbing.guard import MAX_SKIPPED, Guard
 from plumbing.metrics import Metrics
 from plumbing.options import flat
@@ -121,6 +128,10 @@ class Run:
         self.matmul_peak = 1.0                         # FLOP/s
         self.started = time.perf_counter()
         self.claim_folder()
+        choice = pick_threads(self.device)
+        if choice:
+            self.say(choice)
+        self.cores = CoreWatch(self.device)
 
     def claim_folder(self) -> None:
         """Refuse a folder with an earlier run in it unless told what to do with that run."""
@@ -236,6 +247,7 @@ class Run:
         self.bar = tqdm(total=total, initial=self.first_step, desc=self.name, unit="step",
                         disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5)
         self.metrics.row_time = time.perf_counter()
+        self.cores.restart()                           # reading and tokenizing keep one core busy
         try:
             for step in range(self.first_step, total):
                 self.current_step = step
@@ -326,8 +338,13 @@ class Run:
         if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
             return
         row = self.metrics.row(step, self.guard.skipped, self.mean_over_ranks)
+        complaint = self.cores.complaint()
+        if complaint:
+            self.say(complaint)
         if self.flops_per_token:
             flops_per_s = row["tokens_per_s"] / self.world_size * self.flops_per_token
+            # a peak below that was measured while other processes were busy
+            self.matmul_peak = max(self.matmul_peak, flops_per_s)
             row["mfu"] = flops_per_s / self.matmul_peak
             row["memory_gb"] = peak_memory(self.device) / 1e9
             self.metrics.last |= row
@@ -396,7 +413,8 @@ class Run:
         # a loss of an earlier step says nothing about these weights
         evaluated_now = self.metrics.evaluated == steps_done - 1
         return {"step": steps_done, "tokens": self.metrics.tokens, "last": self.metrics.last,
-                "pending": pending, "rng": torch.get_rng_state(), "gpu_rng": gpu_rng,
+                "threads": torch.get_num_threads(), "pending": pending,
+                "rng": torch.get_rng_state(), "gpu_rng": gpu_rng,
                 "val_loss": self.metrics.last["val_loss"] if evaluated_now else None,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
                 **self.guard.state_dict()}
@@ -408,6 +426,10 @@ class Run:
         self.metrics.load_pending(state["pending"], self.rank, self.world_size)
         self.guard.load_state_dict(state)
         torch.set_rng_state(state["rng"])
+        # another number of threads would add numbers in another order, and end with other weights
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            threads = min(state.get("threads", ALL_THREADS), ALL_THREADS)
+            torch.set_num_threads(threads)
         if self.device.type == "cuda" and state.get("gpu_rng") is not None:
             torch.cuda.set_rng_state(state["gpu_rng"])        # because noisy routers draw from it
 

@@ -10,7 +10,8 @@ import bench
 @pytest.mark.parametrize("contender", [bench.NanoGPT, bench.MiniMind, bench.NanoChat])
 def test_a_contender_starts_at_log_v_and_all_of_it_learns(contender):
     torch.manual_seed(0)
-    cfg = bench.Config(d_model=32, n_layers=2, n_heads=4, vocab_size=100, context_length=16)
+    cfg = bench.Config(d_model=32, n_layers=2, n_heads=4, vocab_size=100, context_length=16,
+                       dtype="float32")
     model, tokens = contender(cfg), torch.randint(100, (4, 17))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()

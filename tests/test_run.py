@@ -20,6 +20,7 @@ from torch import nn
 
 import corpus as corpora
 import train_pretrain
+from plumbing import run as run_file
 from plumbing.checkpoints import newest_checkpoint, read_checkpoint
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
@@ -305,6 +306,26 @@ def test_resuming_goes_on_with_the_same_random_numbers(tmp_path):
     expected = torch.rand(4)
     start(tmp_path, resume=True).track(model=nn.Linear(2, 2))
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_resuming_goes_on_with_as_many_threads(tmp_path, monkeypatch):
+    """Another number of them would add in another order; OMP_NUM_THREADS changes it knowingly."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run_file, "ALL_THREADS", 2)
+    run = start(tmp_path)
+    run.track(model=nn.Linear(2, 2))
+    run.save_checkpoint(1)                             # with one, as all tests
+    run.wait_for_checkpoint()
+    try:
+        torch.set_num_threads(2)
+        start(tmp_path, resume=True).track(model=nn.Linear(2, 2))
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        start(tmp_path, resume=True).track(model=nn.Linear(2, 2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_resuming_with_other_sizes_is_refused(tmp_path, corpus, straight):
