@@ -26,10 +26,10 @@ Decoding, one query a row against a long cache, takes the time of reading the ca
 many as fill the GPU, share each row's slots, and all G queries of a key/value head read them at
 once. A second kernel weighs the shares by their log-sum-exps.
 
-On CPUs the scores are made in blocks of queries that skip the keys after them, with P kept for the
-backward pass: plain matmuls reach two to three times the speed of torch's
-scaled_dot_product_attention there, most of all in bf16. Where P would take too much memory, and on
-GPUs without Triton, scaled_dot_product_attention is called.
+Where there are no kernels, torch's scaled_dot_product_attention is called, but for bf16 on CPUs:
+there it takes two to four times as long as plain matmuls. So these make the scores in blocks of
+queries that skip the keys after them, with P kept for the backward pass, unless P would take too
+much memory.
 """
 from typing import NamedTuple
 
@@ -50,7 +50,8 @@ from kernels.launch import (
 )
 
 BLOCK = 128          # queries at a time, on CPUs
-KEEP = 2**27         # bytes of P that may be kept per call, on CPUs
+IN_BLOCKS = (torch.bfloat16,)          # dtypes in which CPUs make the scores block by block
+KEEP = 2**27         # bytes of P that these may keep per call
 LOG2_E = 1.4426950408889634            # kernels take exponents to base 2, as the hardware does
 WIDTHS = 64, 128, 256
 # (M, N, warps, stages) by head width: what compiles without spilling registers, first for GPUs with
@@ -701,7 +702,8 @@ class Mask(NamedTuple):
     lengths: Tensor | None = None          # (B,)
     lo: Tensor | None = None               # Triton: (B, T), query i sees lo[i] <= j < hi[i]; None
     hi: Tensor | None = None               # where `causal` says it all
-    biases: list[Tensor] | None = None     # CPUs: (1 or B K, rows, keys) for each block of queries
+    biases: list[Tensor] | None = None     # bf16 on CPUs: (1 or B K, rows, keys) for each block
+    bias: Tensor | None = None             # torch's attention: (1 or B, 1, T, Tk); None: as `lo`
 
 
 def attention_mask(q_shape: tuple, k_shape: tuple, dtype: torch.dtype, device: torch.device, *,
@@ -733,10 +735,14 @@ def attention_mask(q_shape: tuple, k_shape: tuple, dtype: torch.dtype, device: t
         lo, hi = intervals(B, T, causal, documents, prefix, lengths, device)
         return Mask(causal, documents, prefix, lengths, lo=lo, hi=hi)
     kept = B * H * T * Tk * dtype.itemsize                 # bytes of P
-    if device.type == "cpu" and kept <= KEEP:
+    if device.type == "cpu" and dtype in IN_BLOCKS and kept <= KEEP:
         blocks = biases(T, Tk, H, K, causal, documents, prefix, lengths, dtype, device)
         return Mask(causal, documents, prefix, lengths, biases=blocks)
-    return Mask(causal, documents, prefix, lengths)        # torch's attention needs no more
+    bias = None                                            # without one torch's is faster
+    if not (documents is prefix is lengths is None):
+        allowed = visible(slice(0, T), Tk, causal, documents, prefix, lengths, device)
+        bias = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+    return Mask(causal, documents, prefix, lengths, bias=bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, causal: bool = True,
@@ -769,11 +775,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, caus
     if mask.biases is not None:
         return BlockAttention.apply(q, k, v, *mask.biases)
 
-    allowed = None                                         # without a mask torch's is faster
-    if not (documents is prefix is lengths is None):
-        allowed = visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
+    bias = mask.bias
+    if mask.lo is not None:                                # a mask for kernels; heads are too wide
+        bias = visible(slice(0, T), Tk, causal, documents, prefix, lengths, q.device)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         allowed, is_causal=causal and allowed is None,
+                                         bias, is_causal=causal and bias is None,
                                          enable_gqa=H != K)
     return out.transpose(1, 2)
 

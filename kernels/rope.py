@@ -106,38 +106,6 @@ class FusedRoPE(torch.autograd.Function):
         return *launch(dq, dk, cos, sin, -1), None, None
 
 
-# ---------------------------------------------------------------------- torch
-
-def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """q and k turned by sign times the angles, in one go, in fp32 and back to their dtype."""
-    x = torch.cat((q, k), 2)                               # (B, T, H + K, C)
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    sin = sin.unsqueeze(-2)
-
-    # both halves times cos at once; the products with sin are added to y's halves in place
-    y = wide * torch.cat((cos, cos), -1).unsqueeze(-2)
-    first, second = wide.chunk(2, -1)
-    y1, y2 = y.chunk(2, -1)
-    y1.addcmul_(second, sin, value=-sign)
-    y2.addcmul_(first, sin, value=sign)
-    return y.to(x.dtype).split((q.shape[2], k.shape[2]), 2)
-
-
-class RoPE(torch.autograd.Function):
-    """Keeps nothing but the tables: turning back needs no input."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return turned(q, k, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dq: Tensor, dk: Tensor):
-        cos, sin = ctx.saved_tensors
-        return *turned(dq, dk, cos, sin, -1), None, None
-
-
 # ---------------------------------------------------------------------- public function
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +119,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
                          f"([{B},] {T}, {C // 2}) for q {tuple(q.shape)}")
     if backend(q.device) == "triton":
         return FusedRoPE.apply(q, k, cos, sin)
-    if torch.compiler.is_compiling():                      # inductor fuses the formula by itself
-        return rope_reference(q, k, cos, sin)
-    return RoPE.apply(q, k, cos, sin) if torch.is_grad_enabled() else turned(q, k, cos, sin, 1)
+    return rope_reference(q, k, cos, sin)                  # on CPUs nothing by hand was faster

@@ -119,32 +119,6 @@ class FusedSwiGLU(torch.autograd.Function):
         return launch_backward(dy, *ctx.saved_tensors)
 
 
-# ---------------------------------------------------------------------- torch
-
-def gated(gate_up: Tensor) -> Tensor:
-    """Halves are copied first: strided bf16 arithmetic is twice as slow."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate.contiguous()).mul_(up.contiguous())
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps gate_up alone."""
-
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return gated(gate_up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> Tensor:
-        gate_up, = ctx.saved_tensors
-        gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
-        dg = torch.ops.aten.silu_backward(dy * up, gate)
-        du = F.silu(gate).mul_(dy)
-        return torch.cat((dg, du), dim=-1)                 # beside each other, as gate_up has them
-
-
 # ---------------------------------------------------------------------- public function
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -153,6 +127,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up is {gate_up.shape[-1]} wide; two halves need an even width")
     if backend(gate_up.device) == "triton":
         return FusedSwiGLU.apply(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
-    if torch.compiler.is_compiling():                      # inductor fuses the formula by itself
-        return swiglu_reference(gate_up)
-    return SwiGLU.apply(gate_up) if torch.is_grad_enabled() else gated(gate_up)
+    return swiglu_reference(gate_up)                       # on CPUs nothing by hand was faster

@@ -62,10 +62,9 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
     config = model.config
 
     def activations(checkpointing: bool) -> int:
-        scores_are_kept = model.device.type == "cpu"       # because no fused kernel runs there
+        on_cpu = model.device.type == "cpu"
         return activation_bytes(config, work.rows, work.length, model.dtype.itemsize,
-                                checkpointing, scores_are_kept, tensor_parallel,
-                                model.architecture)
+                                checkpointing, on_cpu, tensor_parallel, model.architecture)
 
     state = 0
     for each in models:
@@ -113,17 +112,18 @@ def advice(state: int, with_checkpointing: int, memory: int, options: Iterable[s
 # ---------------------------------------------------------------------- memory
 
 def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
-                     checkpointing: bool = False, keeps_scores: bool = False,
+                     checkpointing: bool = False, on_cpu: bool = False,
                      tensor_parallel: int = 1, architecture: str = "decoder") -> int:
     """Bytes that the forward pass of rows * length tokens keeps for the backward pass.
 
-    element: bytes of a number in the residual stream. keeps_scores: attention probabilities are
-    kept, as on CPUs. checkpointing keeps the input of each block and makes the rest again, one
-    block at a time. encoder_decoder: rows * length tokens in each of the two. tensor_parallel:
-    ranks that share heads, F and experts.
+    element: bytes of a number in the residual stream. on_cpu: without the fused kernels, so that
+    silu of the gate is kept, and in half precision attention's probabilities. checkpointing keeps
+    the input of each block and makes the rest again, one block at a time. encoder_decoder:
+    rows * length tokens in each of the two. tensor_parallel: ranks that share heads, F, experts.
     """
     D = config.d_model
-    blocks = kept_by_block(config, length, keeps_scores, tensor_parallel, architecture)
+    scores = length if on_cpu and element == 2 else 0
+    blocks = kept_by_block(config, scores, on_cpu, tensor_parallel, architecture)
     if checkpointing:
         n_inputs = len(blocks) * config.n_layers           # one per block, of both stacks if two
         kept = n_inputs * D + max(blocks)                  # the largest is made again in full
@@ -133,24 +133,23 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, element: int,
     return int(rows * length * element * kept)
 
 
-def kept_by_block(config: ModelConfig, length: int, keeps_scores: bool, tensor_parallel: int,
+def kept_by_block(config: ModelConfig, kept_scores: int, on_cpu: bool, tensor_parallel: int,
                   architecture: str) -> list[float]:
     """Numbers that a block keeps for the backward pass, per token: [block], or of an
-    encoder-decoder [encoder's block, decoder's block]."""
+    encoder-decoder [encoder's block, decoder's block]. kept_scores: of each query head."""
     D = config.d_model
     queries = config.n_heads * config.d_head
     keys = config.n_kv_heads * config.d_head               # fewer than queries if grouped
     # The norm's input and output; queries and the output of attention; keys and values.
     attention = 2 * D + (2 * queries + 2 * keys) / tensor_parallel
-    # The norm's input and output; the 2 F inputs of SwiGLU and its F outputs.
-    mlp = 2 * D + 3 * config.d_ff / tensor_parallel
+    # The norm's input and output; the 2 F inputs of SwiGLU and its F outputs; silu of the gate.
+    widths = 4 if on_cpu else 3
+    mlp = 2 * D + widths * config.d_ff / tensor_parallel
     if config.n_experts:
         visited = config.top_k + config.n_shared_experts
         per_expert = 3 * config.d_expert + D               # D: inputs are gathered for each expert
         mlp = 2 * D + visited * per_expert / tensor_parallel
-    scores = 0
-    if keeps_scores:
-        scores = config.n_heads * length / tensor_parallel     # with each token of the sequence
+    scores = config.n_heads * kept_scores / tensor_parallel    # with each token of the sequence
     sees_all = attention + mlp + scores
     looks_back = attention + mlp + scores / 2              # causal: half of the scores, on average
     if architecture == "encoder":

@@ -52,7 +52,7 @@ def test_activations_are_what_autograd_keeps(changes, kind):
     model = kind(ModelConfig(**SIZES | changes))
     tokens = torch.randint(256, (4, 96))
     real = kept_bytes(model, tokens)
-    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, on_cpu=True,
                                          architecture=model.architecture)
     assert estimate == pytest.approx(real, rel=0.2)
 
@@ -61,7 +61,7 @@ def test_activations_of_an_encoder_decoder_are_what_autograd_keeps():
     model = EncoderDecoder(ModelConfig(**SIZES))
     tokens = torch.randint(256, (4, 96))
     real = kept_bytes(model, tokens, source=tokens, source_lengths=torch.full((4,), 96))
-    estimate = forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+    estimate = forecast.activation_bytes(model.config, 4, 96, 4, on_cpu=True,
                                          architecture="encoder_decoder")
     assert estimate == pytest.approx(real, rel=0.25)
 
@@ -73,7 +73,7 @@ def test_ranks_that_divide_the_matrices_keep_their_parts(changes, two_ranks):
     whole = forecast.state_bytes(model, "muon", torch.bfloat16)
     parallel.shard(model, fsdp=False, tensor_parallel=2)
     real = kept_bytes(model, torch.randint(256, (4, 96)))
-    estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True,
+    estimate, alone = (forecast.activation_bytes(model.config, 4, 96, 4, on_cpu=True,
                                                  tensor_parallel=n) for n in (2, 1))
     assert estimate == pytest.approx(real, rel=0.25) and estimate < 0.75 * alone
     assert forecast.state_bytes(model, "muon", torch.bfloat16, 2) == pytest.approx(whole / 2,
@@ -155,7 +155,7 @@ def test_a_second_model_takes_memory_but_no_time():
     weights = 4 * sum(p.numel() for p in frozen.parameters())
     assert forecast.state_bytes(frozen, "adamw", torch.float32) == weights
     room = (forecast.state_bytes(model, "adamw", torch.float32) + weights // 2
-            + forecast.activation_bytes(model.config, 4, 96, 4, keeps_scores=True))
+            + forecast.activation_bytes(model.config, 4, 96, 4, on_cpu=True))
     forecast.describe((model,), "adamw", work, 1e9, room)
     with pytest.raises(ValueError, match="this run needs about"):
         forecast.describe((model, frozen), "adamw", work, 1e9, room)

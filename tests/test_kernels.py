@@ -30,6 +30,17 @@ ATTENTION_SIZES = [(1, 1, 1, 1, 2), (2, 7, 4, 2, 6), (3, 9, 3, 3, 5), (2, 13, 6,
 
 # ---------------------------------------------------------------------- attention
 
+@pytest.fixture(params=["torch's attention", "in blocks"])
+def path(request, monkeypatch):
+    """CPUs take the second in bf16 alone; here in fp32 and fp64, where errors show."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(attention_file, "IN_BLOCKS", (torch.float32, torch.float64))
+
+
+on_both_paths = pytest.mark.usefixtures("path")
+
+
+@on_both_paths
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("with_documents", [True, False])
 @pytest.mark.parametrize("B, T, H, K, C", ATTENTION_SIZES)
@@ -40,23 +51,27 @@ def test_attention_equals_its_reference(B, T, H, K, C, with_documents, causal):
                 normal(B, T, H, C), normal(B, T, K, C), normal(B, T, K, C))
 
 
-@pytest.mark.parametrize("keep", [0, 2**27])
+@on_both_paths
 @pytest.mark.parametrize("options", [
     {}, {"documents": torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2)}, {"prefix": torch.tensor([2, 7])}])
-def test_attention_equals_its_reference_whether_probabilities_are_kept_or_not(options, keep,
-                                                                              monkeypatch):
-    monkeypatch.setattr(attention_file, "KEEP", keep)
+def test_attention_with_any_mask_equals_its_reference(options):
     assert_same(lambda *x: kernels.attention(*x, **options),
                 lambda *x: kernels.attention_reference(*x, **options),
                 normal(2, 7, 4, 6), normal(2, 7, 2, 6), normal(2, 7, 2, 6))
 
 
-@pytest.mark.parametrize("keep", [0, 2**27])
+def test_probabilities_that_are_too_many_are_not_kept(monkeypatch):
+    shape = (2, 7, 4, 6)
+    for keep, blocks in ((2 * 4 * 7 * 7 * 2, True), (2 * 4 * 7 * 7 * 2 - 1, False)):
+        monkeypatch.setattr(attention_file, "KEEP", keep)
+        mask = kernels.attention_mask(shape, shape, torch.bfloat16, torch.device("cpu"))
+        assert (mask.biases is not None) == blocks
+
+
+@on_both_paths
 @pytest.mark.parametrize("lengths", [None, torch.tensor([3, 2])])
 @pytest.mark.parametrize("Tq, Tk", [(1, 9), (7, 7), (9, 3)])
-def test_attention_to_the_keys_of_another_text_equals_its_reference(Tq, Tk, lengths, keep,
-                                                                    monkeypatch):
-    monkeypatch.setattr(attention_file, "KEEP", keep)
+def test_attention_to_the_keys_of_another_text_equals_its_reference(Tq, Tk, lengths):
     q, k, v = normal(2, Tq, 4, 6), normal(2, Tk, 2, 6), normal(2, Tk, 2, 6)
     options = {"causal": False, "lengths": lengths}
     assert_same(lambda *x: kernels.attention(*x, **options),
@@ -66,16 +81,18 @@ def test_attention_to_the_keys_of_another_text_equals_its_reference(Tq, Tk, leng
         torch.testing.assert_close(kernels.attention(q, k, v, **options)[1:], alone)
 
 
+@on_both_paths
 def test_layers_of_one_pass_share_one_mask(monkeypatch):
     documents = packed(2, 13)
     mask = kernels.attention_mask((2, 13, 4, 6), (2, 13, 2, 6), torch.float32, documents.device,
                                   documents=documents)
     for _layer in range(2):
         q, k, v = normal(2, 13, 4, 6), normal(2, 13, 2, 6), normal(2, 13, 2, 6)
-        torch.testing.assert_close(
-            kernels.attention(q, k, v, mask),
-            kernels.attention_reference(q, k, v, documents=documents))
-        monkeypatch.setattr(attention_file, "biases", None)            # cannot be made again
+        expected = kernels.attention_reference(q, k, v, documents=documents)
+        with monkeypatch.context() as patch:
+            for maker in ("biases", "visible"):            # no mask can be made again
+                patch.setattr(attention_file, maker, None)
+            torch.testing.assert_close(kernels.attention(q, k, v, mask), expected)
 
 
 def test_attention_reference_equals_a_loop_over_tokens():
@@ -88,6 +105,7 @@ def test_attention_reference_equals_a_loop_over_tokens():
         torch.testing.assert_close(out[b, i, h], expected)
 
 
+@on_both_paths
 @pytest.mark.parametrize("options", [{"documents": torch.tensor([[0, 0, 1, 1, 1]])},
                                      {"prefix": torch.tensor([3])},
                                      {"lengths": torch.tensor([4]), "causal": False}])
@@ -97,6 +115,7 @@ def test_attention_gradients_equal_finite_differences(options):
     assert torch.autograd.gradcheck(lambda *x: kernels.attention(*x, **options), (q, k, v))
 
 
+@on_both_paths
 @pytest.mark.parametrize("B, T, H, K, C", ATTENTION_SIZES[1:])
 def test_no_token_sees_the_future_or_another_document(B, T, H, K, C):
     q, k, v, documents = normal(B, T, H, C), normal(B, T, K, C), normal(B, T, K, C), packed(B, T)
