@@ -30,8 +30,8 @@ UNITS = {"val_loss": "nats", "mean_loss": "nats per pair", "lm_loss": "nats per 
          "reward_std": "reward model's score", "true_reward": "from 0 to 1",
          "kl": "nats per response", "kl_proxy": "nats per response", "ended": "share of responses",
          "clip_fraction": "share of tokens", "entropy": "nats per token",
-         "response_tokens": "tokens", "beta": "score per nat", "load": "share of the pairs",
-         "dropped": "share of the pairs", "lr": "per step", "tokens_per_s": "tokens/s",
+         "response_tokens": "tokens", "beta": "score per nat", "load": "share of choices",
+         "dropped": "share of choices", "lr": "per step", "tokens_per_s": "tokens/s",
          "mfu": "share of the peak", "memory_gb": "GB", "skipped": "updates so far"}
 MAX_NAMES = 8        # lines that a legend names; those of 64 experts would hide the lines
 

@@ -67,7 +67,7 @@ def test_a_panel_of_several_lines_has_a_legend(keys, names):
 
 @pytest.mark.parametrize("keys, unit", [
     (["loss", "val_loss"], "nats"), (["loss"], ""), (["kl", "kl_k3"], "nats per response"),
-    (["load/0", "load/1"], "share of the pairs"), (["memory_gb"], "GB")])
+    (["load/0", "load/1"], "share of choices"), (["memory_gb"], "GB")])
 def test_a_panel_has_the_unit_of_its_figures(keys, unit):
     axis = Figure().subplots()
     draw_panel(axis, panel_of(keys[0]), keys, [{"step": 0} | dict.fromkeys(keys, 1.0)])
