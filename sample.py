@@ -26,8 +26,10 @@ from heads import WithHead
 from model import KVCache, Transformer, parameter_count
 from parallel import is_sharded
 from plumbing.device import pick_device, pick_dtype
-from plumbing.folders import load_any_model, load_model
+from plumbing.folders import BASE_STAGES, lineage, load_any_model, load_model
 from plumbing.options import command_line
+from readers import world_named
+from world.world import World
 
 KEEP = 0.75          # finished rows are carried along until this share is left: less copying
 SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
@@ -340,6 +342,9 @@ def main(cfg: Config) -> None:
     cfg = replace(cfg, max_new_tokens=min(cfg.max_new_tokens, longest_answer))
     generator = torch.Generator(device).manual_seed(cfg.seed)
     if not cfg.raw:
+        if is_base(cfg.init):
+            print(f"{cfg.init} is a base model: it continues text and has never seen a "
+                  "conversation; give --raw to have it continue yours", file=sys.stderr)
         chat(model, tokenizer, cfg, generator)
         return
     if not cfg.prompt:
@@ -348,12 +353,53 @@ def main(cfg: Config) -> None:
     print_stream(model, tokenizer, beginning(tokenizer, cfg.prompt), cfg, generator)
 
 
+def is_base(folder: str) -> bool:
+    return lineage(folder)[0].get("stage") in BASE_STAGES
+
+
+def first_screen(folder: str) -> str:
+    """What a chat begins with: which model it is, how to leave, what it can be asked."""
+    stage = lineage(folder)[0].get("stage")
+    model = f"{folder} (stage {stage})" if stage else folder
+    lines = [f"Talking to {model}.", "An empty line or Ctrl-D ends the chat; /new starts over."]
+    world = world_of(folder)
+    # a base model answers no questions, whatever it has read
+    if world and not is_base(folder):
+        lines.append("Ask it, for example:")
+        lines += [f"    {question}" for question in example_questions(world)]
+    return "\n".join(lines)
+
+
+def world_of(folder: str) -> World | None:
+    """The embedded world that the model learned from, in its own stage or the nearest before."""
+    for record in lineage(folder):
+        options = record.get("config", {})
+        for option in ("data", "prompts"):
+            for name in options.get(option, "").split(","):    # pretraining's data have commas
+                world = world_named(name.strip())
+                if world:
+                    return world
+    return None
+
+
+def example_questions(world: World) -> list[str]:
+    """Three questions about a world, of different kinds, the same at every call."""
+    by_cluster = {}
+    # held out, because the answers to these were not learned by heart
+    for example in world.prompts(100, split="heldout"):
+        fits_a_line = len(example["prompt"]) <= 72
+        # None: a story or a refusal, of which the reader could not tell whether it is right
+        if fits_a_line and example["answer"] is not None:
+            by_cluster.setdefault(example["cluster"], example["prompt"])
+    return list(by_cluster.values())[:3]
+
+
 def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator) -> None:
     """Answer cfg.prompt, or without one every line that is typed."""
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     turns = []
     if not cfg.prompt:
-        print(f"Talking to {cfg.init}. An empty line or Ctrl-D ends it; /new starts over.")
+        print(first_screen(cfg.init))
     while True:
         text = cfg.prompt or read_line()
         if not text:

@@ -95,20 +95,26 @@ def read_pairs(cfg: Config, run, tokenizer,
 
 def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
                    ref_l: Tensor) -> dict[str, Tensor]:
-    """What 3.5 tracks; kl_proxy: mean |log pi_theta - log pi_ref| in nats per response."""
-    log_ratios = torch.cat([pi_w - ref_w, pi_l - ref_l])                       # (2B,)
+    """What 3.5 tracks, means over the pairs. logratio_*: log pi_theta - log pi_ref in nats per
+    response, which shows where the policy drifts; kl_proxy: the mean of its size."""
+    logratio_w = pi_w - ref_w                                                  # (B,)
+    logratio_l = pi_l - ref_l
+    log_ratios = torch.cat([logratio_w, logratio_l])                           # (2B,)
     return {"margin": margin.mean(), "accuracy": (margin > 0).float().mean(),
+            "logratio_chosen": logratio_w.mean(), "logratio_rejected": logratio_l.mean(),
             "kl_proxy": log_ratios.abs().mean(), "logp_chosen": pi_w.mean(),
             "logp_rejected": pi_l.mean()}
 
 
 def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
-    """Loss, margin and accuracy on pairs that are not trained on."""
+    """Loss, margin, accuracy and drift from the reference on pairs that are not trained on."""
     pi_w, pi_l = score_pairs(policy, pairs, cfg.batch_size).unbind(1)          # (N,) each
     ref_w, ref_l = ref_logps.unbind(1)
     loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     return {"val_loss": loss, "val_margin": margin.mean(),
-            "val_accuracy": (margin > 0).float().mean()}
+            "val_accuracy": (margin > 0).float().mean(),
+            "val_logratio_chosen": (pi_w - ref_w).mean(),
+            "val_logratio_rejected": (pi_l - ref_l).mean()}
 
 
 def main(cfg: Config) -> dict:

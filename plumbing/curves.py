@@ -2,10 +2,38 @@
 import json
 from pathlib import Path
 
-UNITS = {"loss": "nats", "val_loss": "nats per token", "kl": "nats per response", "lr": "per step",
-         "tokens": "tokens", "tokens_per_s": "tokens/s", "entropy": "nats per token",
-         "logp_chosen": "nats per response", "logp_rejected": "nats per response",
-         "response_tokens": "tokens", "skipped": "updates so far"}
+# panels in the order of a reader's questions: does the loss fall, does the stage reach its goal,
+# and last, because they matter when something is wrong, how the machine works; panels in neither
+# list stand between the two
+FIRST = ("loss", "actor_loss", "value_loss", "mean_loss", "lm_loss", "perplexity", "bits_per_byte",
+         "accuracy", "margin", "logratio", "reward", "true_reward", "kl", "kl_proxy")
+LAST = ("busiest_expert", "dropped", "load", "beta", "grad_norm", "lr", "tokens_per_s", "mfu",
+        "memory_gb", "skipped")
+
+# figures that are drawn in the panel of another, because only beside it do they say anything
+SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy",
+          "guess_accuracy": "masked_accuracy", "reward_min": "reward", "reward_max": "reward",
+          "kl_k3": "kl", "logratio_chosen": "logratio", "logratio_rejected": "logratio"}
+
+# not drawn: the x axis; a straight line; raw log p, which differs from response to response by far
+# more than training moves it (logratio is drawn instead)
+NO_PANEL = ("step", "tokens", "logp_chosen", "logp_rejected")
+
+# of a panel, or of a figure in it; PPO's loss, which has no val_loss, is a sum without a unit
+UNITS = {"val_loss": "nats", "mean_loss": "nats per pair", "lm_loss": "nats per token",
+         "value_loss": "score squared", "bits_per_byte": "bits per byte",
+         "accuracy": "share that is right", "masked_accuracy": "share that is right",
+         "next_sentence_accuracy": "share that is right",
+         "short_spans_rebuilt": "share of the spans",
+         "single_tokens_rebuilt": "share of the spans", "margin": "nats",
+         "logratio": "nats per response", "reward": "reward model's score",
+         "reward_std": "reward model's score", "true_reward": "from 0 to 1",
+         "kl": "nats per response", "kl_proxy": "nats per response", "ended": "share of responses",
+         "clip_fraction": "share of tokens", "entropy": "nats per token",
+         "response_tokens": "tokens", "beta": "score per nat", "load": "share of choices",
+         "dropped": "share of choices", "lr": "per step", "tokens_per_s": "tokens/s",
+         "mfu": "share of the peak", "memory_gb": "GB", "skipped": "updates so far"}
+MAX_NAMES = 8        # lines that a legend names; those of 64 experts would hide the lines
 
 
 def read_metrics(out: str | Path) -> list[dict]:
@@ -17,7 +45,8 @@ def read_metrics(out: str | Path) -> list[dict]:
 
 
 def plot_curves(rows: list[dict], file: Path, title: str) -> None:
-    """One panel per logged figure against the step. Writes no file if no figure was logged."""
+    """The logged figures against the step, those that belong together in one panel. Writes no file
+    if no figure was logged."""
     import matplotlib  # not at the top, because it takes a second
     matplotlib.use("Agg")                      # because a server has no screen
     from matplotlib import pyplot as plt
@@ -27,7 +56,9 @@ def plot_curves(rows: list[dict], file: Path, title: str) -> None:
         return
     n_columns = min(3, len(panels))                        # more would not fit a page's width
     n_lines = -(-len(panels) // n_columns)                 # rounded up
-    figure, axes = plt.subplots(n_lines, n_columns, squeeze=False, layout="constrained",
+    # sharex, because a figure that was logged once says little without the whole run's steps
+    figure, axes = plt.subplots(n_lines, n_columns, sharex=True, squeeze=False,
+                                layout="constrained",
                                 figsize=(4.2 * n_columns, 2.8 * n_lines))      # in inches
     for axis, (name, keys) in zip(axes.flat, panels.items()):
         draw_panel(axis, name, keys, rows)
@@ -39,20 +70,23 @@ def plot_curves(rows: list[dict], file: Path, title: str) -> None:
 
 
 def keys_by_panel(rows: list[dict]) -> dict[str, list[str]]:
-    """The keys that share a panel, by its name, in the order in which they were first logged.
-
-    val_loss goes into the panel of loss; load/0, load/1, ... share the panel load.
-    """
+    """The keys that share a panel, by its name: FIRST, others as they were first logged, LAST."""
     panels = {}
     for row in rows:
         for key in row:
-            if key in ("step", "tokens"):                  # the x axis, and a straight line
+            if key in NO_PANEL:
                 continue
-            name = "loss" if key == "val_loss" else key.split("/")[0]
-            keys = panels.setdefault(name, [])
+            keys = panels.setdefault(panel_of(key), [])
             if key not in keys:
                 keys.append(key)
-    return panels
+    between = [name for name in panels if name not in FIRST + LAST]
+    return {name: panels[name] for name in (*FIRST, *between, *LAST) if name in panels}
+
+
+def panel_of(key: str) -> str:
+    """val_loss and val_loss/world -> "loss"; load/0, load/1, ... -> "load"."""
+    name = key.split("/")[0].removeprefix("val_")
+    return SHARED.get(name, name)
 
 
 def draw_panel(axis, name: str, keys: list[str], rows: list[dict]) -> None:
@@ -62,7 +96,9 @@ def draw_panel(axis, name: str, keys: list[str], rows: list[dict]) -> None:
         values = [row[key] for row in logged]
         marker = "." if len(logged) < 15 else None         # a line alone would hide single points
         axis.plot(steps, values, marker=marker, label=key)
-    axis.set(xlabel="step", ylabel=UNITS.get(name, ""), title=name)
+    units = [UNITS[known] for known in (name, *keys) if known in UNITS]
+    axis.set(xlabel="step", ylabel=units[0] if units else "", title=name)
+    axis.tick_params(labelbottom=True)                     # sharex would leave it to the last line
     axis.grid(alpha=0.3)
-    if "val_loss" in keys:
-        axis.legend()
+    if 1 < len(keys) <= MAX_NAMES:
+        axis.legend(fontsize="small")

@@ -28,6 +28,7 @@ from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
 FORMER_HEADS = "scalar_head", "next_sentence_head"
+BASE_STAGES = "pretrain", "denoise"            # whose models have read texts, but no conversation
 
 
 # ---------------------------------------------------------------------- writing
@@ -124,6 +125,25 @@ def load_reward_model(folder: str | Path, device: torch.device | str = "cpu",
         raise ValueError(f"{folder}: this is a language model; give a reward model, the --out of "
                          "train_rm.py")
     return build(folder, saved, weights, tokenizer, dtype).to(device), tokenizer
+
+
+def lineage(folder: str | Path) -> list[dict]:
+    """config.json of a model folder and of those that its stage and the stages before it started
+    from, the nearest first. A folder that is not there any more is left out."""
+    records = []
+    seen = set()                   # because out/sft may have been trained again from its own child
+    waiting = [str(folder)]
+    while waiting:
+        nearest = waiting.pop(0)
+        file = Path(nearest) / "config.json"
+        if nearest in seen or not file.is_file():
+            continue
+        seen.add(nearest)
+        record = json.loads(file.read_text())
+        records.append(record)
+        waiting += record.get("parents", {})
+        waiting += record.get("parent", {}).values()       # of lora.py: the base and the adapter
+    return records
 
 
 def refuse_reward_model(folder: str | Path, saved: dict) -> None:

@@ -10,10 +10,10 @@ from tiny import TOKENIZER, folder_of, slow_logps, tiny_model, write_rows
 import data
 import readers
 import train_dpo
-from plumbing.curves import read_metrics
+from plumbing.curves import keys_by_panel, read_metrics
 from plumbing.folders import load_model
 from scoring import response_logps
-from train_dpo import dpo_loss
+from train_dpo import dpo_loss, margin_figures
 
 LOG2 = math.log(2)
 
@@ -94,6 +94,16 @@ def test_extreme_margins_neither_overflow_nor_lose_the_gradient():
     assert pi_w.grad.tolist() == [0.0, -0.5]                     # won: no push; lost: the whole one
 
 
+def test_drift_from_the_reference_is_what_a_hand_computes():
+    pi_w, ref_w = torch.tensor([-10.0, -7.0]), torch.tensor([-12.0, -6.0])     # + 2, - 1
+    pi_l, ref_l = torch.tensor([-9.0, -5.0]), torch.tensor([-8.0, -8.0])       # - 1, + 3
+    figures = margin_figures(torch.tensor([0.3, -0.4]), pi_w, pi_l, ref_w, ref_l)
+    found = {name: value.item() for name, value in figures.items()}
+    assert found == pytest.approx({
+        "logratio_chosen": 0.5, "logratio_rejected": 1.0, "kl_proxy": 7 / 4, "margin": -0.05,
+        "accuracy": 0.5, "logp_chosen": -8.5, "logp_rejected": -7.0})
+
+
 def test_gradient_is_the_sigmoid_weight_of_section_464():
     pi_w, pi_l, ref_w, ref_l = (torch.randn(6, dtype=torch.float64) * 5 for _ in range(4))
     for x in (pi_w, pi_l):
@@ -158,7 +168,28 @@ def test_every_figure_that_step_35_asks_for_is_logged(tmp_path):
     assert len(rows) == 2
     assert {"step", "loss", "margin", "accuracy", "kl_proxy", "logp_chosen", "logp_rejected",
             "grad_norm", "lr", "tokens", "tokens_per_s"} <= set(rows[0])
-    assert {"val_loss", "val_margin", "val_accuracy"} <= set(rows[-1])
+    assert {"logratio_chosen", "logratio_rejected"} <= set(rows[0])
+    assert {"val_loss", "val_margin", "val_accuracy", "val_logratio_chosen",
+            "val_logratio_rejected"} <= set(rows[-1])
+
+
+def test_the_margin_is_beta_times_the_difference_of_the_drifts_held_out_too(tmp_path):
+    train_dpo.main(config(tmp_path, steps=12, eval_every=1))
+    rows = read_metrics(tmp_path / "dpo")
+    for row in rows:
+        for prefix in ("", "val_"):
+            drift_apart = row[prefix + "logratio_chosen"] - row[prefix + "logratio_rejected"]
+            assert row[prefix + "margin"] == pytest.approx(0.1 * drift_apart, abs=1e-5)
+    # 1e-5: fp32 rounding of sums of ~50, as the reference's are cached
+    assert abs(rows[0]["logratio_chosen"]) < 1e-4 < abs(rows[-1]["val_logratio_chosen"])
+
+
+def test_the_picture_shows_the_drift_of_both_answers_in_one_panel(tmp_path):
+    train_dpo.main(config(tmp_path, steps=2))
+    panels = keys_by_panel(read_metrics(tmp_path / "dpo"))
+    assert panels["logratio"] == ["logratio_chosen", "logratio_rejected", "val_logratio_chosen",
+                                  "val_logratio_rejected"]
+    assert not {"logp_chosen", "logp_rejected"} & panels.keys()
 
 
 def test_a_resumed_run_repeats_the_curve_against_the_same_reference(tmp_path):

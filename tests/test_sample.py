@@ -1,5 +1,6 @@
 """sample.py: cached decoding against the full forward pass, filters and frequencies by hand."""
 import io
+import json
 import math
 import sys
 
@@ -16,6 +17,8 @@ from plumbing.folders import save_model
 from sample import KEEP, filter_logits, generate, next_token, print_stream, respond, stream
 from scoring import token_logps
 from tokenizer import Tokenizer
+from world.tasks import TRAINED_FAMILIES
+from world.world import World
 
 torch.set_num_threads(1)
 INF = math.inf
@@ -441,8 +444,8 @@ def test_respond_is_the_decoded_greedy_answer_of_each_conversation():
 @pytest.fixture
 def chat(tmp_path, monkeypatch):
     """Runs sample.main on a tiny model with typed lines; returns the prompts it answered. The
-    answers are A1, A2, ..."""
-    save_model(tmp_path, tiny(vocab_size=TOKENIZER.vocab_size, context_length=64), TOKENIZER)
+    answers are A1, A2, ... record: what its stage wrote into config.json."""
+    model = tiny(vocab_size=TOKENIZER.vocab_size, context_length=64)
     prompts = []
 
     def answer(model, tokenizer, prompt, cfg, generator):
@@ -450,7 +453,8 @@ def chat(tmp_path, monkeypatch):
         prompts.append(tokenizer.decode(prompt, specials=True))
         return f"A{len(prompts)}"
 
-    def run(typed="", **options):
+    def run(typed="", record=None, **options):
+        save_model(tmp_path, model, TOKENIZER, **record or {})
         monkeypatch.setattr(sample, "print_stream", answer)
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         sample.main(sample.Config(init=str(tmp_path), device="cpu", dtype="float32",
@@ -492,3 +496,105 @@ def test_raw_continues_the_text_without_a_template(chat, capsys):
     assert capsys.readouterr().out == "One morning"
     with pytest.raises(ValueError, match="--raw continues a text"):
         chat(raw=True)
+
+
+# ---------------------------------------------------------------------- the first screen
+
+def record(folder, stage, parents=(), **config):
+    """config.json alone of a finished stage: all that the first screen reads."""
+    folder.mkdir()
+    parents = dict.fromkeys(map(str, parents), "checksum")
+    saved = {"model": {}, "stage": stage, "parents": parents, "config": config}
+    (folder / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+def questions(folder):
+    return [line.strip() for line in sample.first_screen(str(folder)).split("\n")
+            if line.startswith("    ")]
+
+
+def test_a_chat_begins_with_the_model_its_stage_and_how_to_leave(chat, tmp_path, capsys):
+    chat(record={"stage": "sft", "config": {"data": "rows.jsonl"}})
+    assert capsys.readouterr().out.splitlines() == [
+        f"Talking to {tmp_path} (stage sft).",
+        "An empty line or Ctrl-D ends the chat; /new starts over."]
+    chat(record={})                                            # a folder that names no stage
+    assert capsys.readouterr().out.splitlines()[0] == f"Talking to {tmp_path}."
+
+
+def test_a_single_prompt_is_answered_without_a_first_screen(chat, capsys):
+    chat(prompt="Hi", record={"stage": "sft", "config": {"data": "world"}})
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_chat_with_a_model_of_the_world_begins_with_three_questions_about_it(chat, capsys):
+    chat(record={"stage": "sft", "config": {"data": "world:3"}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["Ask it, for example:",
+                         *[f"    {question}" for question in sample.example_questions(World(3))]]
+
+
+def test_example_questions_are_the_worlds_own_of_trained_families_and_three_kinds():
+    for seed in range(5):
+        asked = sample.example_questions(World(seed))
+        assert asked == sample.example_questions(World(seed))
+        known = {example["prompt"]: example
+                 for example in World(seed).prompts(100, split="heldout")}
+        assert len({known[question]["cluster"] for question in asked}) == 3
+        assert {known[question]["family"] for question in asked} <= set(TRAINED_FAMILIES)
+        assert all(len(question) <= 72 and "\n" not in question for question in asked)
+    assert sample.example_questions(World(0)) != sample.example_questions(World(1))
+
+
+@pytest.mark.parametrize("config, seed", [
+    ({"data": "world"}, 0), ({"data": "world:7"}, 7), ({"prompts": "world:2"}, 2),
+    ({"data": "rows.jsonl", "prompts": "world:2"}, 2), ({"data": "rows.jsonl"}, None),
+    ({"data": "worlds"}, None), ({}, None)])
+def test_the_world_is_that_of_the_stages_own_options(tmp_path, config, seed):
+    world = sample.world_of(str(record(tmp_path / "dpo", "dpo", **config)))
+    assert (world and world.seed) == seed
+
+
+def test_the_nearest_world_counts_and_lost_or_circular_parents_do_no_harm(tmp_path):
+    base = record(tmp_path / "base", "pretrain", data="bearish:4, world:4",
+                  parents=[tmp_path / "ppo"])
+    sft = record(tmp_path / "sft", "sft", parents=[base], data="world:5")
+    own = record(tmp_path / "own", "sft", parents=[base], data="rows.jsonl")
+    dpo = record(tmp_path / "dpo", "dpo", parents=[tmp_path / "lost", sft], data="pairs.jsonl")
+    ppo = record(tmp_path / "ppo", "ppo", parents=[own], prompts="rows.jsonl")
+    for folder, seed in ((base, 4), (sft, 5), (own, 4), (dpo, 5), (ppo, 4)):
+        assert sample.world_of(str(folder)).seed == seed
+    assert questions(dpo) == sample.example_questions(World(5))
+    lost = record(tmp_path / "alone", "dpo", parents=[tmp_path / "gone"], data="pairs.jsonl")
+    assert sample.world_of(str(lost)) is None and questions(lost) == []
+
+
+def test_a_merged_model_has_the_world_of_its_base_or_adapter(tmp_path):
+    adapter = record(tmp_path / "lora", "sft", data="world:6")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    parent = {"folder": str(tmp_path / "lost"), "adapter": str(adapter)}
+    (merged / "config.json").write_text(json.dumps({"stage": "merge", "parent": parent}))
+    assert questions(merged) == sample.example_questions(World(6))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "denoise"])
+@pytest.mark.parametrize("options", [{}, {"prompt": "Hi"}])
+def test_a_base_model_in_a_chat_says_so_names_raw_and_goes_on(chat, tmp_path, capsys, stage,
+                                                              options):
+    typed = "" if options else "Hi\n"
+    prompts = chat(typed, record={"stage": stage, "config": {"data": "world"}}, **options)
+    assert prompts == ["<|user|>Hi<|end|><|assistant|>"]
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"{tmp_path} is a base model: it continues text and has never seen a conversation; "
+        "give --raw to have it continue yours\n")
+    assert "Ask it" not in captured.out                        # it would answer none
+
+
+@pytest.mark.parametrize("stage, raw", [("pretrain", True), ("sft", False), ("merge", False)])
+def test_nothing_is_said_to_who_gives_raw_or_has_another_model(chat, capsys, stage, raw):
+    chat(prompt="One morning", raw=raw, record={"stage": stage})
+    assert capsys.readouterr().err == ""
