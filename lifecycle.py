@@ -453,9 +453,11 @@ def draw_reward_model(axis, rows: list[dict], stage: dict) -> None:
 
 
 def draw_dpo(axis, rows: list[dict]) -> None:
-    plot(axis, rows, "logp_chosen", label="chosen")
-    plot(axis, rows, "logp_rejected", label="rejected")
-    axis.set(title="4a DPO: what happens to log pi(y|x)", xlabel="step", ylabel="nats per response")
+    plot(axis, rows, "logratio_chosen", label="chosen")
+    plot(axis, rows, "logratio_rejected", label="rejected")
+    # not log pi itself, which differs from answer to answer by far more than training moves it
+    axis.set(title=r"4a DPO: $\log\pi(y|x) - \log\pi_{ref}(y|x)$", xlabel="step",
+             ylabel="nats per response")
     axis.legend()
 
 
