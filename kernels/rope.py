@@ -19,15 +19,15 @@ from kernels.launch import backend, check, tl, triton
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as for rope()."""
-    cos = cos.unsqueeze(-2)                                # (T, 1, C/2): the same for all heads
-    sin = sin.unsqueeze(-2)
+    # (T, 1, C): the same for all heads, and for both halves of the channels
+    cos = torch.cat((cos, cos), -1).unsqueeze(-2)
+    sin = torch.cat((-sin, sin), -1).unsqueeze(-2)         # the first half of y subtracts
 
     def turn(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, cos.dtype))
         first, second = wide.chunk(2, dim=-1)
-        y1 = first * cos - second * sin
-        y2 = second * cos + first * sin
-        return torch.cat((y1, y2), -1).to(x.dtype)
+        others = torch.cat((second, first), -1)            # the other channel of each pair
+        return (wide * cos + others * sin).to(x.dtype)
 
     return turn(q), turn(k)
 
