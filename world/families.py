@@ -134,11 +134,11 @@ def facts_task(world, rng: Random) -> dict:
     attribute, other = rng.sample(list(ATTRIBUTES), 2)
     right = bear[attribute]
     wrong = rng.choice(all_except(ATTRIBUTES[attribute], [right]))
-    first = told_fact(rng, bear, attribute, right)
-    second = told_fact(rng, bear, other, bear[other])
+    first = fact(rng, bear, attribute, right)
+    second = fact(rng, bear, other, bear[other], by_name=False)
     # No core: a fact that is held out from training could not be known.
-    task = {"core": None, "kind": "choice", "forms": ("word", "sentence"), **first,
-            "wrong": told_fact(rng, bear, attribute, wrong), "second": second}
+    task = {"core": None, "forms": ("word", "sentence"), **first,
+            "wrong": fact(rng, bear, attribute, wrong), "second": second}
     return task | asked_at_once(rng, first, second)
 
 
@@ -150,22 +150,18 @@ def asked_at_once(rng: Random, first: dict, second: dict) -> dict:
             "attribute": f"{first['attribute']} and the {second['attribute']}"}
 
 
-def told_fact(rng: Random, bear: dict, attribute: str, value: str) -> dict:
-    """fact_slots, and what the judge has to know of the fact."""
-    return {"kind": "choice", "choices": ATTRIBUTES[attribute], "answer": value,
-            **fact_slots(rng, bear, attribute, value)}
-
-
-def fact_slots(rng: Random, bear: dict, attribute: str, value: str) -> dict:
-    """A question about a bear, the short answer "a frog", and the full "Fern has a pet frog."."""
+def fact(rng: Random, bear: dict, attribute: str, value: str, by_name: bool = True) -> dict:
+    """A fact as a task: a question about it, the short answer "a frog", the full "Fern has a pet
+    frog." (or, not by name, "She has a pet frog."), and what the judge has to know."""
     name = bear["name"]
+    who = name if by_name else bear["he"]
+    whose = name + "'s" if by_name else bear["his"]
     question = rng.choice(FACT_QUESTIONS[attribute]).format_map(bear)
     short = "a " + value if attribute in ("job", "pet") else value
     statement = rng.choice(STATEMENTS[attribute][:3])
-    slots = bear | {"who": name, "whose": name + "'s", "value": value}
-    full = say(rng, statement, slots)
-    return {"name": name, "attribute": attribute, "question": question, "short": short,
-            "full": full}
+    full = say(rng, statement, bear | {"who": who, "whose": whose, "value": value})
+    return {"kind": "choice", "choices": ATTRIBUTES[attribute], "answer": value, "name": name,
+            "attribute": attribute, "question": question, "short": short, "full": full}
 
 
 def unanswerable_task(world, rng: Random) -> dict:
@@ -173,7 +169,7 @@ def unanswerable_task(world, rng: Random) -> dict:
 
     Asked in the same words as facts, because only what was never told makes the difference.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         bear = rng.choice(world.strangers)
         attributes = list(ATTRIBUTES)
     else:
@@ -181,7 +177,7 @@ def unanswerable_task(world, rng: Random) -> dict:
         attributes = list(SECRETS)
     attribute, other = rng.sample(attributes, 2)
     first = invented_fact(rng, bear, attribute)
-    second = invented_fact(rng, bear, other)
+    second = invented_fact(rng, bear, other, by_name=False)
     core = (bear["name"], attribute)
     # The slots are those of an invented answer: a wrong response needs no others.
     task = {**first, "core": core, "ask": "facts", "kind": "admit", "forms": ("word", "sentence"),
@@ -189,23 +185,20 @@ def unanswerable_task(world, rng: Random) -> dict:
     return task | asked_at_once(rng, first, second)
 
 
-def invented_fact(rng: Random, bear: dict, attribute: str) -> dict:
-    """Like told_fact, with a value that nobody has told."""
+def invented_fact(rng: Random, bear: dict, attribute: str, by_name: bool = True) -> dict:
+    """Like fact, with a value that nobody has told."""
     if attribute in ATTRIBUTES:
-        return told_fact(rng, bear, attribute, rng.choice(ATTRIBUTES[attribute]))
+        lie = rng.choice(ATTRIBUTES[attribute])
+        return fact(rng, bear, attribute, lie, by_name)
     form, choices = SECRETS[attribute]
     lie = rng.choice(choices)
-    slots = secret_slots(bear, attribute, form.format(lie))
-    return {"kind": "choice", "choices": choices, "answer": lie, **slots}
-
-
-def secret_slots(bear: dict, attribute: str, lie: str) -> dict:
-    """Like fact_slots, for an attribute that has no sentences of its own in text.py."""
+    short = form.format(lie)
     name = bear["name"]
     secret = f"the {attribute} of {name}"
-    full = tidy(f"{secret} is {lie}.")
-    return {"name": name, "attribute": attribute, "question": f"What is {secret}",
-            "short": lie, "full": full}
+    subject = secret if by_name else f"{bear['his']} {attribute}"
+    return {"kind": "choice", "choices": choices, "answer": lie, "name": name,
+            "attribute": attribute, "question": f"What is {secret}", "short": short,
+            "full": tidy(f"{subject} is {short}.")}
 
 
 # ------------------------------------------------------------------ reading

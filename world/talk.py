@@ -8,7 +8,7 @@ and careful. Its prompt is a list of turns, of which text_of (text.py) makes a t
 """
 from random import Random
 
-from world.families import all_except, draw_list, fact_slots, told_fact
+from world.families import all_except, draw_list, fact
 from world.text import ATTRIBUTES, CATEGORIES, PROMPTS, SMALLTALK, THINGS, listed, tidy
 
 
@@ -39,7 +39,7 @@ def exchange(rng: Random, ask: str, slots: dict, answer: str) -> list[dict]:
 
 def fact_exchange(rng: Random, bear: dict, attribute: str, ask: str = "facts") -> list[dict]:
     """A question about a bear with its answer, as a first turn or a later one."""
-    slots = fact_slots(rng, bear, attribute, bear[attribute])
+    slots = fact(rng, bear, attribute, bear[attribute])
     return exchange(rng, ask, bear | slots, slots["full"])
 
 
@@ -47,8 +47,8 @@ def asked_fact(rng: Random, bear: dict, attribute: str) -> dict:
     """What a task needs of the fact that its last turn asks for."""
     right = bear[attribute]
     wrong = rng.choice(all_except(ATTRIBUTES[attribute], [right]))
-    return {**told_fact(rng, bear, attribute, right),
-            "wrong": told_fact(rng, bear, attribute, wrong)}
+    return {**fact(rng, bear, attribute, right),
+            "wrong": fact(rng, bear, attribute, wrong)}
 
 
 def attribute_followup(world, rng: Random) -> dict:

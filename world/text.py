@@ -84,7 +84,7 @@ def whole_sentences(text: str) -> list[str]:
 
 def sentences_of(text: str) -> list[str]:
     """"It rained. Nobody came!" -> ["It rained", "Nobody came"]."""
-    return [sentence for sentence in re.split(r"[.!?]\W*", text) if sentence]
+    return [sentence for sentence in re.split(r"[.!?]\W*|(?<=})\s+", text) if sentence]
 
 
 def strings_in(table: object) -> Iterator[str]:
@@ -832,7 +832,7 @@ FORMS = templates({
 # alike, because a greedy model should not be kept from the likeliest answer by its wordings.
 ANSWERS = templates({
     "story": "{answer}",
-    "facts": "{full}",
+    "facts": "That would be {short}. / {full}",
     "arithmetic": "{chain} The answer is {answer}.",
     "reading": "{full}",
     "lists": "The {category} are {short}.",

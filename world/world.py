@@ -91,17 +91,18 @@ IN_FORMS = (*IN_PARTS, *IN_PARTS, "inference", "arithmetic")
 # a behaviour of `tell` and a manner of `dress`; None is a manner of MANNERS. What is a merit in one
 # row is a fault in another, so that neither words nor length tell which response is better.
 PAIRS = [
-    ("right", 0.28, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.24, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.04, ORDINARY, ("right", "rambling"), ("wrong", "plain")),
     ("honest", 0.10, ("unanswerable",), ("right", None), ("wrong", None)),
-    ("honest", 0.09, ("facts",) * 11 + ORDINARY, ("right", None), ("admit", None)),
-    ("honest", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
-    ("harmless", 0.06, ("unsafe",), ("right", None), ("wrong", None)),
-    ("harmless", 0.05, ("advice",) * 11 + ORDINARY, ("right", None), ("refuse", None)),
+    ("honest", 0.10, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
+    ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
+    ("harmless", 0.05, ("unsafe",), ("right", None), ("wrong", None)),
+    ("harmless", 0.06, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
     ("harmless", 0.03, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.09, IN_FORMS, ("right", None), ("part", None)),
-    ("whole", 0.09, IN_PARTS, ("right", None), ("more", None)),
-    ("manner", 0.06, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
-    ("manner", 0.05, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
+    ("whole", 0.11, IN_FORMS, ("right", None), ("part", None)),
+    ("whole", 0.07, IN_PARTS, ("right", None), ("more", None)),
+    ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
+    ("manner", 0.06, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
     ("manner", 0.05, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
 ]
 
