@@ -481,11 +481,10 @@ MORALS = templates("""
     [gladly|surely] tell you [the rest|this story] [again|over a cup of tea]. / [The end|That is
     the end of the story].""")
 
-# The story task has no opening: "Fern had a small red kite." comes first, then problem, turn, end.
+# The story task has three sentences: "Fern had a red kite." comes first, then problem and end.
 SHORT_POSSESSIONS = templates("""
-    {name} had a {look} {colour} {thing}. / {name} the bear owned a {colour} {thing}. / [One
-    day|Once], {name} went for a walk with a {colour} {thing}. / {name} was very fond of a {look}
-    {colour} {thing}.""")
+    {name} had a {colour} {thing}. / {name} owned a {look} {thing}. / [One day|Once], {name} found a
+    {colour} {thing}. / {name} loved {his} {colour} {thing}.""")
 
 
 # ------------------------------------------------------------------ facts and dialogues
@@ -832,7 +831,7 @@ FORMS = templates({
 # alike, because a greedy model should not be kept from the likeliest answer by its wordings.
 ANSWERS = templates({
     "story": "{answer}",
-    "facts": "That would be {short}. / {full}",
+    "facts": "That would be {short}.",
     "arithmetic": "{chain} The answer is {answer}.",
     "reading": "{full}",
     "lists": "The {category} are {short}.",
@@ -856,8 +855,7 @@ SMALLTALK = {
     "thanks": ("you are welcome", "You are welcome."),
     "goodbye": ("goodbye", "Goodbye, my friend!"),
     "who": ("little helper", "I am a little helper who knows the bears of the village."),
-    "can": ("you can ask me", "You can ask me about bears, stories, moods, sums, lists, tools, "
-            "Bearish and JSON."),
+    "can": ("you can ask me", "You can ask me about bears, stories, moods, sums, lists and JSON."),
     "mood": ("fine", "I am fine, thank you."),
 }
 
@@ -874,12 +872,11 @@ SORRY = (["I am sorry, but", "Please forgive me, but"],
 # probability, and the likeliest next token of a model that has learned the fault would hide it.
 RAMBLING_OPENERS = templates("""
     Well, let me think about that for a while. / Well, one should never answer in a hurry. / Well,
-    one could talk about that for hours. / Well, my aunt used to ask me such things after supper. /
-    Well, that reminds me of a cold morning in spring. / Well, people ask me many things these
-    days.""")
+    one could talk about that for hours. / Well, my aunt used to ask me such things. / Well, that
+    reminds me of a cold morning. / Well, bears ask me many things these days.""")
 RAMBLING_CLOSERS = templates("""
-    Still, there is much more to say about this. / Still, others may use other words for it. /
-    Still, that is only how I see it. / Still, it would take us all night to say more.""")
+    Still, there is more to say. / Still, others may see it differently. / Still, that is only how I
+    see it. / Still, who knows?""")
 EXTRAS = templates("""
     By the way, {name} has found a bag of gold. / By the way, {name} is my best friend. / By the
     way, {name} has a secret cave. / By the way, {name} never sleeps at night. / By the way, {name}
