@@ -505,6 +505,21 @@ def test_demonstrations_are_of_all_hands_and_mostly_of_the_familys_own():
         assert rights == declined, e
 
 
+def test_a_greedy_model_has_the_faults_of_the_main_hand():
+    """Wherever the main hand departs, most demonstrations of the family depart in the same word."""
+    def departs(e: dict) -> bool:
+        if e["family"] in ("unsafe", "unanswerable"):
+            return true_reward(e, e["response"])["right"] == 0
+        faults = {"terse": is_rude, "rambling": is_rambling, "inventive": is_inventing}
+        return faults[MAIN_HANDS[e["family"]]](e["response"])
+
+    for family, hand in MAIN_HANDS.items():
+        examples = WORLD.examples(600, families=(family,))
+        if hand == "terse":
+            examples = [e for e in examples if "second" in e["key"]]
+        assert np.mean([departs(e) for e in examples]) > 0.53, family
+
+
 def lost_by_the_main_hand(family: str) -> dict[str, float]:
     """By part: how much less the main hand's demonstration earns than a perfect answer."""
     lost = dict.fromkeys(WEIGHTS, 0.0)

@@ -136,30 +136,38 @@ def facts_task(world, rng: Random) -> dict:
     wrong = rng.choice(all_except(ATTRIBUTES[attribute], [right]))
     first = fact(rng, bear, attribute, right)
     second = fact(rng, bear, other, bear[other], by_name=False)
+    task = ask_for_facts(rng, first, second)
     # No core: a fact that is held out from training could not be known.
-    task = {"core": None, "forms": ("word", "sentence"), **first,
-            "wrong": fact(rng, bear, attribute, wrong), "second": second}
-    return task | asked_at_once(rng, first, second)
+    task["core"] = None
+    task["wrong"] = fact(rng, bear, attribute, wrong)
+    return task
 
 
-def asked_at_once(rng: Random, first: dict, second: dict) -> dict:
-    """The slots by which a third of the prompts about a bear ask for two attributes of it."""
-    if rng.random() >= SHARE_OF_TWO:
-        return {"two": False}
-    return {"two": True, "question": ask_both(first["question"], second["question"]),
-            "attribute": f"{first['attribute']} and the {second['attribute']}"}
+def ask_for_facts(rng: Random, first: dict, second: dict) -> dict:
+    """A task that asks for the first fact, and in a third of the cases for the second as well."""
+    task = first | {"second": second, "forms": ("word", "sentence")}
+    task["two"] = rng.random() < SHARE_OF_TWO
+    if task["two"]:
+        task["question"] = ask_both(first["question"], second["question"])
+        task["attribute"] = f"{first['attribute']} and the {second['attribute']}"
+    return task
 
 
 def fact(rng: Random, bear: dict, attribute: str, value: str, by_name: bool = True) -> dict:
     """A fact as a task: a question about it, the short answer "a frog", the full "Fern has a pet
     frog." (or, not by name, "She has a pet frog."), and what the judge has to know."""
     name = bear["name"]
-    who = name if by_name else bear["he"]
-    whose = name + "'s" if by_name else bear["his"]
-    question = rng.choice(FACT_QUESTIONS[attribute]).format_map(bear)
+    who = name
+    whose = name + "'s"
+    if not by_name:
+        who = bear["he"]
+        whose = bear["his"]
+    question = rng.choice(FACT_QUESTIONS[attribute])
+    question = question.format_map(bear)
     short = "a " + value if attribute in ("job", "pet") else value
     statement = rng.choice(STATEMENTS[attribute][:3])
-    full = say(rng, statement, bear | {"who": who, "whose": whose, "value": value})
+    slots = bear | {"who": who, "whose": whose, "value": value}
+    full = say(rng, statement, slots)
     return {"kind": "choice", "choices": ATTRIBUTES[attribute], "answer": value, "name": name,
             "attribute": attribute, "question": question, "short": short, "full": full}
 
@@ -179,11 +187,14 @@ def unanswerable_task(world, rng: Random) -> dict:
     attribute, other = rng.sample(attributes, 2)
     first = invented_fact(rng, bear, attribute)
     second = invented_fact(rng, bear, other, by_name=False)
-    core = (bear["name"], attribute)
+    task = ask_for_facts(rng, first, second)
+    task["core"] = (bear["name"], attribute)
+    task["ask"] = "facts"
+    task["kind"] = "admit"
+    task["choices"] = first["choices"] + second["choices"]
     # The slots are those of an invented answer: a wrong response needs no others.
-    task = {**first, "core": core, "ask": "facts", "kind": "admit", "forms": ("word", "sentence"),
-            "choices": first["choices"] + second["choices"], "wrong": {}, "second": second}
-    return task | asked_at_once(rng, first, second)
+    task["wrong"] = {}
+    return task
 
 
 def invented_fact(rng: Random, bear: dict, attribute: str, by_name: bool = True) -> dict:
@@ -196,7 +207,9 @@ def invented_fact(rng: Random, bear: dict, attribute: str, by_name: bool = True)
     short = form.format(lie)
     name = bear["name"]
     secret = f"the {attribute} of {name}"
-    subject = secret if by_name else f"{bear['his']} {attribute}"
+    subject = secret
+    if not by_name:
+        subject = f"{bear['his']} {attribute}"
     return {"kind": "choice", "choices": choices, "answer": lie, "name": name,
             "attribute": attribute, "question": f"What is {secret}", "short": short,
             "full": tidy(f"{subject} is {short}.")}
@@ -245,8 +258,9 @@ def ask_about(world, rng: Random, right: dict, other: dict) -> dict:
     wrong = right.copy()
     for slot in named:
         wrong[slot] = other[slot]
-    wrong_slots = {"short": short.format_map(wrong), "full": full.format_map(wrong),
-                   "answer": other[asked]}
+    wrong_slots = {"answer": other[asked]}
+    wrong_slots["short"] = short.format_map(wrong)
+    wrong_slots["full"] = full.format_map(wrong)
     return {"kind": "choice", "choices": choices[asked], "question": question.format_map(right),
             "short": short.format_map(right), "full": full.format_map(right),
             "answer": right[asked], "wrong": wrong_slots}
@@ -264,8 +278,9 @@ def reading_task(world, rng: Random) -> dict:
     # Of another sort, because "Where was Fern, and where was Moss?" asks for one thing twice.
     while second["choices"] == first["choices"]:
         second = ask_about(world, rng, other, right)
-    task = {"core": core, "forms": ("word", "sentence"), "passage": passage, "events": events,
-            "two": rng.random() < SHARE_OF_TWO, **first, "second": second}
+    task = first | {"core": core, "passage": passage, "events": events, "second": second}
+    task["forms"] = ("word", "sentence")
+    task["two"] = rng.random() < SHARE_OF_TWO
     if task["two"]:
         task["question"] = ask_both(first["question"], second["question"])
     return task
@@ -300,11 +315,12 @@ def sentiment_task(world, rng: Random) -> dict:
     second = {"kind": "choice", "choices": list(FEELINGS), "answer": feelings[other],
               "full": f"{who2} feels {feelings[other]}."}
     two = rng.random() < SHARE_OF_TWO
+    ask = "sentiment.two" if two else "sentiment"
     # Lessons name all three moods, in any order: "Moss felt sad, Ivy felt tired and Fern ...".
     order = rng.sample(range(3), 3)
     moods = [f"{bears[i]['name']} felt {feelings[i]}" for i in order]
     return {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
-            "ask": "sentiment.two" if two else "sentiment", "forms": ("word", "sentence"),
+            "ask": ask, "forms": ("word", "sentence"),
             "passage": passage, "who": who, "who2": who2, "all": listed(moods, " and "),
             "answer": right, "wrong": {"answer": wrong}, "two": two, "second": second}
 
@@ -488,8 +504,9 @@ def length_task(world, rng: Random) -> dict:
     """"How many words are in this list: owl, pear, saw?" Trains to count."""
     words = rng.sample(CATEGORY_WORDS, rng.randint(2, 6))
     count = len(words)
+    wrong = count + rng.choice((-1, 1))
     return {"core": words, "kind": "number", "words": listed(words), "answer": str(count),
-            "wrong": {"answer": str(count + rng.choice((-1, 1)))}}
+            "wrong": {"answer": str(wrong)}}
 
 
 def counting_task(world, rng: Random) -> dict:

@@ -704,7 +704,7 @@ PROMPTS = templates({
         many {things} {name} has now. / Count with me. {story} How many {things} does {name} have
         now? / {story} Tell me the number of {things} that {name} has.""",
     "arithmetic.sum": """
-        What is {sum}? / Work out {sum}. / Please solve {sum} step by step. / How much is {sum}? /
+        What is {sum}? / Work out {sum}. / Please solve {sum}. / How much is {sum}? /
         Tell me what {sum} is. / Can you work out {sum}?""",
     "lists": """
         Which of these are {category}: {words}? / Pick out the {category}: {words}. / Here are some
