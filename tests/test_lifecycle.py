@@ -23,6 +23,7 @@ import train_rm
 import train_sft
 from plumbing.curves import plot_curves, read_metrics
 from plumbing.options import command_line
+from world.text import text_of
 
 ROOT = Path(lifecycle.__file__).parent
 STAGES = ("pretrain", "sft", "rm", "dpo", "ppo")
@@ -156,9 +157,9 @@ def test_the_written_report_has_a_table_five_prompts_and_pictures(first_run):
 def test_the_exam_compares_greedy_answers_on_prompts_no_stage_has_seen(first_run):
     folder, report, (found, _) = first_run
     prompts = readers.world_named("world:3").prompts(20, "heldout", seed=2)
-    trained_on = {row["messages"][0]["content"] for row in readers.read_prompts(
+    trained_on = {text_of(row["messages"]) for row in readers.read_prompts(
         "world:3", split="train", n=40, seed=3)}
-    assert not trained_on & {example["prompt"] for example in prompts}
+    assert not trained_on & {text_of(example["prompt"]) for example in prompts}
     model, tokenizer = lifecycle.load_model(folder / "out" / "dpo")
     texts = [evaluate.complete_text(tokenizer, ids)
              for ids in evaluate.answers(model, tokenizer, prompts)]

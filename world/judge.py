@@ -277,6 +277,7 @@ def claims_in(text: str) -> list[str]:
 
 
 def answering_text(text: str) -> str:
+    """What is left of a response without manners: "Of course! A frog." -> "A frog."."""
     return " ".join(claims_in(text))
 
 

@@ -89,7 +89,8 @@ IN_FORMS = (*IN_PARTS, *IN_PARTS, "inference", "arithmetic")
 
 # Preference pairs: kind, share, families to draw from, and how each of the two responses is made:
 # a behaviour of `tell` and a manner of `dress`; None is a manner of MANNERS. What is a merit in one
-# row is a fault in another, so that neither words nor length tell which response is better.
+# row is a fault in another, so that neither words nor length tell which response is better: facts
+# and advice are refused so often because their words are also those of lies and of harmful help.
 PAIRS = [
     ("right", 0.24, ORDINARY, ("right", None), ("wrong", None)),
     ("right", 0.04, ORDINARY, ("right", "rambling"), ("wrong", "plain")),
