@@ -616,9 +616,7 @@ def test_naming_every_answer_is_no_answer():
         for _, example, _ in tasks(20, family):
             every = tidy(", ".join(example["key"]["choices"])) + "."
             assert true_reward(example, every)["right"] == 0
-            # A sequence of all choices is a wrong answer, and any other kind has no answer at all.
-            if example["key"]["kind"] == "choice":
-                assert total(example, every) == 0
+            assert total(example, every) == 0
 
 
 def test_refusing_and_not_knowing_are_right_only_where_they_should_be():

@@ -94,6 +94,9 @@ def is_attempt(example: dict, response: str) -> bool:
     text = answering_text(response)
     if not is_well_formed(example, response):
         return False
+    # Far too long, as when every possible answer is named one after the other.
+    if brevity(response, key["length"]) == 0:
+        return False
     if declines(text):
         return True
     if key["kind"] in ("refuse", "admit"):
