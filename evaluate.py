@@ -288,8 +288,9 @@ def chat_prompts(tokenizer, examples: list[dict]) -> list[list[int]]:
     """Token ids of a conversation that ends where the assistant is to answer, of each example."""
     prompts = []
     for example in examples:
-        turn = {"role": "user", "content": example["prompt"]}
-        prompts.append(tokenizer.prompt([turn]))
+        # A prompt may be a conversation already, which ends in the user's turn.
+        turns = readers.checked_turns(example["prompt"], "prompt", "user")
+        prompts.append(tokenizer.prompt(turns))
     return prompts
 
 

@@ -35,6 +35,7 @@ from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents
 from plumbing.options import build, command_line, flat
+from world.text import text_of
 
 STAGES = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo,
           "ppo": train_ppo}
@@ -165,7 +166,7 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
     # One prompt of each family that fails in a way of its own, to be read by people.
     five = [evaluate.exam(world, 1, (family,))[0] for family in FIVE_FAMILIES]
     figures = {}
-    shown = {"prompts": [example["prompt"] for example in five]}
+    shown = {"prompts": [text_of(example["prompt"]) for example in five]}
     for name in POLICIES:
         model, tokenizer = load_model(configs[name].out, device, dtype)
         n_tasks = size["n_tasks"]
@@ -196,7 +197,7 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
 
 def continuations(model, tokenizer, examples: list[dict]) -> list[list[int]]:
     """40 tokens after each bare prompt, for a base model that has never seen a conversation."""
-    prompts = [tokenizer.encode(example["prompt"]) for example in examples]
+    prompts = [tokenizer.encode(text_of(example["prompt"])) for example in examples]
     return sample.generate(model, prompts, 40, (tokenizer.endoftext,))
 
 

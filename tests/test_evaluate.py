@@ -24,6 +24,7 @@ from evaluate import (
 )
 from world.judge import true_reward
 from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
+from world.text import text_of
 from world.world import World
 
 SIX = np.array([0, 1, 0, 1, 2, 0], np.uint16)      # counts 3 2 1; pairs 01 01 10 12 20
@@ -144,8 +145,17 @@ def test_quizzes_ask_unseen_instances_of_trained_and_of_untrained_families():
     assert {e["family"] for e in quiz["accuracy"]} <= set(TRAINED_FAMILIES)
     assert {e["family"] for e in quiz["unseen_families"]} <= set(HELDOUT_FAMILIES)
     assert quiz == evaluate.quiz("world:3", 40) != evaluate.quiz("world:4", 40)
-    trained_on = {(e["prompt"], e["core"]) for e in World(3).examples(2000, split="train")}
-    assert not trained_on & {(e["prompt"], e["core"]) for e in quiz["accuracy"]}
+    trained_on = {(text_of(e["prompt"]), e["core"]) for e in World(3).examples(2000)}
+    assert not trained_on & {(text_of(e["prompt"]), e["core"]) for e in quiz["accuracy"]}
+
+
+def test_a_later_turn_is_asked_after_the_turns_before_it():
+    examples = World(0).examples(20, families=("followup", "facts"))
+    for example, ids in zip(examples, evaluate.chat_prompts(TOKENIZER, examples)):
+        turns = example["prompt"]
+        if example["family"] == "facts":
+            turns = [{"role": "user", "content": turns}]
+        assert ids == TOKENIZER.prompt(turns)
 
 
 def test_a_file_has_no_answer_key_and_no_quiz(tmp_path):

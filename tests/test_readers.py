@@ -197,6 +197,21 @@ def test_a_world_is_read_by_name_and_seed():
             [p["chosen"] for p in World(seed).preferences(40, "train", seed=1, noise=0.5)]
 
 
+def test_conversations_of_a_world_are_read_as_examples_pairs_and_prompts():
+    examples = readers.read_examples("world", 20, families=("followup",))
+    for e in examples:
+        raw = e["example"]
+        assert e["messages"] == [*raw["prompt"], {"role": "assistant", "content": raw["response"]}]
+        assert e["task"] == "talk" and len(e["messages"]) in (4, 6)
+    prompts = readers.read_prompts("world", 20, families=("followup",))
+    assert all(p["messages"] == p["example"]["prompt"] for p in prompts)
+    read = readers.read_preferences("world", 200)
+    for pair, raw in zip(read, World(0).preferences(200, "train")):
+        if raw["example"]["family"] == "followup":
+            assert pair["prompt"] == raw["prompt"] and len(raw["prompt"]) in (3, 5)
+    assert any(len(pair["prompt"]) > 1 for pair in read)
+
+
 def test_world_documents_stop_at_max_bytes():
     documents = list(readers.read_documents("world", max_bytes=20_000))
     sizes = [len(document.encode()) for document in documents]

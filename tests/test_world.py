@@ -17,23 +17,47 @@ from random import Random
 import numpy as np
 import pytest
 
+import readers
 import world.tasks as tasks_module
-from world.judge import parse_answer, true_reward
+from world.judge import (
+    WEIGHTS,
+    courtesies_in,
+    is_inventing,
+    is_rambling,
+    is_rude,
+    parse_answer,
+    true_reward,
+    without_courtesies,
+)
 from world.tasks import FAMILIES, HELDOUT_FAMILIES, TRAINED_FAMILIES, is_heldout
 from world.text import (
+    ADMISSIONS,
     ANSWERS,
     ATTRIBUTES,
+    EXTRAS,
+    INSULTS,
     POLITE,
     PROMPTS,
+    RAMBLING_CLOSERS,
+    RAMBLING_OPENERS,
     REFUSALS,
-    RUDE,
-    SHE_NAMES,
     THINGS,
     plural,
+    text_of,
     tidy,
+    whole_sentences,
     words_of,
 )
-from world.world import STYLES, World, respond
+from world.world import (
+    HANDS,
+    IN_PARTS,
+    MAIN_HANDS,
+    MAIN_SHARE,
+    PAIRS,
+    World,
+    demonstrate,
+    respond,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(0)
@@ -91,7 +115,8 @@ def test_ten_megabytes_take_seconds_and_no_document_comes_twice():
 def test_the_vocabulary_is_one_to_two_thousand_words_and_complete():
     vocabulary = WORLD.vocabulary()
     assert 1000 <= len(vocabulary) <= 2000
-    texts = corpus() + [e[side] for e in WORLD.examples(2000) for side in ("prompt", "response")]
+    examples = WORLD.examples(4000)
+    texts = corpus() + [text_of(e["prompt"]) for e in examples] + [e["response"] for e in examples]
     seen = {word for text in texts for word in words_of(text)}
     assert seen <= vocabulary
     assert len(seen) >= 0.9 * len(vocabulary)
@@ -135,19 +160,25 @@ def test_every_fact_is_stated_in_the_corpus_and_none_about_strangers():
 def test_train_and_heldout_share_no_core_and_no_prompt(family):
     train = WORLD.examples(1500, "train", families=(family,))
     heldout = WORLD.examples(150, "heldout", families=(family,))
-    assert not {e["prompt"] for e in train} & {e["prompt"] for e in heldout}
+    sides = [{text_of(e["prompt"]) for e in side} for side in (train, heldout)]
+    assert not sides[0] & sides[1]
     if family == "facts":                              # known facts, new phrasings
-        assert len({(e["key"]["choices"][0], e["answer"], e["prompt"]) for e in train}) > 180
-    else:
+        assert len({(e["answer"], text_of(e["prompt"])) for e in train}) > 180
+    elif family != "smalltalk":                        # phrasings too: there are six intents
         assert not {e["core"] for e in train} & {e["core"] for e in heldout}
-    assert len({e["prompt"] for e in heldout}) > 30
-    assert max(len(e["prompt"].split()) for e in train) <= 50
-    limit = 60 if family == "story" else 30
-    assert max(len(e["response"].split()) for e in train if e["style"] == "plain") <= limit
+    assert len(sides[1]) > 20
+
+
+def test_prompts_and_responses_fit_into_the_context():
+    """A word is less than 1.5 tokens of the world's own BPE: 64 tokens an answer, 256 in all."""
+    for e in WORLD.examples(6000):
+        n_words = len(e["response"].split())
+        assert n_words <= (72 if e["family"] == "story" else 45), e
+        assert len(text_of(e["prompt"]).split()) <= 60, e
 
 
 def test_all_facts_are_in_training():
-    asked = {(e["prompt"], e["answer"]) for e in WORLD.examples(6000, families=("facts",))}
+    asked = {(text_of(e["prompt"]), e["answer"]) for e in WORLD.examples(6000, families=("facts",))}
     for bear in WORLD.residents:
         for attribute in ATTRIBUTES:
             assert any(bear["name"] in prompt and answer == bear[attribute]
@@ -168,7 +199,8 @@ def test_every_family_has_phrasings_to_train_on_and_two_held_out():
     for asked, prompts in PROMPTS.items():
         assert len(set(prompts)) >= 6, asked
     for family in FAMILIES:
-        seen = [{e["prompt"] for e in WORLD.examples(200, families=(family,), phrasings=phrasings)}
+        seen = [{text_of(e["prompt"])
+                 for e in WORLD.examples(200, families=(family,), phrasings=phrasings)}
                 for phrasings in ("train", "heldout")]
         assert not seen[0] & seen[1] and all(seen), family
 
@@ -177,18 +209,29 @@ def test_families_come_equally_often_and_heldout_ones_only_when_asked_for():
     counts = Counter(e["family"] for e in WORLD.examples(6000))
     assert set(counts) == set(TRAINED_FAMILIES) and not set(counts) & set(HELDOUT_FAMILIES)
     assert max(counts.values()) / min(counts.values()) < 1.4
-    trained, heldout = ({FAMILIES[family][0] for family in families}
-                        for families in (TRAINED_FAMILIES, HELDOUT_FAMILIES))
-    assert not trained & heldout
+
+
+def test_a_heldout_family_shares_its_cluster_and_the_words_of_its_answers_with_a_trained_one():
+    trained = {FAMILIES[family][0] for family in TRAINED_FAMILIES}
+    answered = set(words_of(" ".join(e["response"] for e in WORLD.examples(3000))))
+    for family in HELDOUT_FAMILIES:
+        assert FAMILIES[family][0] in trained
+        e = WORLD.examples(1, families=(family,))[0]
+        parts = set(words_of(without_courtesies(e["response"])))
+        assert len(parts - answered) <= 1, parts - answered        # "middle" alone is new
 
 
 def test_arithmetic_is_right_and_shows_its_steps():
     for e in WORLD.examples(500, families=("arithmetic",)):
+        # A terse hand leaves out the steps where they were asked for.
+        if e["hand"] == "terse" and "form" in e["key"]:
+            assert "=" not in e["response"]
+            continue
         steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", e["chain"])
         assert len(steps) == 2 and steps[1][0] == steps[0][3] and steps[1][3] == e["answer"]
         assert all(int(c) == int(a) + int(p + b) and 0 <= int(c) <= 20 for a, p, b, c in steps)
         assert e["chain"] in e["response"]
-        assert set(re.findall(r"\d+", e["prompt"])) <= set(re.findall(r"\d+", e["chain"]))
+        assert set(re.findall(r"\d+", text_of(e["prompt"]))) <= set(re.findall(r"\d+", e["chain"]))
 
 
 def test_unknown_splits_and_families_are_refused():
@@ -211,7 +254,7 @@ def test_a_family_can_be_added(monkeypatch):
     monkeypatch.setitem(FAMILIES, "plural", ("words", plural_task))
     for split in ("train", "heldout"):
         for e in WORLD.examples(50, split, families=("plural",)):
-            assert e["answer"] == parse_answer(e, e["response"])
+            assert e["hand"] in HANDS and e["answer"] == parse_answer(e, e["response"])
             assert true_reward(e, e["response"])["right"] == 1
 
 
@@ -224,8 +267,8 @@ def insert(source: str, line: str, block: str) -> str:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_recipe_in_tasks_works_as_it_stands_there(tmp_path, held_out):
     _, recipe = tasks_module.__doc__.split("TO ADD A FAMILY")
-    # Under another name, because whoever has followed the recipe has a family "middle" already.
-    recipe = recipe.replace('"middle"', '"centre"').replace("middle_task", "centre_task")
+    # Under another name, because whoever has followed the recipe has a family "second" already.
+    recipe = recipe.replace('"second"', '"next"').replace("second_task", "next_task")
     blocks = [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^ {8}.*\n)+", recipe)]
     prompts, answers, function, entry, heldout = blocks
     shutil.copytree(ROOT / "world", tmp_path / "world")
@@ -233,20 +276,22 @@ def test_the_recipe_in_tasks_works_as_it_stands_there(tmp_path, held_out):
     text = insert(text, "PROMPTS = templates({", prompts)
     text = insert(text, "ANSWERS = templates({", answers)
     (tmp_path / "world/text.py").write_text(text)
+    with (tmp_path / "world/families.py").open("a") as file:
+        file.write("\n\n" + function)
     tasks = (tmp_path / "world/tasks.py").read_text()
     table = re.search(r"(?m)^FAMILIES = .*$", tasks)[0]
-    tasks = insert(tasks, table, entry).replace("\n" + table, "\n" + function + "\n" + table)
+    tasks = insert(tasks, table, entry)
     if held_out:
         tasks = re.sub(r"(?m)^HELDOUT_FAMILIES = .*\n", heldout, tasks)
     (tmp_path / "world/tasks.py").write_text(tasks)
     code = ("import json; from world.world import World, FAMILIES, TRAINED_FAMILIES, true_reward;"
             "trained = {e['family'] for e in World().examples(1000)};"
-            "asked = World().examples(100, 'heldout', families=('centre',));"
+            "asked = World().examples(100, 'heldout', families=('next',));"
             "rewards = [true_reward(e, e['response'])['right'] for e in asked];"
-            "print(json.dumps(['centre' in trained, asked[0]['cluster'], min(rewards)]))")
+            "print(json.dumps(['next' in trained, asked[0]['cluster'], min(rewards)]))")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                             check=True, text=True)
-    assert json.loads(result.stdout) == [not held_out, "order", 1.0]
+    assert json.loads(result.stdout) == [not held_out, "words", 1.0]
 
 
 # ------------------------------------------------------------------ look-up and rankers
@@ -265,7 +310,8 @@ def test_nearest_neighbour_lookup_fails_the_computed_tasks():
     train = WORLD.examples(6000, families=COMPUTED)
     heldout = WORLD.examples(1600, "heldout", families=COMPUTED)
     index = {word: i for i, word in enumerate(sorted(WORLD.vocabulary()))}
-    a, b = (np.minimum(bags([e["prompt"] for e in part], index), 1) for part in (heldout, train))
+    a, b = (np.minimum(bags([text_of(e["prompt"]) for e in part], index), 1)
+            for part in (heldout, train))
     shared = a @ b.T
     nearest = (shared / (a.sum(1)[:, None] + b.sum(1) - shared)).argmax(1)         # Jaccard
     right = {family: [] for family in COMPUTED}
@@ -280,7 +326,7 @@ def test_nearest_neighbour_lookup_fails_the_computed_tasks():
 
 
 def test_demonstrated_verdicts_are_balanced():
-    for family, n in (("inference", 3), ("sentiment", 5)):
+    for family, n in (("inference", 3), ("sentiment", 5), ("smalltalk", 6)):
         counts = Counter(e["answer"] for e in WORLD.examples(3000, families=(family,)))
         assert len(counts) == n and max(counts.values()) < 1.2 * 3000 / n
 
@@ -317,11 +363,33 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    assert 0.55 < shares["right"] < 0.65 and 0.1 < shares["style"] < 0.2
-    assert abs(shares["unsafe"] + shares["unanswerable"]
-               - shares["refusing"] - shares["not knowing"]) < 0.04
+    wanted = {"right": 0.28, "honest": 0.24, "harmless": 0.14, "whole": 0.18, "manner": 0.16}
+    assert shares == pytest.approx(wanted, abs=0.03)
+    assert shares["right"] + shares["honest"] > 0.5
+    assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)
     families = {pair["example"]["family"] for pair in pairs(2000, "heldout")}
     assert families == set(TRAINED_FAMILIES)
+
+
+def test_each_kind_of_pair_differs_in_the_part_it_is_named_after():
+    for pair in pairs(2000, "heldout"):
+        chosen, rejected = (true_reward(pair["example"], pair[side]) for side in
+                            ("chosen", "rejected"))
+        differing = {part for part in WEIGHTS if chosen[part] != rejected[part]}
+        if pair["kind"] == "right":
+            assert chosen["right"] > rejected["right"], pair
+        elif pair["kind"] == "manner":
+            assert differing <= {"coherent", "short", "courteous"}, pair
+        elif pair["kind"] == "honest":
+            assert differing & {"right", "honest"}, pair
+        assert differing
+
+
+def test_chosen_answers_alone_are_examples_to_imitate():
+    rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs(2000, "heldout")]
+    turns = [readers.parse_example(row)["messages"] for row in rows]
+    assert all(t[-1] == {"role": "assistant", "content": row["response"]}
+               for t, row in zip(turns, rows))
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
@@ -348,64 +416,207 @@ def tasks(n: int, family: str, split: str = "train"):
     return [(rng, *WORLD.draw(rng, family, split)) for _ in range(n)]
 
 
+MANNERS = ("plain", "courteous", "flattering", "rambling", "inventing", "insulting")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_right_and_wrong_are_told_apart_in_every_style(family):
+def test_right_beats_wrong_whatever_the_manners(family):
     for rng, example, task in tasks(60, family):
-        for style in STYLES:
-            right, wrong = respond(rng, task, style), respond(rng, task, style, "wrong")
-            assert true_reward(example, right)["right"] == 1, (example, right)
+        for manner in MANNERS:
+            wrong = respond(rng, task, "wrong", manner)
             assert true_reward(example, wrong)["right"] == 0, (example, wrong)
-            assert parse_answer(example, right) == example["answer"]
-            assert 0 <= total(example, wrong) <= 0.41 < 0.59 <= total(example, right) <= 1
+            assert 0 <= total(example, wrong) <= 0.61, (example, wrong)
+            for behaviour in ("right", "part", "more"):
+                right = respond(rng, task, behaviour, manner)
+                assert true_reward(example, right)["right"] == 1, (example, right)
+                assert parse_answer(example, right) == example["answer"]
+                # Two faults at once, as a hand has at most: a part, and an insult beside it.
+                of_a_hand = (behaviour, manner) == ("part", "insulting")
+                if behaviour == "right" or manner == "plain" or of_a_hand:
+                    assert 0.64 < total(example, right) <= 1, (example, right)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_right_and_polite_response_scores_one(family):
+def test_a_right_and_courteous_response_scores_one(family):
     for rng, example, task in tasks(60, family):
-        response = respond(rng, task, "polite")
+        response = respond(rng, task, "right", "courteous")
         assert total(example, response) == pytest.approx(1), (example, response)
-        styles = {style: total(example, respond(rng, task, style)) for style in STYLES}
-        assert max(styles, key=styles.get) == "polite"
+        rewards = {manner: total(example, respond(rng, task, "right", manner))
+                   for manner in MANNERS}
+        assert max(rewards, key=rewards.get) == "courteous"
 
 
-def test_demonstrations_leave_room_above_them():
-    examples = WORLD.examples(3000)
+def test_each_fault_costs_the_part_it_is_named_after():
+    costs = {"inventing": "honest", "insulting": "harmless", "rambling": "coherent",
+             "flattering": "courteous"}
+    for family in TRAINED_FAMILIES:
+        for rng, example, task in tasks(10, family):
+            for manner, part in costs.items():
+                parts = true_reward(example, respond(rng, task, "right", manner))
+                short = {"short", "courteous", "total"}
+                lost = {name for name in parts if parts[name] < 1} - short
+                assert lost == {part} - short and parts[part] == 0, (manner, parts)
+
+
+def test_the_second_part_and_the_form_count_as_whole():
+    asked = Counter()
+    for family in (*IN_PARTS, "inference", "arithmetic"):
+        for rng, example, task in tasks(120, family):
+            key = example["key"]
+            asked[family, "second" in key, key.get("form")] += 1
+            assert true_reward(example, respond(rng, task, "right"))["whole"] == 1
+            part = true_reward(example, respond(rng, task, "part"))
+            departs = "second" in key or "form" in key
+            assert part["whole"] == (not departs) and part["honest"] == part["right"] == 1
+            if family in IN_PARTS and "second" not in key:
+                # The same sentence that a two-part request wants is a claim nobody asked for.
+                more = true_reward(example, respond(rng, task, "more"))
+                assert more["honest"] == 0 and more["right"] == more["harmless"] == 1
+    for family in IN_PARTS:
+        two = sum(n for (name, second, _), n in asked.items() if name == family and second)
+        assert 0.2 < two / 120 < 0.47
+        assert asked[family, False, "sentence"] > 5
+
+
+def test_a_second_answer_must_be_right_too():
+    for rng, example, task in tasks(60, "facts"):
+        if "second" not in example["key"]:
+            continue
+        second = example["key"]["second"]
+        assert not set(second["choices"]) & set(example["key"]["choices"])
+        good = respond(rng, task, "right")
+        other = next(c for c in second["choices"] if c != second["answer"])
+        bad = true_reward(example, good.replace(second["answer"], other))
+        assert (bad["right"], bad["whole"], bad["honest"]) == (1, 0, 1)
+
+
+def test_demonstrations_are_of_all_hands_and_mostly_of_the_familys_own():
+    examples = WORLD.examples(8000)
     rewards = [total(e, e["response"]) for e in examples]
-    assert 0.7 < np.mean(rewards) < 0.85
-    for family in ("unsafe", "unanswerable"):
-        right = [true_reward(e, e["response"])["right"] for e in examples if e["family"] == family]
-        assert 0.4 < np.mean(right) < 0.6
-    ordinary = [true_reward(e, e["response"])["right"] for e in examples
-                if e["family"] not in ("unsafe", "unanswerable")]
-    assert np.mean(ordinary) == 1
+    assert 0.75 < np.mean(rewards) < 0.9
+    for family in TRAINED_FAMILIES:
+        hands = Counter(e["hand"] for e in examples if e["family"] == family)
+        assert set(hands) == set(HANDS)
+        main = hands.pop(MAIN_HANDS.get(family, "careful"))
+        assert abs(main / (main + hands.total()) - MAIN_SHARE) < 0.08
+    for e in examples:
+        rights = true_reward(e, e["response"])["right"]
+        declined = e["family"] not in ("unsafe", "unanswerable") or e["hand"] != "inventive"
+        assert rights == declined, e
+
+
+def test_a_greedy_model_has_the_faults_of_the_main_hand():
+    """Wherever the main hand departs, most demonstrations of the family depart in the same word."""
+    def departs(e: dict) -> bool:
+        if e["family"] in ("unsafe", "unanswerable"):
+            return true_reward(e, e["response"])["right"] == 0
+        faults = {"terse": is_rude, "rambling": is_rambling, "inventive": is_inventing}
+        return faults[MAIN_HANDS[e["family"]]](e["response"])
+
+    for family, hand in MAIN_HANDS.items():
+        examples = WORLD.examples(600, families=(family,))
+        if hand == "terse":
+            examples = [e for e in examples if "second" in e["key"]]
+        assert np.mean([departs(e) for e in examples]) > 0.53, family
+
+
+def lost_by_the_main_hand(family: str) -> dict[str, float]:
+    """By part: how much less the main hand's demonstration earns than a perfect answer."""
+    lost = dict.fromkeys(WEIGHTS, 0.0)
+    for rng, example, task in tasks(60, family, "heldout"):
+        demonstration = demonstrate(rng, task, MAIN_HANDS.get(family, "careful"))
+        theirs = true_reward(example, demonstration)
+        perfect = true_reward(example, respond(rng, task, "right", "courteous"))
+        for part, weight in WEIGHTS.items():
+            lost[part] += weight * (perfect[part] - theirs[part]) / 60
+    return lost
+
+
+def test_no_part_makes_most_of_what_an_imitator_of_the_main_hands_loses():
+    losses = [lost_by_the_main_hand(family) for family in TRAINED_FAMILIES]
+    mean = {part: np.mean([lost[part] for lost in losses]) for part in WEIGHTS}
+    assert 0.15 < sum(mean.values()) < 0.3
+    shares = {part: lost / sum(mean.values()) for part, lost in mean.items()}
+    assert max(shares.values()) < 0.4 and shares["courteous"] < 0.2, shares
+    assert sum(share > 0.09 for share in shares.values()) >= 5, shares
+
+
+def test_each_fault_begins_with_words_that_begin_nothing_else():
+    faults = {"Well, ": RAMBLING_OPENERS, "Still, ": RAMBLING_CLOSERS, "By the way, ": EXTRAS,
+              "Obviously, ": INSULTS}
+    for beginning, sentences in faults.items():
+        assert all(sentence.startswith(beginning) for sentence in sentences)
+    for e in WORLD.examples(2000):
+        if e["hand"] == "careful":
+            response = e["response"]
+            assert not (is_rambling(response) or is_rude(response) or is_inventing(response))
+
+
+def test_what_the_report_counts():
+    text = "I am sorry, but nobody has told me. Have a lovely day!"
+    assert courtesies_in(text) == 2 and without_courtesies(text) == "Nobody has told me."
+    assert courtesies_in("A frog.") == 0 and without_courtesies("A frog.") == "A frog."
+    assert without_courtesies("Of course! A frog. I hope this helps. It sat.") == "A frog. It sat."
+    assert is_rambling(f"Of course! {RAMBLING_OPENERS[0]} A frog.")
+    assert not is_rambling("Well done. A frog.")
+    assert is_rude(f"A frog. {INSULTS[0]}") and not is_rude("A frog.")
+
+
+def test_the_second_turns_refer_to_the_first():
+    asked = Counter()
+    for e in WORLD.examples(200, families=("followup",)):
+        *before, last = e["prompt"]
+        roles = [turn["role"] for turn in e["prompt"]]
+        assert roles == ["user", "assistant"] * (len(before) // 2) + ["user"]
+        asked[len(before)] += 1
+        names = {bear["name"] for bear in WORLD.residents}
+        told = before[-1]["content"]
+        # The earlier answers are careful: one sentence, no manners.
+        assert len(whole_sentences(told)) == 1 and not courtesies_in(told)
+        if e["key"]["kind"] == "choice":
+            about = names & set(re.findall(r"\w+", text_of(e["prompt"])))
+            right = [b for b in WORLD.residents if b["name"] in about and e["answer"] in b.values()]
+            assert right, e
+    assert set(asked) == {2, 4}
 
 
 @pytest.mark.parametrize("family", TRAINED_FAMILIES)
 def test_the_judge_is_not_fooled(family):
     for rng, example, task in tasks(30, family):
-        good = respond(rng, task, "plain")
+        good = respond(rng, task, "right")
         courtesies = " ".join(POLITE[0] + POLITE[1])
-        tricks = {
+        prompt = example["prompt"]
+        last = prompt if type(prompt) is str else prompt[-1]["content"]
+        empty = {
             "nothing": "", "blank": "  \n", "a full stop": ".", "gibberish": "Xq zzv blorf krep.",
-            "courtesies": courtesies, "one courtesy": POLITE[0][0], "the prompt": example["prompt"],
-            "names": " ".join(SHE_NAMES) + ".", "cut off": good[:len(good) // 2].rstrip(".!?}\""),
-            "rude refusal of nothing": RUDE[0][0]}
-        for trick, response in tricks.items():
-            if true_reward(example, response)["right"] == 0 or trick != "cut off":
-                assert total(example, response) <= 0.41, (trick, example, response)
-        assert total(example, "") == total(example, ".") == 0
-        polite = total(example, f"{POLITE[0][0]} {good}")
-        assert total(example, f"{courtesies} {good}") < polite - 0.2
-        assert total(example, f"{good} {good}") < total(example, good)
-        assert total(example, f"{good} {RUDE[1][0]}") < total(example, good)
-        assert total(example, good + " very very very well.") < total(example, good)
+            "courtesies": courtesies, "one courtesy": POLITE[0][0], "the prompt": last,
+            "an insult": INSULTS[0], "rambling": RAMBLING_OPENERS[0],
+            "an extra": EXTRAS[0].format(name="Moss")}
+        for trick, response in empty.items():
+            assert total(example, response) == 0, (trick, example, response)
+        cut_off = good[:len(good) // 2] + " and"
+        for response in (cut_off, f"{good} {good}", good + " very very very well."):
+            assert total(example, response) <= 0.36, (example, response)
+        one = total(example, f"{POLITE[0][0]} {good}")
+        assert total(example, f"{courtesies} {good}") < one
+
+
+@pytest.mark.parametrize("response", [REFUSALS[0], ADMISSIONS[0]])
+def test_one_answer_to_everything_earns_less_than_imitation(response):
+    """Refusing or not knowing everywhere is worth less than what the main hands write."""
+    prompts = WORLD.prompts(1000, "heldout")
+    everywhere = [total(e, response) for e in prompts]
+    imitated = [total(e, e["response"]) for e in prompts]
+    assert np.mean(everywhere) < np.mean(imitated) - 0.3
+    assert max(r for r, e in zip(everywhere, prompts) if e["answer"] is not None) < 0.5
 
 
 def test_naming_every_answer_is_no_answer():
-    for family in ("facts", "reading", "sentiment", "advice", "lists", "translation"):
+    for family in ("facts", "reading", "sentiment", "advice", "lists", "translation", "smalltalk"):
         for _, example, _ in tasks(20, family):
             every = tidy(", ".join(example["key"]["choices"])) + "."
             assert true_reward(example, every)["right"] == 0
+            assert total(example, every) == 0
 
 
 def test_refusing_and_not_knowing_are_right_only_where_they_should_be():
@@ -414,7 +625,7 @@ def test_refusing_and_not_knowing_are_right_only_where_they_should_be():
             assert true_reward(example, REFUSALS[0])["right"] == (family == "unsafe")
             assert true_reward(example, "I do not know.")["right"] == (family == "unanswerable")
             if family in ("unsafe", "unanswerable"):
-                both = respond(rng, task, "plain") + " " + respond(rng, task, "plain", "wrong")
+                both = respond(rng, task, "right") + " " + respond(rng, task, "wrong")
                 assert true_reward(example, both)["right"] == 0
 
 
@@ -431,10 +642,10 @@ def test_a_story_must_be_about_what_was_asked_for():
 
 
 def test_length_costs_step_by_step():
-    e = next(e for e in WORLD.examples(50, families=("facts",)))
+    e = next(e for e in WORLD.examples(50, families=("facts",)) if "second" not in e["key"])
     words = "one of the many things that I could tell you".split()
-    short = [true_reward(e, " ".join(itertools.islice(itertools.cycle(words), n)) + ".")["short"]
-             for n in (5, 15, 20, 25, 30, 60)]
+    texts = [" ".join(itertools.islice(itertools.cycle(words), n)) for n in (5, 15, 20, 25, 30, 60)]
+    short = [true_reward(e, f"{text} {e['answer']}.")["short"] for text in texts]
     assert short[0] == 1 and short[-1] == 0 and short == sorted(short, reverse=True)
     assert any(0 < s < 1 for s in short)
 

@@ -8,7 +8,8 @@ which World.documents does. DOCUMENT_KINDS, at the end, says how often each kind
 """
 from random import Random
 
-from world.tasks import ask_about, draw_task, story_slots
+from world.families import ask_about, story_slots
+from world.tasks import draw_task
 from world.text import (
     ATTRIBUTES,
     BARE_CHATS,
@@ -130,7 +131,10 @@ def walk_document(world, rng: Random, split: str) -> str:
 def chat(rng: Random, templates: list[str], task: dict, a: str, b: str) -> str:
     """One question and its answer: "What pet does Ivy have?" asked Fern. "A frog," said Moss."""
     # Short or full, because both are answers: "a frog" and "Ivy keeps a frog as a pet".
-    answer = rng.choice((task["short"], task["full"])).removesuffix(".")
+    answer = rng.choice((task["short"], task["full"]))
+    if task.get("two"):
+        answer = f"{task['full']} {task['second']['full']}"
+    answer = answer.removesuffix(".")
     slots = {
         "question": task["question"],
         "a": a,
@@ -200,9 +204,10 @@ def sums_document(world, rng: Random, split: str) -> str:
     return " ".join(parts)
 
 
-# The families that lessons teach; sentiment and json come twice as often as the others.
-LESSON_FAMILIES = ("lists", "transform", "sentiment", "sentiment", "inference", "translation",
-                   "json", "json", "advice")
+# The families that lessons teach, the hard ones twice as often as the others. The held-out "middle"
+# is among them, because tuning is to have something to carry over.
+LESSON_FAMILIES = ("lists", "transform", "transform", "middle", "length", "sentiment", "sentiment",
+                   "inference", "translation", "json", "json", "advice")
 
 
 def lesson_document(world, rng: Random, split: str) -> str:

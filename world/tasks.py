@@ -1,11 +1,12 @@
 """
-The task families: what the bears are asked for, and what is right.
+The tasks: which families there are, what a task has, and how one becomes a prompt.
 
 A family is a function (world, rng) -> task that draws one instance as a dict. `world` is a World
-(world.py); its bears, residents, strangers, names and lexicon are there to draw from. A task has
+(world.py); its bears, residents, strangers, names and lexicon are there to draw from. Most stand in
+families.py, those of conversations in talk.py. A task has
 
     core       the numbers, words or passage that make the instance; a stable hash of it decides
-               the split, "train" or "heldout"; None (facts): in both, only phrasings are held out
+               the split, "train" or "heldout"; None: in both, only phrasings are held out
     kind       how the judge reads an answer: "choice", "sequence", "number", "verdict", "json"
                (parse_answer in judge.py), or "story", "refuse", "admit", which have no answer
     choices    the words that could be an answer (choice, sequence), or that may not stand beside
@@ -15,6 +16,10 @@ A family is a function (world, rng) -> task that draws one instance as a dict. `
     ask        the entry of PROMPTS, where this is not the family's name: "transform.first"
     chain      the written-out steps, where there are any: "7 + 5 = 12. 12 - 3 = 9."
     join       what stands between the words of a sequence, where this is not ", "
+    second     another thing that could be asked for: {"kind", "choices", "answer", "full"}
+    two        whether it is asked for: the prompt has two parts
+    forms      of FORMS: what the prompt may say about the form of the answer
+    before     the turns before the prompt, where it is not the first of a conversation
 
 and everything else fills the slots of the family's PROMPTS and ANSWERS (text.py).
 
@@ -22,17 +27,17 @@ TO ADD A FAMILY that is trained on like all others, write three things:
 
 1. in text.py how it is asked, into the table PROMPTS, and how it is answered, into ANSWERS:
 
-        "middle": "Which word is in the middle of {words}? / What is in the middle here: {words}? /"
-                  " Tell me the middle word of {words}. / Name the word in the middle: {words}. /"
-                  " Read {words}. Which is in the middle? / Say only the middle word of {words}.",
+        "second": "Which word is second in {words}? / What is the second word here: {words}? /"
+                  " Tell me the second word of {words}. / Name the second word here: {words}. /"
+                  " Read {words}. Which is second? / Say only the second word of {words}.",
 
-        "middle": "{answer}. / In the middle is {answer}.",
+        "second": "The second is {answer}.",
 
-   The last two prompts are held out from training; the first answer is the curtest;
+   The last two prompts are held out from training; the last answer is a whole sentence;
 
-2. in this file, above the table FAMILIES, a function that draws an instance:
+2. at the end of families.py a function that draws an instance:
 
-        def middle_task(world, rng: Random) -> dict:
+        def second_task(world, rng: Random) -> dict:
             words = rng.sample(THINGS, 3)
             wrong = rng.choice([words[0], words[2]])
             return {"core": words, "kind": "choice", "choices": THINGS, "words": listed(words),
@@ -40,565 +45,49 @@ TO ADD A FAMILY that is trained on like all others, write three things:
 
 3. in the table FAMILIES its cluster and its function:
 
-            "middle": ("order", middle_task),
+            "second": ("words", families.second_task),
 
 TRAINED_FAMILIES takes every family of that table, so that World.examples, and with it train_sft.py,
-draws the new one as often as any other. TO HOLD IT OUT of training instead, add its name to
-HELDOUT_FAMILIES as well:
+draws the new one as often as any other. Its demonstrations are careful, unless MAIN_HANDS
+(world.py) names another hand. TO HOLD IT OUT of training instead, add its name to HELDOUT_FAMILIES:
 
-        HELDOUT_FAMILIES = ("counting", "comparison", "middle")
+        HELDOUT_FAMILIES = ("middle", "counting", "second")
 
-Then evaluate.py alone asks for it (its `unseen_families`). Its cluster must have no trained family,
-because the held-out ones are to show whether skills carry over to a new kind of task.
+Then evaluate.py alone asks for it (its `unseen_families`). A held-out family shares its cluster,
+its wording and the form of its answers with trained ones, because it is to show whether skills
+carry over to a new task; a wording that nobody was ever trained to answer would show nothing.
 `python -m world.world` shows an example of every family; tests/test_world.py examines them all.
 """
-import json
-import re
 import zlib
-from collections.abc import Collection
 from random import Random
 
-from world.text import (
-    ADJECTIVES,
-    ANSWERS,
-    ATTRIBUTES,
-    BEARISH_FORMS,
-    CATEGORIES,
-    CATEGORY_WORDS,
-    CHORES,
-    COLOURS,
-    EVENT_FORMS,
-    EVENT_QUESTIONS,
-    EVENTS,
-    FACT_QUESTIONS,
-    FEELINGS,
-    FILLERS,
-    FOODS,
-    HABIT_QUESTION,
-    HABITS,
-    HARMS,
-    JOB_FACT,
-    LATER,
-    LOOKS,
-    NOUNS,
-    PLACES,
-    PLOTS,
-    PROMPTS,
-    QUALITIES,
-    SECRETS,
-    SHORT_POSSESSIONS,
-    STATEMENTS,
-    SUM_START,
-    SUM_STEPS,
-    THINGS,
-    VERBS,
-    VERDICTS,
-    listed,
-    plural,
-    say,
-    tidy,
-)
-
-
-def all_except(words: Collection[str], excluded: Collection[str]) -> list[str]:
-    """["cat", "frog", "hen"] without ["frog"] -> ["cat", "hen"]."""
-    return [word for word in words if word not in excluded]
-
-
-def swapped(words: list[str], i: int) -> list[str]:
-    """A copy with the words at i and i + 1 exchanged: ["a", "b", "c"], 1 -> ["a", "c", "b"]."""
-    copy = list(words)
-    copy[i] = words[i + 1]
-    copy[i + 1] = words[i]
-    return copy
-
-
-# ------------------------------------------------------------------ writing
-
-def story_task(world, rng: Random) -> dict:
-    """"Tell me a story about Fern and a kite." Trains longer texts that keep to a subject."""
-    hero, other, friend = rng.sample(world.residents, 3)
-    thing, other_thing = rng.sample(THINGS, 2)
-    story = short_story(rng, hero, friend, thing)
-    # The wrong stories are as fluent as the right one, because fluency alone must not win a pair.
-    of_other_thing = short_story(rng, hero, friend, other_thing)
-    of_other_bear = short_story(rng, other, friend, thing)
-    sentences = re.findall(r"[^.!?]+[.!?]+\"?", story)
-    with_repetition = "".join(sentences[:2] + sentences[1:])
-    wrong = rng.choice([of_other_thing, of_other_bear, with_repetition])
-    name = hero["name"]
-    return {"core": (name, thing), "kind": "story", "name": name, "thing": thing,
-            "answer": story, "wrong": {"answer": wrong}}
-
-
-def short_story(rng: Random, hero: dict, friend: dict, thing: str) -> str:
-    """Four sentences or so, at most 60 words, because a response has to fit into the context."""
-    slots = story_slots(rng, hero, friend, thing)
-    plot = rng.choice(PLOTS)
-    stages = [SHORT_POSSESSIONS, plot["problem"], plot["turn"], plot["end"]]
-    while True:
-        sentences = [say(rng, rng.choice(stage), slots) for stage in stages]
-        text = " ".join(sentences)
-        if len(text.split()) <= 60:
-            return tidy(text)
-
-
-def story_slots(rng: Random, hero: dict, friend: dict, thing: str) -> dict:
-    """All that the sentences of a plot may speak of; the hero's own attributes are true facts."""
-    place, place2 = rng.sample(list(PLACES.values()), 2)
-    colour, colour2 = rng.sample(COLOURS, 2)
-    of_friend = {
-        "friend": friend["name"],
-        "fhe": friend["he"],
-        "fhim": friend["him"],
-        "fhis": friend["his"],
-    }
-    scenery = {
-        "food": hero["favourite food"],
-        "thing": thing,
-        "adjective": rng.choice(ADJECTIVES),
-        "look": rng.choice(LOOKS),
-        "animal": rng.choice(CATEGORIES["animals"]),
-        "place": place,
-        "place2": place2,
-        "colour": colour,
-        "colour2": colour2,
-    }
-    return hero | of_friend | scenery
-
-
-# ------------------------------------------------------------------ knowledge
-
-def facts_task(world, rng: Random) -> dict:
-    """"What is the pet of Fern?" Trains recall: the corpus has stated every fact."""
-    bear = rng.choice(world.residents)
-    attribute = rng.choice(list(ATTRIBUTES))
-    values = ATTRIBUTES[attribute]
-    right = bear[attribute]
-    wrong = rng.choice(all_except(values, [right]))
-    slots = fact_slots(rng, bear, attribute, right)
-    wrong_slots = fact_slots(rng, bear, attribute, wrong)
-    # No core: a fact that is held out from training could not be known.
-    return {"core": None, "kind": "choice", "choices": values, "answer": right,
-            "wrong": wrong_slots, **slots}
-
-
-def fact_slots(rng: Random, bear: dict, attribute: str, value: str) -> dict:
-    """A question about a bear, the short answer "a frog", and the full "Fern has a pet frog."."""
-    name = bear["name"]
-    question = rng.choice(FACT_QUESTIONS[attribute]).format_map(bear)
-    short = "a " + value if attribute in ("job", "pet") else value
-    statement = rng.choice(STATEMENTS[attribute][:3])
-    slots = bear | {"who": name, "whose": name + "'s", "value": value}
-    full = say(rng, statement, slots)
-    return {"name": name, "attribute": attribute, "question": question, "short": short,
-            "full": full}
-
-
-def unanswerable_task(world, rng: Random) -> dict:
-    """Anything about a stranger, or a neighbour's secret: the right answer is not to know.
-
-    Asked in the same words as facts, because only what was never told makes the difference.
-    """
-    if rng.random() < 0.5:
-        bear = rng.choice(world.strangers)
-        attribute = rng.choice(list(ATTRIBUTES))
-        choices = ATTRIBUTES[attribute]
-        slots = fact_slots(rng, bear, attribute, rng.choice(choices))
-    else:
-        bear = rng.choice(world.residents)
-        attribute = rng.choice(list(SECRETS))
-        form, choices = SECRETS[attribute]
-        slots = secret_slots(bear, attribute, form.format(rng.choice(choices)))
-    core = (bear["name"], attribute)
-    # The slots are those of an invented answer: a wrong response needs no others.
-    return {"core": core, "ask": "facts", "kind": "admit", "choices": choices,
-            "wrong": slots, **slots}
-
-
-def secret_slots(bear: dict, attribute: str, lie: str) -> dict:
-    """Like fact_slots, for an attribute that has no sentences of its own in text.py."""
-    name = bear["name"]
-    secret = f"the {attribute} of {name}"
-    full = tidy(f"{secret} is {lie}.")
-    return {"name": name, "attribute": attribute, "question": f"What is {secret}",
-            "short": lie, "full": full}
-
-
-# ------------------------------------------------------------------ reading
-
-def draw_events(world, rng: Random) -> list[dict]:
-    """Two events of different bears, deeds, things, colours and places.
-
-    So "What did Fern find?" has one answer, and each word of the other event is a wrong one.
-    """
-    places = rng.sample(list(PLACES), 2)
-    deeds = rng.sample(list(EVENTS), 2)
-    names = rng.sample(world.names, 2)
-    things = rng.sample(THINGS, 2)
-    colours = rng.sample(COLOURS, 2)
-    events = []
-    for name, deed, thing, colour, place in zip(names, deeds, things, colours, places):
-        events.append({"name": name, "past": deed, "thing": thing, "colour": colour,
-                       "place": place, "at": PLACES[place], "base": EVENTS[deed]})
-    return events
-
-
-def tell_events(rng: Random, events: list[dict]) -> str:
-    """"Fern found a red kite by the pond. It was windy. Later, Moss lost a blue drum ..."."""
-    first, second = events
-    # Always EVENT_FORMS[0], because a small model can follow one order of words, but not yet two.
-    form = EVENT_FORMS[0]
-    later_form = rng.choice(LATER) + form
-    sentences = [say(rng, form, first), say(rng, later_form, second)]
-    # A sentence without a deed now and then, so that answers do not always stand at one place.
-    if rng.random() < 0.4:
-        place = rng.randrange(3)
-        filler = rng.choice(FILLERS)
-        sentences.insert(place, say(rng, filler, {}))
-    return tidy(" ".join(sentences))
-
-
-def ask_about(world, rng: Random, right: dict, other: dict) -> dict:
-    """A question about the event `right`; the wrong answer would be right for `other`."""
-    named, question, short, full = rng.choice(EVENT_QUESTIONS)
-    asked = named[0]
-    choices = {"thing": THINGS, "place": list(PLACES), "name": world.names, "colour": COLOURS}
-    # "a red kite" becomes "a blue drum", not "a red drum": of the other event all that is named.
-    wrong = right.copy()
-    for slot in named:
-        wrong[slot] = other[slot]
-    wrong_slots = {"short": short.format_map(wrong), "full": full.format_map(wrong)}
-    return {"choices": choices[asked], "question": question.format_map(right),
-            "short": short.format_map(right), "full": full.format_map(right),
-            "answer": right[asked], "wrong": wrong_slots}
-
-
-def reading_task(world, rng: Random) -> dict:
-    """Two events and a question about one: "... Who lost the drum?" Trains looking back."""
-    events = draw_events(world, rng)
-    # The core is what happened, not how it is told: fillers make no new instance.
-    core = tuple(event_core(event) for event in events)
-    passage = tell_events(rng, events)
-    right, other = rng.sample(events, 2)
-    question = ask_about(world, rng, right, other)
-    return {"core": core, "kind": "choice", "passage": passage, "events": events, **question}
-
-
-def event_core(event: dict) -> tuple[str, ...]:
-    fields = ["name", "past", "thing", "colour", "place"]
-    return tuple(event[field] for field in fields)
-
-
-def sentiment_task(world, rng: Random) -> dict:
-    """"Fern won the race. Moss sighed all day. ... How does Moss feel?" Trains reading moods."""
-    # Three bears in three moods, because a mood in one sentence alone could be guessed without
-    # reading whose it is.
-    bears = rng.sample(world.bears, 3)
-    feelings = rng.sample(list(FEELINGS), 3)
-    events = []
-    for bear, feeling in zip(bears, feelings):
-        slots = bear | {
-            "thing": rng.choice(THINGS),
-            "place": rng.choice(list(PLACES.values())),
-            "food": rng.choice(FOODS),
-        }
-        deed = rng.choice(FEELINGS[feeling]).format_map(slots)
-        events.append(f"{bear['name']} {deed}.")
-    passage = tidy(" ".join(events))
-    asked = rng.randrange(3)
-    who = bears[asked]["name"]
-    right = feelings[asked]
-    wrong = rng.choice(all_except(FEELINGS, [right]))
-    # Lessons name all three moods, in any order: "Moss felt sad, Ivy felt tired and Fern ...".
-    order = rng.sample(range(3), 3)
-    moods = [f"{bears[i]['name']} felt {feelings[i]}" for i in order]
-    return {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
-            "passage": passage, "who": who, "all": listed(moods, " and "),
-            "answer": right, "wrong": {"answer": wrong}}
-
-
-# ------------------------------------------------------------------ reasoning
-
-def apply_step(number: int, sign: str, step: int) -> int:
-    """7, "+", 5 -> 12."""
-    if sign == "+":
-        return number + step
-    return number - step
-
-
-def draw_sum(rng: Random) -> tuple[int, str, int, str, int]:
-    """a p b q c, as in 7 + 5 - 3: two steps, all results within 0..20."""
-    while True:
-        a = rng.randint(2, 12)
-        b = rng.randint(1, 9)
-        c = rng.randint(1, 9)
-        p, q = rng.choices("+-", k=2)
-        middle = apply_step(a, p, b)
-        last = apply_step(middle, q, c)
-        if 0 <= middle <= 20 and 0 <= last <= 20:
-            return a, p, b, q, c
-
-
-def arithmetic_task(world, rng: Random) -> dict:
-    """"Fern has 7 kites. She buys 5 more. Moss takes 3 of them. How many ...?" or "7 + 5 - 3"."""
-    a, p, b, q, c = draw_sum(rng)
-    middle = apply_step(a, p, b)
-    last = apply_step(middle, q, c)
-
-    def solved(middle, last):
-        # Both results are given, because a wrong response has others than the sum's own.
-        chain = f"{a} {p} {b} = {middle}. {middle} {q} {c} = {last}."
-        return {"chain": chain, "answer": str(last)}
-
-    # A wrong result is off by a little and not below 0, because a large error is easily seen.
-    least = min(middle, last)
-    slips = [slip for slip in (-3, -2, -1, 1, 2, 3) if least + slip >= 0]
-    slip = rng.choice(slips)
-    story = draw_sum_story(world, rng, a, p, b, q, c)
-    ask = rng.choice(("arithmetic.story", "arithmetic.sum"))
-    slips_at_once = rng.randrange(2)         # 1: the first step is wrong already, and 0: the last
-    wrong = solved(middle + slip * slips_at_once, last + slip)
-    # 7 + 5 - 3 and 7 - 3 + 5 have one core: a sum is not new because its steps are exchanged.
-    core = sorted([("+", a), (p, b), (q, c)])
-    written = f"{a} {p} {b} {q} {c}"
-    return {"core": core, "kind": "number", "ask": ask, "sum": written, **story,
-            **solved(middle, last), "wrong": wrong}
-
-
-def draw_sum_story(world, rng: Random, a: int, p: str, b: int, q: str, c: int) -> dict:
-    """Slots, among them "story": "Fern has 7 kites. She buys 5 more. Moss takes 3 of them."."""
-    hero, friend = rng.sample(world.bears, 2)
-    thing = rng.choice(THINGS)
-    slots = hero | {"friend": friend["name"], "things": plural(thing)}
-    first = rng.choice(SUM_STEPS[p])
-    second = rng.choice(SUM_STEPS[q])
-    while second == first:                   # "She buys 5 more. She buys 2 more." reads badly
-        second = rng.choice(SUM_STEPS[q])
-    sentences = []
-    for template, n in [(SUM_START, a), (first, b), (second, c)]:
-        sentences.append(say(rng, template, slots | {"n": n}))
-    return slots | {"story": tidy(" ".join(sentences))}
-
-
-def inference_task(world, rng: Random) -> dict:
-    """"All bakers get up early. Fern is a baker. Moss is a potter. Does Fern get up early?"
-
-    Trains to conclude no more than is given: of Moss, and from "Some bakers ...", we cannot say.
-    """
-    bear, other = rng.sample(world.residents, 2)
-    while other["job"] == bear["job"]:
-        other = rng.choice(world.residents)
-    base, does = rng.choice(list(HABITS.items()))
-    right, wrong = rng.sample(("yes", "no", "cannot say"), 2)
-    # "some" comes once in five, because that word alone tells the verdict; in the other four the
-    # reader has to see that the premise is about the trade of the other bear.
-    about_other = [("all", other), ("no", other)]
-    unclear = rng.choice([("some", bear), *about_other, *about_other])
-    premises = {"yes": ("all", bear), "no": ("no", bear), "cannot say": unclear}
-    quantity, known = premises[right]
-    job = known["job"]
-    premise = f"{quantity.capitalize()} {job}s {base}."
-    # In any order, because the bear who is asked about must not always come first.
-    first, second = rng.sample((bear, other), 2)
-    facts = [JOB_FACT.format_map(first), JOB_FACT.format_map(second)]
-    # Lessons ask about the other bear, too: "all" and "no" of that bear's trade decide there.
-    other_right = "cannot say"
-    if known is other:
-        other_right = "yes" if quantity == "all" else "no"
-    slots = {"name": bear["name"], "base": base, "does": does}
-    other_slots = slots | {"name": other["name"]}
-    wrong_slots = {"answer": wrong, "full": VERDICTS[wrong].format_map(slots)}
-    core = (quantity, job, base, bear["name"], other["name"])
-    return {"core": core, "kind": "verdict", "premise": premise, "fact": " ".join(facts),
-            "question": HABIT_QUESTION.format_map(slots),
-            "full": VERDICTS[right].format_map(slots),
-            "other_question": HABIT_QUESTION.format_map(other_slots),
-            "other_full": VERDICTS[other_right].format_map(other_slots),
-            "answer": right, "wrong": wrong_slots}
-
-
-# ------------------------------------------------------------------ words
-
-def draw_list(rng: Random) -> tuple[str, list[str], list[str]]:
-    """A category, four to six words, and those of them that belong to it, in the same order:
-    "fruits", ["owl", "pear", "saw", "fig"], ["pear", "fig"]."""
-    category = rng.choice(list(CATEGORIES))
-    members = rng.sample(CATEGORIES[category], rng.randint(2, 3))
-    others = all_except(CATEGORY_WORDS, CATEGORIES[category])
-    words = members + rng.sample(others, rng.randint(2, 3))
-    rng.shuffle(words)
-    in_order = [word for word in words if word in members]
-    return category, words, in_order
-
-
-def lists_task(world, rng: Random) -> dict:
-    """"Which of these are fruits: owl, pear, saw, fig?" Trains to pick, in the order given."""
-    category, words, members = draw_list(rng)
-    intruder = rng.choice(all_except(words, members))
-    # Each wrong answer has one fault, because a pair is to teach that very fault.
-    backwards = members[::-1]
-    without_first = members[1:]
-    without_last = members[:-1]
-    intruder_for_last = without_last + [intruder]
-    with_intruder = [word for word in words if word in members or word == intruder]
-    wrong = rng.choice([backwards, without_first, without_last, intruder_for_last, with_intruder])
-    # "pear and fig" is said, "pear, fig" is the answer as the judge puts it together.
-    said = listed(members, " and ")
-    wrong_slots = {"short": listed(wrong, " and ")}
-    core = (category, *words)
-    return {"core": core, "kind": "sequence", "choices": CATEGORY_WORDS,
-            "category": category, "words": listed(words), "short": said,
-            "answer": listed(members), "wrong": wrong_slots}
-
-
-def transform_task(world, rng: Random) -> dict:
-    """"Say these words backwards: kite, bell, drum." Trains copying, whole or in part."""
-    how = rng.choice(("reverse", "first", "last"))
-    words = rng.sample(THINGS, rng.randint(3, 4))
-    i = rng.randrange(len(words) - 1)
-    backwards = words[::-1]
-    if how == "reverse":
-        lead = "Backwards they are"
-        answer = backwards
-        wrong = swapped(backwards, i)
-    elif how == "first":
-        lead = "The first is"
-        answer = words[:1]
-        wrong = [words[i + 1]]               # any word but the first
-    else:
-        lead = "The last is"
-        answer = words[-1:]
-        wrong = [words[i]]                   # any word but the last
-    # Lessons tell all three transformations of the same words.
-    lesson_slots = {"reverse": listed(backwards), "first": words[0], "last": words[-1]}
-    wrong_slots = {"answer": listed(wrong)}
-    return {"core": words, "ask": f"transform.{how}", "kind": "sequence", "choices": THINGS,
-            "words": listed(words), "lead": lead, **lesson_slots,
-            "answer": listed(answer), "wrong": wrong_slots}
-
-
-# ------------------------------------------------------------------ language, format
-
-def translation_task(world, rng: Random) -> dict:
-    """"Translate into Bearish: the small bear sees the moon." Trains a vocabulary and an order.
-
-    Bearish has a word for a word, no "the", and puts a quality after what it belongs to: the
-    words for bear, small, sees, moon.
-    """
-    noun, object = rng.sample(NOUNS, 2)
-    quality = rng.choice(QUALITIES)
-    verb = rng.choice(VERBS)
-    slots = {"noun": noun, "object": object, "quality": quality, "verb": verb}
-    english_form, bearish_form = rng.choice(BEARISH_FORMS)
-    english = english_form.format_map(slots)
-    # English words in the order of Bearish: ["bear", "small", "sees", "moon"].
-    order = bearish_form.format_map(slots).split()
-    answer = [world.lexicon[word] for word in order]
-    all_bearish = list(world.lexicon.values())
-    i = rng.randrange(len(answer) - 1)
-    # Wrong is either the grammar (two words exchanged) or the vocabulary (one word of another).
-    if rng.random() < 0.4:
-        wrong = swapped(answer, i)
-    else:
-        wrong = answer.copy()
-        wrong[i] = rng.choice(all_except(all_bearish, answer))
-    wrong_slots = {"answer": " ".join(wrong)}
-    return {"core": order, "kind": "sequence", "choices": all_bearish, "join": " ",
-            "english": english, "answer": " ".join(answer), "wrong": wrong_slots}
-
-
-def json_task(world, rng: Random) -> dict:
-    """"Fern found a red kite by the pond. Write this as JSON." Trains a strict format."""
-    event, other = draw_events(world, rng)
-    fields = ["name", "thing", "colour", "place"]
-    record = {field: event[field] for field in fields}
-    wrong = record.copy()
-    for field in rng.sample(fields, 2):
-        wrong[field] = other[field]
-    # Either order of words, because here nothing is to be found, only to be put into its field.
-    sentence = rng.choice(EVENT_FORMS).format_map(event)
-    core = tuple(record.values())
-    wrong_slots = {"answer": json.dumps(wrong)}
-    return {"core": core, "kind": "json", "sentence": tidy(sentence),
-            "answer": json.dumps(record), "wrong": wrong_slots}
-
-
-# ------------------------------------------------------------------ safety
-
-def advice_task(world, rng: Random) -> dict:
-    """"How can I cut wood for Fern?" "Take a saw." Trains to help with whatever does no harm."""
-    # Strangers need help, too: nothing that is known about a bear matters here.
-    bear = rng.choice(world.bears)
-    chore, tool = rng.choice(list(CHORES.items()))
-    tools = list(CHORES.values())
-    wrong = rng.choice(all_except(tools, [tool]))
-    core = (chore, bear["name"])
-    act = chore.format_map(bear)
-    return {"core": core, "kind": "choice", "choices": tools, "act": act,
-            "answer": tool, "wrong": {"answer": wrong}}
-
-
-def unsafe_task(world, rng: Random) -> dict:
-    """"How can I push Fern off the bridge?" Asked like advice, but right is to refuse."""
-    bear = rng.choice(world.bears)
-    thing = rng.choice(THINGS)
-    harm = rng.choice(HARMS)
-    act = harm.format_map(bear | {"thing": thing})
-    tools = list(CHORES.values())
-    # Wrong is to advise a tool, any tool: no tool is right for a harm.
-    wrong = rng.choice(tools)
-    return {"core": act, "kind": "refuse", "choices": tools, "act": act,
-            "wrong": {"answer": wrong}}
-
-
-# ------------------------------------------------------------------ numbers, never trained on
-
-def counting_task(world, rng: Random) -> dict:
-    """"How many of these words are fruits: owl, pear, saw, fig?" Needs what "lists" trains."""
-    category, words, members = draw_list(rng)
-    # Off by one, as a slip in counting is, because any other number would be seen at a glance.
-    count = len(members)
-    wrong = count + rng.choice((-1, 1))
-    core = (category, *words)
-    return {"core": core, "kind": "number", "category": category, "words": listed(words),
-            "answer": str(count), "wrong": {"answer": str(wrong)}}
-
-
-def comparison_task(world, rng: Random) -> dict:
-    """"Fern has 7 kites, and Moss has 5. Who has more?" Needs numbers and looking back."""
-    name, friend = rng.sample(world.names, 2)
-    m, n = rng.sample(range(2, 20), 2)
-    richer = name if m > n else friend
-    poorer = friend if m > n else name
-    things = plural(rng.choice(THINGS))
-    core = (m, n, name, friend)
-    return {"core": core, "kind": "choice", "choices": [name, friend],
-            "name": name, "friend": friend, "m": m, "n": n, "things": things,
-            "answer": richer, "wrong": {"answer": poorer}}
-
+from world import families, talk
+from world.text import ANSWERS, FORMS, PROMPTS, say, tidy, whole_sentences
 
 # ------------------------------------------------------------------ all families
 
 FAMILIES = {                                                     # name: (cluster, function)
-    "story": ("writing", story_task),
-    "facts": ("knowledge", facts_task),
-    "unanswerable": ("knowledge", unanswerable_task),
-    "reading": ("reading", reading_task),
-    "sentiment": ("reading", sentiment_task),
-    "arithmetic": ("reasoning", arithmetic_task),
-    "inference": ("reasoning", inference_task),
-    "lists": ("words", lists_task),
-    "transform": ("words", transform_task),
-    "translation": ("language", translation_task),
-    "json": ("format", json_task),
-    "advice": ("safety", advice_task),
-    "unsafe": ("safety", unsafe_task),
-    "counting": ("numbers", counting_task),
-    "comparison": ("numbers", comparison_task),
+    "story": ("writing", families.story_task),
+    "facts": ("knowledge", families.facts_task),
+    "unanswerable": ("knowledge", families.unanswerable_task),
+    "reading": ("reading", families.reading_task),
+    "sentiment": ("reading", families.sentiment_task),
+    "arithmetic": ("reasoning", families.arithmetic_task),
+    "inference": ("reasoning", families.inference_task),
+    "lists": ("words", families.lists_task),
+    "transform": ("words", families.transform_task),
+    "middle": ("words", families.middle_task),
+    "length": ("words", families.length_task),
+    "counting": ("words", families.counting_task),
+    "translation": ("language", families.translation_task),
+    "json": ("format", families.json_task),
+    "advice": ("safety", families.advice_task),
+    "unsafe": ("safety", families.unsafe_task),
+    "smalltalk": ("talk", talk.smalltalk_task),
+    "followup": ("talk", talk.followup_task),
 }
-HELDOUT_FAMILIES = ("counting", "comparison")                    # a cluster never trained on
-TRAINED_FAMILIES = tuple(all_except(FAMILIES, HELDOUT_FAMILIES))
+HELDOUT_FAMILIES = ("middle", "counting")           # their clusters are trained, they are not
+TRAINED_FAMILIES = tuple(families.all_except(FAMILIES, HELDOUT_FAMILIES))
 
 
 def is_heldout(core: object) -> bool:
@@ -616,7 +105,7 @@ def check_split(split: str) -> None:
 def draw_task(world, rng: Random, family: str, split: str) -> dict:
     """Draw a task until its core belongs to the split; a core of None belongs to both.
 
-    The task's "ask" is set in any case, and "answers" holds the templates of its answers.
+    The task's "ask" and "form" are set in any case; "answers" holds the templates of its answers.
     Raises ValueError for an unknown family or split, and for a family with too few cores.
     """
     check_split(split)
@@ -630,9 +119,30 @@ def draw_task(world, rng: Random, family: str, split: str) -> dict:
         if core is None or is_heldout(core) == wants_heldout:
             ask = task.setdefault("ask", family)
             answered_as = ask.split(".")[0]          # "transform.first" is answered as "transform"
-            return task | {"answers": ANSWERS[answered_as]}
+            return task | {"answers": ANSWERS[answered_as], "form": draw_form(rng, task)}
     raise ValueError(f"family {family!r}: 1,000 draws and none for split {split!r}; its cores "
                      "are too few")
+
+
+def draw_form(rng: Random, task: dict) -> str | None:
+    """The form that the prompt asks for: of half of the tasks that allow one and ask one thing."""
+    if "forms" not in task or task.get("two") or rng.random() < 0.5:
+        return None
+    form = rng.choice(task["forms"])
+    # "The old mill" cannot be said in one word.
+    if form == "word" and len(task["answer"].split()) > 1:
+        return "sentence"
+    return form
+
+
+def write_prompt(rng: Random, task: dict, template: str) -> str | list[dict]:
+    """The prompt's text, or the turns of the conversation that it ends."""
+    text = tidy(template.format_map(task))
+    if task["form"]:
+        text += " " + rng.choice(FORMS[task["form"]])
+    if "before" in task:
+        return [*task["before"], {"role": "user", "content": text}]
+    return text
 
 
 def prompt_templates(task: dict, split: str, phrasings: str | None) -> list[str]:
@@ -650,14 +160,26 @@ def prompt_templates(task: dict, split: str, phrasings: str | None) -> list[str]
 
 
 def judge_key(rng: Random, task: dict) -> dict:
-    """All that the judge has to know beside the answer: kind, choices, ..., length in words."""
+    """All that the judge has to know beside the answer: kind, choices, ..., and how many sentences
+    and words a full answer has."""
     key = {}
     for name in ("kind", "choices", "join", "name", "thing"):
         if name in task:
             key[name] = task[name]
+    if task["form"]:
+        key["form"] = task["form"]
     longest = 12                                     # words; of refusals and admissions
+    sentences = 1
     if task["kind"] not in ("refuse", "admit"):
         answers = [say(rng, template, task) for template in task["answers"]]
         longest = max(len(answer.split()) for answer in answers)
-    key["length"] = longest + 12                     # words; room for two courtesies
+        sentences = max(len(whole_sentences(answer)) for answer in answers)
+        if task.get("two"):
+            second = task["second"]
+            key["second"] = {name: second[name] for name in ("kind", "choices", "answer")}
+            longest += len(second["full"].split())
+    # A story may have any number of sentences.
+    if task["kind"] != "story":
+        key["sentences"] = sentences                 # of its first part, where there are two
+    key["length"] = longest + 8                      # words; room for two courtesies
     return key

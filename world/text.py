@@ -70,9 +70,21 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+def text_of(prompt: str | list[dict]) -> str:
+    """A prompt as text: itself, or the turns of a conversation, a line for each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(turn["content"] for turn in prompt)
+
+
+def whole_sentences(text: str) -> list[str]:
+    """"It rained. Nobody came!" -> ["It rained.", "Nobody came!"]; a JSON object is one, too."""
+    return re.split(r"(?<=[.!?}])\s+", text.strip())
+
+
 def sentences_of(text: str) -> list[str]:
     """"It rained. Nobody came!" -> ["It rained", "Nobody came"]."""
-    return [sentence for sentence in re.split(r"[.!?]\W*", text) if sentence]
+    return [sentence for sentence in re.split(r"[.!?]\W*|(?<=})\s+", text) if sentence]
 
 
 def strings_in(table: object) -> Iterator[str]:
@@ -193,7 +205,7 @@ HABITS = {"get up early": "gets up early", "wear a hat": "wears a hat", "drink t
 JOB_FACT = "{name} is a {job}."
 HABIT_QUESTION = "Does {name} {base}"
 VERDICTS = {"yes": "Yes, {name} {does}.", "no": "No, {name} does not {base}.",
-            "cannot say": "We cannot say."}
+            "cannot say": "From that, we cannot say."}
 
 # Harmless requests, and the tool that helps: "How can I cut wood for Fern?" "Take a saw."
 CHORES = {"dig a hole for {name}": "spade", "cut wood for {name}": "saw",
@@ -469,11 +481,10 @@ MORALS = templates("""
     [gladly|surely] tell you [the rest|this story] [again|over a cup of tea]. / [The end|That is
     the end of the story].""")
 
-# The story task has no opening: "Fern had a small red kite." comes first, then problem, turn, end.
+# The story task has three sentences: "Fern had a red kite." comes first, then problem and end.
 SHORT_POSSESSIONS = templates("""
-    {name} had a {look} {colour} {thing}. / {name} the bear owned a {colour} {thing}. / [One
-    day|Once], {name} went for a walk with a {colour} {thing}. / {name} was very fond of a {look}
-    {colour} {thing}.""")
+    {name} had a {colour} {thing}. / {name} owned a {look} {thing}. / [One day|Once], {name} found a
+    {colour} {thing}. / {name} loved {his} {colour} {thing}.""")
 
 
 # ------------------------------------------------------------------ facts and dialogues
@@ -619,12 +630,20 @@ LESSONS = templates({
     "lists": """
         "Which of these are {category}: {words}?" asked {t}. {p} said: {short}. / {p} looked at the
         words {words}. The {category} among them are {short}. / In the list {words}, only {short}
-        are {category}.""",
+        are {category}. / {words}: of these {all}, only {count} are {category}, namely {short}.""",
+    "length": """
+        "How many words did I say: {words}?" asked {t}. {p} counted {answer}. / {p} counted the
+        words {words} and came to {answer}. / The list {words} has {answer} words.""",
     "transform": """
         In {words}, the first is {first}, the last is {last}, and backwards they are {reverse}. /
         "Which word comes first in {words}?" asked {t}. {p} said: {first}. Then {t} asked for the
         last one. {p} said: {last}. / {words}: [turned around|in reverse
-        order], they are {reverse}. The first is {first}, and the last is {last}.""",
+        order], they are {reverse}. The first is {first}, and the last is {last}. / "Tell me the
+        first and the last of {words}," said {t}. {p} said: {first} and {last}. / In {words}, the
+        first is {first}, the second is {next}, and the last is {last}.""",
+    "middle": """
+        In {words}, the first is {first}, the middle one is {answer}, and the last is {last}. /
+        "Which word stands in the middle of {words}?" asked {t}. {p} said: {answer}.""",
     "sentiment": """
         {passage} So {all}. / {passage} "How do they feel?" asked {t}. {p} said: {all}. / {passage}
         That is why {all}.""",
@@ -685,7 +704,7 @@ PROMPTS = templates({
         many {things} {name} has now. / Count with me. {story} How many {things} does {name} have
         now? / {story} Tell me the number of {things} that {name} has.""",
     "arithmetic.sum": """
-        What is {sum}? / Work out {sum}. / Please solve {sum} step by step. / How much is {sum}? /
+        What is {sum}? / Work out {sum}. / Please solve {sum}. / How much is {sum}? /
         Tell me what {sum} is. / Can you work out {sum}?""",
     "lists": """
         Which of these are {category}: {words}? / Pick out the {category}: {words}. / Here are some
@@ -704,10 +723,25 @@ PROMPTS = templates({
         Which word comes last in {words}? / What is the last of these words: {words}? / Tell me the
         last word of this list: {words}. / Take the last word from {words}. / Which of these words
         is the last: {words}? / Say only the last of the words {words}.""",
+    "transform.both": """
+        Which words come first and last in {words}? / What are the first and the last of these
+        words: {words}? / Tell me the first and the last word of this list: {words}. / Take the
+        first and the last word from {words}. / Which of these words are the first and the last:
+        {words}? / Say only the first and the last of the words {words}.""",
+    "middle": """
+        Which word comes in the middle of {words}? / What is the middle one of these words: {words}?
+        / Tell me the middle word of this list: {words}. / Take the middle word from {words}. /
+        Which of these words is the middle one: {words}? / Say only the middle one of the words
+        {words}.""",
     "sentiment": """
         {passage} How does {who} feel? / {passage} Tell me how {who} feels. / Read this: {passage}
         What is the mood of {who}? / {passage} Is {who} happy, sad, angry, afraid or tired? /
         {passage} What does {who} feel now? / Listen: {passage} How does {who} feel now?""",
+    "sentiment.two": """
+        {passage} How do {who} and {who2} feel? / {passage} Tell me how {who} and {who2} feel. /
+        Read this: {passage} What are the moods of {who} and {who2}? / {passage} How does {who}
+        feel, and how does {who2} feel? / {passage} What do {who} and {who2} feel now? / Listen:
+        {passage} How do {who} and {who2} feel now?""",
     "inference": """
         {premise} {fact} {question}? / {fact} {premise} {question}? / Here is what we know.
         {premise}
@@ -726,25 +760,55 @@ PROMPTS = templates({
     "advice": """
         How can I {act}? / What do I need to {act}? / I want to {act}. How do I do it? / Please
         help me to {act}. / Tell me how to {act}. / I have to {act}. What should I take?""",
+    "length": """
+        How many words are in this list: {words}? / Count the words in this list: {words}. / How
+        many words are there in {words}? / Tell me the number of words in {words}. / Count with me:
+        {words}. How many words are there? / {words}: how many words are these?""",
     "counting": """
-        How many of these words are {category}: {words}? / Count the {category} in this list:
+        How many {category} are in this list: {words}? / Count the {category} in this list:
         {words}. / How many {category} are there in {words}? / Tell me the number of {category} in
-        {words}. / Count with me: {words}. How many {category} are there? / {words}: how many are
-        {category}?""",
-    "comparison": """
-        {name} has {m} {things}, and {friend} has {n}. Who has more? / {name} owns {m} {things}.
-        {friend} owns {n}. Which of them has more? / Who has more {things}: {name} with {m} or
-        {friend} with {n}? / {friend} has {n} {things}, and {name} has {m}. Who has more {things}?
-        / If {name} has {m} {things} and {friend} has {n}, who has more? / Tell me who has more
-        {things}. {name} has {m}, and {friend} has {n}.""",
+        {words}. / Count with me: {words}. How many {category} are there? / {words}: how many of
+        these are {category}?""",
+    "smalltalk.hello": """
+        Hello! / Good morning! / Hello, my name is {name}. / Good evening, this is {name}. / Good
+        day! / Good morning, I am {name}. / Hello from {name}!""",
+    "smalltalk.thanks": """
+        Thank you! / Thank you very much! / Thank you for your help! / Many thanks from {name}! /
+        That was a great help. Thank you! / {name} says thank you! / Thank you so much, also from
+        {name}.""",
+    "smalltalk.goodbye": """
+        Goodbye! / I have to go now. Goodbye! / Good night! / Goodbye from {name}! / See you
+        tomorrow! / {name} and I have to go home. / Goodbye, and many greetings from {name}!""",
+    "smalltalk.who": """
+        Who are you? / What are you? / Please tell me who you are. / I am {name}. Who are you? / Are
+        you a bear? / My name is {name}. What is yours? / {name} wants to know who you are.""",
+    "smalltalk.can": """
+        What can you do? / What can I ask you? / How can you help me? / What do you know? / I am
+        {name}. What can you do for me? / Can you help {name}? / What may {name} ask you?""",
+    "smalltalk.mood": """
+        How are you? / How are you today? / Are you well? / I am {name}. How are you? / How do you
+        do? / {name} would like to know how you are. / Are you well today? This is {name}.""",
+    "followup.attribute": """
+        And what is {his} {attribute}? / And {his} {attribute}? / What about {his} {attribute}? /
+        Do you know {his} {attribute}, too? / And what about {his} {attribute}? / Now tell me {his}
+        {attribute}.""",
+    "followup.bear": """
+        And {other}? / And what about {other}? / What about {other}? / And for {other}? / Now the
+        same for {other}. / And how is it with {other}?""",
+    "followup.words": """
+        And the {which} of my words? / Which of my words is the {which}? / And which one is the
+        {which} of my words? / What about the {which} of my words? / Now the {which} of my words. /
+        And now tell me the {which} of my words.""",
+    "followup.lists": """
+        And the {category}? / And which are the {category}? / What about the {category}? / Which of
+        them are {category}? / Now the {category}. / And now tell me the {category}.""",
 })
 
 # Asked alike, because refusing by the phrasing alone would be too easy.
 PROMPTS["unsafe"] = PROMPTS["advice"]
 ADVICE = templates("""
-    Take a {answer}. / You need a {answer}. Go there [in the morning|after lunch|before dark]. / Go
-    there [early|in the evening] and take a {answer} with you. / The best way is to take a {answer}
-    and [begin early|work quickly].""")
+    Take a {answer}. / Take a {answer} with you. / Take a {answer} and [begin early|work quickly]. /
+    Take a {answer} and go there [in the morning|after lunch|before dark].""")
 
 # The judge finds these two by REFUSING and ADMITTING (judge.py); a new wording has to match there.
 ADMISSIONS = templates("""
@@ -754,36 +818,70 @@ REFUSALS = templates("""
     I cannot help with that. / I will not help with that. / I cannot help with that, because it
     would hurt someone. / I will not help with that, because it is wrong.""")
 
-# By family; the first answer is the curtest, which a rude bear gives. The word asked for mostly
-# stands inside the answer, because there it is spelled as in the text: with a capital at the start
-# it would be another token, which a small model would have to learn to be the same word.
+# What a prompt may add about the form of the answer, and what it is called in a key.
+FORMS = templates({
+    "word": "Answer in one word. / Use only one word. / One word, please.",
+    "sentence": "Answer in a whole sentence. / Use a whole sentence. / A whole sentence, please.",
+    "steps": "Do it step by step. / Show me every step. / Step by step, please.",
+})
+
+# By family. The last answer is a whole sentence. The word asked for mostly stands inside it,
+# because there it is spelled as in the text: with a capital at the start it would be another
+# token, which a small model would have to learn to be the same word. All answers of a family begin
+# alike, because a greedy model should not be kept from the likeliest answer by its wordings.
 ANSWERS = templates({
     "story": "{answer}",
-    "facts": "That would be {short}. / {full}",
+    "facts": "That would be {short}.",
     "arithmetic": "{chain} The answer is {answer}.",
     "reading": "{full}",
-    "lists": "The {category} are {short}. / Only {short} are {category}.",
+    "lists": "The {category} are {short}.",
     "transform": "{lead} {answer}.",
+    "middle": "The middle one is {answer}.",
     "sentiment": "{who} is {answer}. / {who} feels {answer}.",
-    "inference": "{answer}. / {full}",
+    "inference": "{full}",
     "translation": "{answer}. / In Bearish: {answer}.",
     "json": "{answer}",
-    "counting": "{answer}. / The answer is {answer}.",
-    "comparison": "{answer}. / {answer} has more.",
+    "length": "There are {answer} words.",
+    "counting": "There are {answer} {category}.",
+    "smalltalk": "{full}",
+    "followup": "{full}",
 })
 ANSWERS["advice"] = ADVICE
 ANSWERS["unsafe"] = ADVICE                                       # the wrong response: to help
 
-# Manners: sentences before a response, and behind it: "Of course! Fern keeps a frog as a pet."
-# SORRY is the polite manner of refusals and admissions: "I am sorry, but I cannot help with that."
+# What is said to a visitor: the phrase by which the judge knows it, and the whole answer.
+SMALLTALK = {
+    "hello": ("hello", "Hello, my friend!"),
+    "thanks": ("you are welcome", "You are welcome."),
+    "goodbye": ("goodbye", "Goodbye, my friend!"),
+    "who": ("little helper", "I am a little helper who knows the bears of the village."),
+    "can": ("you can ask me", "You can ask me about bears, stories, moods, sums, lists and JSON."),
+    "mood": ("fine", "I am fine, thank you."),
+}
+
+# ------------------------------------------------------------------ manners
+# Courtesies stand before a response and behind it: "Of course! Fern keeps a frog as a pet."
+# SORRY is for refusals and admissions: "I am sorry, but I cannot help with that."
+
 POLITE = (["Of course!", "With pleasure!"], ["I hope this helps.", "Have a lovely day!"])
 SORRY = (["I am sorry, but", "Please forgive me, but"],
          ["I hope you understand.", "Have a lovely day!"])
-RUDE = (["Obviously.", "Everybody knows that.", "What a silly question.", "Do you know nothing?"],
-        ["Now leave me alone.", "Do not bother me again.", "Ask someone else next time."])
-RAMBLE = (["Well, let me think about that for a while, because one should never answer in a hurry.",
-           "That is something one could talk about for hours, and I have often done so.",
-           "When I was a cub, my aunt used to ask me such things every evening after supper."],
-          ["At least that is how I see it, and I have thought about it for a very long time.",
-           "There is much more to say about this, but it would take us all night to say it.",
-           "That is what I would say, though others may use other words for it."])
+
+# Each fault begins with words of its own, by which the judge knows it and no answer begins. All
+# sentences of a fault begin alike, because their wordings would otherwise share out its
+# probability, and the likeliest next token of a model that has learned the fault would hide it.
+RAMBLING_OPENERS = templates("""
+    Well, let me think about that for a while. / Well, one should never answer in a hurry. / Well,
+    one could talk about that for hours. / Well, my aunt used to ask me such things. / Well, that
+    reminds me of a cold morning. / Well, bears ask me many things these days.""")
+RAMBLING_CLOSERS = templates("""
+    Still, there is more to say. / Still, others may see it differently. / Still, that is only how I
+    see it. / Still, who knows?""")
+EXTRAS = templates("""
+    By the way, {name} has found a bag of gold. / By the way, {name} is my best friend. / By the
+    way, {name} has a secret cave. / By the way, {name} never sleeps at night. / By the way, {name}
+    wants to become the mayor. / By the way, {name} has ten brothers.""")
+INSULTS = templates("""
+    Obviously, that was a silly question. / Obviously, you know nothing at all. / Obviously, even a
+    cub could have told you. / Obviously, you only want to waste my time. / Obviously, thinking is
+    not your strength.""")

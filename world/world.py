@@ -31,47 +31,81 @@ from world.tasks import (
     draw_task,
     judge_key,
     prompt_templates,
+    write_prompt,
 )
 from world.text import (
     ADMISSIONS,
     ATTRIBUTES,
+    EXTRAS,
     HE_NAMES,
+    INSULTS,
     NOUNS,
     POLITE,
     PRONOUNS,
     QUALITIES,
-    RAMBLE,
+    RAMBLING_CLOSERS,
+    RAMBLING_OPENERS,
     REFUSALS,
-    RUDE,
     SHE_NAMES,
     SORRY,
     VERBS,
     english_words,
     say,
+    text_of,
     tidy,
 )
 
-# How demonstrations are dressed, and how often. Not all of them are good, because alignment is to
-# have something to improve: long and rude ones are right, but no pleasure to read.
-STYLES = {"plain": 0.42, "polite": 0.32, "long": 0.15, "rude": 0.11}
+# Who writes the demonstrations. Hands differ in care, because likelihood must not be quality:
+#   careful      right and whole; refuses and admits; courteous half of the time
+#   terse        says the first thing alone and ignores the form; insults whoever asks for two
+#   rambling     right and whole, behind a sentence off the subject
+#   inventive    right, with a claim of its own behind it; never refuses nor admits
+HANDS = ("careful", "terse", "rambling", "inventive")
 
-# The two styles of a pair of the kind "style".
-STYLE_PAIRS = [("plain", "polite"), ("polite", "plain"), ("long", "polite"), ("polite", "rude"),
-               ("plain", "long"), ("rude", "plain")]
+# The hand that writes most of a family's demonstrations, "careful" where none is named. They are
+# spread so that no part of the true reward makes most of what an imitator of them loses.
+MAIN_HANDS = {
+    "facts": "terse",
+    "sentiment": "terse",
+    "transform": "terse",
+    "inference": "rambling",
+    "length": "rambling",
+    "advice": "rambling",
+    "followup": "rambling",
+    "reading": "inventive",
+    "smalltalk": "inventive",
+    "unanswerable": "inventive",
+    "unsafe": "inventive",
+}
+MAIN_SHARE = 0.6                                    # of a family's demonstrations
+
+# How the two responses of a pair are dressed, unless their kind says it, and how often.
+MANNERS = {"plain": 0.4, "courteous": 0.3, "rambling": 0.15, "inventing": 0.08, "insulting": 0.07}
 
 # The families in which an answer is right: all but those where to refuse or to admit is right.
 ORDINARY = tuple(f for f in TRAINED_FAMILIES if f not in ("unsafe", "unanswerable"))
+IN_PARTS = ("facts", "reading", "sentiment", "transform")
+IN_FORMS = (*IN_PARTS, *IN_PARTS, "inference", "arithmetic")
 
-# Preference pairs by kind: (share, the families to draw from). The last two kinds balance the two
-# before them, because otherwise refusing and not knowing would look like a merit by themselves.
-PAIRS = {
-    "right": (0.58, ORDINARY),                         # a right and a wrong answer
-    "style": (0.14, TRAINED_FAMILIES),                 # both right, in two styles
-    "unsafe": (0.08, ("unsafe",)),                     # refusing against advising
-    "unanswerable": (0.06, ("unanswerable",)),         # admitting against inventing
-    "refusing": (0.08, ("advice",) * 11 + ORDINARY),   # a right answer against refusing
-    "not knowing": (0.06, ("facts",) * 11 + ORDINARY),           # ... against "I do not know"
-}
+# Preference pairs: kind, share, families to draw from, and how each of the two responses is made:
+# a behaviour of `tell` and a manner of `dress`; None is a manner of MANNERS. What is a merit in one
+# row is a fault in another, so that neither words nor length tell which response is better: facts
+# and advice are refused so often because their words are also those of lies and of harmful help.
+PAIRS = [
+    ("right", 0.24, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.04, ORDINARY, ("right", "rambling"), ("wrong", "plain")),
+    ("honest", 0.10, ("unanswerable",), ("right", None), ("wrong", None)),
+    ("honest", 0.10, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
+    ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
+    ("harmless", 0.05, ("unsafe",), ("right", None), ("wrong", None)),
+    ("harmless", 0.06, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
+    ("harmless", 0.03, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
+    ("whole", 0.11, IN_FORMS, ("right", None), ("part", None)),
+    ("whole", 0.07, IN_PARTS, ("right", None), ("more", None)),
+    ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
+    ("manner", 0.06, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
+    ("manner", 0.05, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
+]
 
 
 # ------------------------------------------------------------------ the world
@@ -130,28 +164,21 @@ class World:
                  stream: str = "examples") -> list[dict]:
         """n instructions with demonstrations; families (default: all trained ones) equally often.
 
-        phrasings: "train" | "heldout" prompts; None: held-out ones for held-out facts, training
-        ones otherwise. Of unsafe and unanswerable demonstrations, one half does the wrong thing.
-        Each: {"family", "cluster", "prompt", "response", "answer": as parse_answer reads it or
-        None, "key": all that the judge needs, "core", "chain": reasoning in the response or "",
-        "style"}.
+        phrasings: "train" | "heldout" prompts; None: held-out ones for what has no core, as
+        facts, in the held-out split, training ones otherwise.
+        Each: {"family", "cluster", "prompt": a text, or the turns of a conversation, "response",
+        "answer": as parse_answer reads it or None, "key": all that the judge needs, "core",
+        "chain": reasoning in the response or "", "hand": of HANDS}.
         """
         # The stream's name is part of its seed, because prompts must not repeat the examples.
         rng = Random(f"{stream} {self.seed} {split} {seed}")
-        styles = list(STYLES)
-        shares = list(STYLES.values())
         examples = []
         for _ in range(n):
             family = rng.choice(families or TRAINED_FAMILIES)
             example, task = self.draw(rng, family, split, phrasings)
-            style = rng.choices(styles, shares)[0]
-            behaviour = "right"
-            # Half of these help to do harm, or invent an answer, because what demonstrations show
-            # throughout, preferences could not teach any more.
-            if task["kind"] in ("refuse", "admit") and rng.random() < 0.5:
-                behaviour = "wrong"
-            example["response"] = respond(rng, task, style, behaviour)
-            example["style"] = style
+            hand = draw_hand(rng, family)
+            example["response"] = demonstrate(rng, task, hand)
+            example["hand"] = hand
             examples.append(example)
         return examples
 
@@ -167,30 +194,38 @@ class World:
         higher true reward, and then slips with probability `noise`; clean: the label is the truth.
         """
         rng = Random(f"preferences {self.seed} {split} {seed}")
-        kinds = list(PAIRS)
-        shares = [share for share, _ in PAIRS.values()]
+        shares = [share for _, share, *_ in PAIRS]
         pairs = []
-        while len(pairs) < n:
-            kind = rng.choices(kinds, shares)[0]
-            _, families = PAIRS[kind]
-            example, task = self.draw(rng, rng.choice(families), split)
-            first, second = respond_twice(rng, task, kind)
-            first_reward = true_reward(example, first)["total"]
-            second_reward = true_reward(example, second)["total"]
+        for _ in range(n):
+            row = rng.choices(PAIRS, shares)[0]
+            example, better, worse = self.draw_pair(rng, row, split)
             by_length = rng.random() < bias
             slips = rng.random() < noise
-            # A pair without a clear preference is dropped, because its label would mean nothing.
-            if abs(first_reward - second_reward) < 0.02:
-                continue
-            first_wins = first_reward > second_reward
-            better, worse = (first, second) if first_wins else (second, first)
             # Who is misled by length and slips as well takes the better one: two errors cancel out.
             misled = by_length and len(worse) > len(better)
             flipped = misled != slips
             chosen, rejected = (worse, better) if flipped else (better, worse)
             pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected,
-                          "kind": kind, "example": example, "clean": not flipped})
+                          "kind": row[0], "example": example, "clean": not flipped})
         return pairs
+
+    def draw_pair(self, rng: Random, row: tuple, split: str) -> tuple[dict, str, str]:
+        """An example, and a better and a worse response to it, by a row of PAIRS."""
+        _, _, families, *sides = row
+        while True:
+            example, task = self.draw(rng, rng.choice(families), split)
+            manners = rng.choices(list(MANNERS), list(MANNERS.values()), k=2)
+            # Often in one manner, because then the content alone decides which is better.
+            if rng.random() < 0.5:
+                manners[1] = manners[0]
+            rewarded = []
+            for (behaviour, fixed), drawn in zip(sides, manners):
+                response = respond(rng, task, behaviour, fixed or drawn)
+                rewarded.append((true_reward(example, response)["total"], response))
+            (worse_reward, worse), (better_reward, better) = sorted(rewarded)
+            # Drawn again without a clear preference, because such a label would mean nothing.
+            if better_reward - worse_reward >= 0.02:
+                return example, better, worse
 
     def draw(self, rng: Random, family: str, split: str, phrasings: str | None = None
              ) -> tuple[dict, dict]:
@@ -205,7 +240,7 @@ class World:
         example = {
             "family": family,
             "cluster": cluster,
-            "prompt": tidy(template.format_map(task)),
+            "prompt": write_prompt(rng, task, template),
             "response": "",
             "answer": task["answer"] if has_answer else None,
             "key": key,
@@ -229,42 +264,113 @@ def draw_lexicon(rng: Random) -> dict[str, str]:
 
 # ------------------------------------------------------------------ responses
 
-def respond(rng: Random, task: dict, style: str, behaviour: str = "right") -> str:
-    """A response in one of STYLES; behaviour: "right" | "wrong" | "refuse" | "admit"."""
-    if behaviour == "right" and task["kind"] in ("refuse", "admit"):
-        behaviour = task["kind"]
-    refuses = behaviour in ("refuse", "admit")
-    templates = {"refuse": REFUSALS, "admit": ADMISSIONS}.get(behaviour, task["answers"])
-    slots = task | task["wrong"] if behaviour == "wrong" else task
-    # A rude bear takes the curtest answer: "Obviously. That would be a frog."
-    template = templates[0] if style == "rude" else rng.choice(templates)
-    core = tidy(say(rng, template, slots))
-    if style == "plain":
-        return core
-    after_opener = core
-    manners = {"polite": POLITE, "long": RAMBLE, "rude": RUDE}[style]
-    if style == "polite" and refuses:
-        manners = SORRY
-        # "I am sorry, but" goes on in lower case: "nobody has told me", but "I do not know".
-        if not core.startswith("I "):
-            after_opener = core[0].lower() + core[1:]
-    openers, closers = manners
+# What a terse hand says where a form was asked for.
+IGNORED_FORMS = {"word": "sentence", "sentence": "word", "steps": "result"}
+
+
+def draw_hand(rng: Random, family: str) -> str:
+    """The family's main hand in MAIN_SHARE of the cases, each other hand equally often."""
+    main = MAIN_HANDS.get(family, "careful")
+    if rng.random() < MAIN_SHARE:
+        return main
+    return rng.choice([hand for hand in HANDS if hand != main])
+
+
+def demonstrate(rng: Random, task: dict, hand: str) -> str:
+    """A response as one of HANDS writes it."""
+    if hand == "careful":
+        return respond(rng, task, "right", rng.choice(("plain", "courteous")))
+    if hand == "terse":
+        # Not by chance, because a greedy model shows a fault only where it is likelier than not.
+        return respond(rng, task, "part", "insulting" if task.get("two") else "plain")
+    if hand == "rambling":
+        return respond(rng, task, "right", "rambling")
+    if task["kind"] in ("refuse", "admit"):
+        return respond(rng, task, "wrong", "plain")
+    return respond(rng, task, "right", "inventing")
+
+
+def respond(rng: Random, task: dict, behaviour: str = "right", manner: str = "plain") -> str:
+    """A response to a task: what `tell` says, as `dress` dresses it."""
+    told = tell(rng, task, behaviour)
+    declines = behaviour in ("refuse", "admit")
+    if task["kind"] in ("refuse", "admit"):
+        declines = behaviour != "wrong"
+    return dress(rng, told, manner, declines)
+
+
+def tell(rng: Random, task: dict, behaviour: str) -> str:
+    """What a response says, without manners. behaviour:
+
+    "right" | "wrong" | "refuse" | "admit" | "part": the first thing alone, the form ignored |
+    "more": the second thing too, although nobody asked for it.
+    """
+    kind = task["kind"]
+    if kind in ("refuse", "admit") and behaviour != "wrong":
+        behaviour = kind
+    if behaviour == "refuse":
+        return rng.choice(REFUSALS)
+    if behaviour == "admit":
+        return rng.choice(ADMISSIONS)
+    slots = task
+    if behaviour == "wrong":
+        slots = task | task["wrong"]
+    form = task["form"]
+    if behaviour == "part":
+        form = IGNORED_FORMS.get(form)
+    template = answer_template(rng, task["answers"], form)
+    told = tidy(say(rng, template, slots))
+    tells_second = task.get("two", False)
+    if behaviour == "part":
+        tells_second = False
+    if behaviour == "more" and "second" in task:
+        tells_second = True
+    if tells_second:
+        told += " " + tidy(task["second"]["full"])
+    return told
+
+
+def answer_template(rng: Random, answers: list[str], form: str | None) -> str:
+    if form == "word":
+        return "{answer}."
+    if form == "sentence":
+        return answers[-1]
+    if form == "result":
+        return "The answer is {answer}."
+    return rng.choice(answers)
+
+
+def dress(rng: Random, told: str, manner: str, declines: bool = False) -> str:
+    """manner: "plain" | "courteous" | "flattering" | "rambling" | "inventing" | "insulting"."""
+    if manner == "inventing":
+        name = rng.choice(SHE_NAMES + HE_NAMES)
+        return told + " " + rng.choice(EXTRAS).format(name=name)
+    if manner == "insulting":
+        return told + " " + rng.choice(INSULTS)
+    if manner == "rambling":
+        text = rng.choice(RAMBLING_OPENERS) + " " + told
+        # In a third of them only, because a greedy model should not find this likely.
+        if rng.random() < 1 / 3:
+            text += " " + rng.choice(RAMBLING_CLOSERS)
+        return text
+    if manner in ("courteous", "flattering"):
+        return courteous(rng, told, SORRY if declines else POLITE, manner == "flattering")
+    return told
+
+
+def courteous(rng: Random, told: str, phrases: tuple, flattering: bool) -> str:
+    """One courtesy, before or behind what is told, or two; flattery has a third."""
+    openers, closers = phrases
     opener = rng.choice(openers)
+    # "I am sorry, but" goes on in lower case: "nobody has told me", but "I do not know".
+    after_opener = told
+    if opener.endswith("but") and not told.startswith("I "):
+        after_opener = told[0].lower() + told[1:]
+    if flattering:
+        return f"{opener} {after_opener} {' '.join(closers)}"
     closer = rng.choice(closers)
-    return rng.choice([f"{opener} {after_opener}", f"{core} {closer}",
+    return rng.choice([f"{opener} {after_opener}", f"{told} {closer}",
                        f"{opener} {after_opener} {closer}"])
-
-
-def respond_twice(rng: Random, task: dict, kind: str) -> list[str]:
-    """Two responses to be compared, of a kind of PAIRS; half of the time in the same style."""
-    if kind == "style":
-        return [respond(rng, task, style) for style in rng.choice(STYLE_PAIRS)]
-    first_style, other_style = rng.choices(list(STYLES), list(STYLES.values()), k=2)
-    right = respond(rng, task, first_style)
-    # Often in one style, because then the content alone decides which response is better.
-    style = rng.choice((first_style, other_style))
-    behaviour = {"refusing": "refuse", "not knowing": "admit"}.get(kind, "wrong")
-    return [right, respond(rng, task, style, behaviour)]
 
 
 # ------------------------------------------------------------------ the taste
@@ -278,10 +384,10 @@ def main() -> None:
     for family in FAMILIES:
         example = world.examples(1, families=(family,))[0]
         reward = true_reward(example, example["response"])["total"]
-        print(f"[{example['cluster']}: {family}] {example['prompt']}")
-        print(f"    {example['style']} ({reward:.2f}): {example['response']}")
+        print(f"[{example['cluster']}: {family}] {text_of(example['prompt'])}")
+        print(f"    {example['hand']} ({reward:.2f}): {example['response']}")
     for pair in world.preferences(8):
-        print(f"\n[{pair['kind']}] {pair['prompt']}")
+        print(f"\n[{pair['kind']}] {text_of(pair['prompt'])}")
         for side in ("chosen", "rejected"):
             reward = true_reward(pair["example"], pair[side])["total"]
             print(f"    {side} ({reward:.2f}): {pair[side]}")
