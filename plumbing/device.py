@@ -77,13 +77,14 @@ def peak_memory(device: torch.device) -> int:
 
 def pick_threads(device: torch.device, seconds: float = 0.1) -> str:
     """Compute with fewer threads where all of them are slower, because other processes need the
-    cores: a thread that waits for its turn holds up all others. Returns what was done, for the
+    cores: a thread that waits for its turn holds up all others. Returns what was changed, for the
     reader; "" where nothing was.
 
     seconds: how long each number of threads is tried. OMP_NUM_THREADS in the environment is obeyed
     untried.
     """
     n = ALL_THREADS
+    before = torch.get_num_threads()
     if device.type != "cpu" or n == 1 or "OMP_NUM_THREADS" in os.environ:
         return ""
     # on a machine with nothing else to do, more threads win by far
@@ -96,8 +97,10 @@ def pick_threads(device: torch.device, seconds: float = 0.1) -> str:
     if speeds[best] < 1.25 * speeds[n]:
         best = n
     torch.set_num_threads(best)
-    if best == n:
+    if best == before:
         return ""
+    if best == n:
+        return f"all {n} threads compute again"
     return (f"other processes are busy: {best} of {n} threads compute, which is "
             f"{speeds[best] / speeds[n]:.1f} times as fast; OMP_NUM_THREADS={n} insists on all")
 
@@ -116,33 +119,37 @@ def small_matmuls_per_second(seconds: float) -> float:
 
 
 class CoreWatch:
-    """Notices, while a run goes on, that other processes take the cores away from it.
+    """Notices, while a run goes on, that other processes take cores away from it, or may have given
+    them back.
 
     On a quiet machine the processor time of all threads is their number times the time that
     passes, because a thread that waits for the others spins.
     """
 
     def __init__(self, device: torch.device):
-        self.watching = device.type == "cpu"
+        self.on_cpu = device.type == "cpu"
         self.restart()
 
     def restart(self) -> None:
         self.clock = time.perf_counter()
         self.processor = time.process_time()
 
-    def complaint(self, seconds: float = 5.0) -> str:
-        """Once, when the run got less than three quarters of its cores for so many seconds: what
-        to do. "" otherwise."""
+    def share(self) -> float:
+        """Processor time per thread and time that passed, since the restart: 1 on a quiet
+        machine."""
+        passed = time.perf_counter() - self.clock
+        return (time.process_time() - self.processor) / passed / torch.get_num_threads()
+
+    def has_changed(self) -> bool:
+        """Whether it is time to pick the number of threads again: after five seconds with less than
+        three quarters of the cores, or half a minute with fewer threads than there are."""
         passed = time.perf_counter() - self.clock
         n = torch.get_num_threads()
+        if not self.on_cpu or passed < 5:
+            return False
         # a single thread is slowed down by others, but waits for none
-        if not self.watching or n == 1 or passed < seconds:
-            return ""
-        got = (time.process_time() - self.processor) / passed
-        self.restart()
-        if got >= 0.75 * n:
-            return ""
-        self.watching = False
-        return (f"this run gets {got:.1f} of its {n} cores, because other processes are busy, and "
-                "threads that wait for each other lose more than that; stopped and started again "
-                f"with OMP_NUM_THREADS={n - 1} and --resume it may be faster")
+        if n > 1 and self.share() < 0.75:
+            return True
+        if n == ALL_THREADS:
+            self.restart()                             # only the last seconds count
+        return n < ALL_THREADS and passed > 30

@@ -128,10 +128,8 @@ class Run:
         self.matmul_peak = 1.0                         # FLOP/s
         self.started = time.perf_counter()
         self.claim_folder()
-        choice = pick_threads(self.device)
-        if choice:
-            self.say(choice)
         self.cores = CoreWatch(self.device)
+        self.pick_threads()
 
     def claim_folder(self) -> None:
         """Refuse a folder with an earlier run in it unless told what to do with that run."""
@@ -159,6 +157,13 @@ class Run:
                 raise ValueError(f"--overwrite would throw away {entry}, which is not of "
                                  "a training run; move it, or give another --out")
         shutil.rmtree(self.out)
+
+    def pick_threads(self) -> None:
+        """As many as are fast now."""
+        choice = pick_threads(self.device)
+        if choice:
+            self.say(choice)
+        self.cores.restart()
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress bar."""
@@ -338,9 +343,8 @@ class Run:
         if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
             return
         row = self.metrics.row(step, self.guard.skipped, self.mean_over_ranks)
-        complaint = self.cores.complaint()
-        if complaint:
-            self.say(complaint)
+        if self.cores.has_changed():
+            self.pick_threads()
         if self.flops_per_token:
             flops_per_s = row["tokens_per_s"] / self.world_size * self.flops_per_token
             # a peak below that was measured while other processes were busy
