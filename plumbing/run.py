@@ -258,6 +258,8 @@ class Run:
                 self.current_step = step
                 yield step
                 self.bar.update()
+                if self.cores.has_changed():
+                    self.pick_threads()
                 failed = self.writer.writing and self.writer.error(wait=False)
                 stop = bool(signals or failed)
                 if self.mean_over_ranks(stop):                  # all ranks, at the same step
@@ -343,8 +345,6 @@ class Run:
         if not (step == 0 or self.due(step, self.cfg.log_every) or "val_loss" in figures):
             return
         row = self.metrics.row(step, self.guard.skipped, self.mean_over_ranks)
-        if self.cores.has_changed():
-            self.pick_threads()
         if self.flops_per_token:
             flops_per_s = row["tokens_per_s"] / self.world_size * self.flops_per_token
             # a peak below that was measured while other processes were busy
