@@ -227,6 +227,9 @@ def descend(theta: Tensor, logN: Tensor, logD: Tensor, logL: Tensor, delta: floa
         trial_loss = huber(trial_r, delta).sum(-1)
         # A step too far may overflow to NaN, which is no number to compare: it counts as worse.
         trial_loss = trial_loss.nan_to_num(nan=math.inf)
+        # So does an exponent beyond 10: it fits one run alone, and its factor would overflow.
+        too_steep = (trial[:, 3:] > 10).any(-1)
+        trial_loss = trial_loss.masked_fill(too_steep, math.inf)
         better = trial_loss < loss                                           # (S,)
         row_better = better[:, None]                                         # (S, 1)
         theta = torch.where(row_better, trial, theta)

@@ -169,9 +169,8 @@ def test_every_run_spends_its_budget_and_reads_no_token_twice(preset):
 
 
 def test_the_smoke_grid_runs_and_finished_runs_are_skipped(tmp_path, monkeypatch):
-    # Seed 1, because runs as short as these may show no effect of size, and no law fits that.
     cfg = laws.Config(preset="smoke", out=str(tmp_path / "runs"), bootstrap=4, device="cpu",
-                      dtype="float32", figure=str(tmp_path / "figure.png"), seed=1)
+                      dtype="float32", figure=str(tmp_path / "figure.png"))
     report = laws.main(cfg)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     saved = json.loads((tmp_path / "figure.json").read_text())
