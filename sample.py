@@ -7,7 +7,7 @@ same alone and in a batch. A row stops at its first stop token; once a quarter o
 they are dropped from the batch. PPO's rollouts and evaluate.py use this engine too.
 
     python sample.py --init out/dpo                            # a chat in the terminal
-    python sample.py --init out/dpo --prompt "Who lives in the old mill?"
+    python sample.py --init out/dpo --prompt "What is the pet of Barley?"
     python sample.py --init out/pretrain --raw --prompt "One morning" --temperature 0.8
     python sample.py --init out/span --fill "The bear ___ her hat on ___."     # or out/mlm
 """
