@@ -32,7 +32,7 @@ from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
 from plumbing.options import command_line
 from scoring import token_logps
-from world.judge import parse_answer, true_reward
+from world.judge import WEIGHTS, parse_answer, true_reward, without_courtesies
 from world.tasks import HELDOUT_FAMILIES
 
 MAX_ANSWER = 64                       # tokens
@@ -362,13 +362,15 @@ def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]])
     return scores
 
 
+def judgements(examples: list[dict], texts: list[str]) -> dict[str, np.ndarray]:
+    """The world's own judgement of each text: "total" and each of its parts, (n,) in [0, 1]."""
+    judged = [true_reward(example, text) for example, text in zip(examples, texts)]
+    return {part: np.array([parts[part] for parts in judged]) for part in ("total", *WEIGHTS)}
+
+
 def true_rewards(examples: list[dict], texts: list[str]) -> np.ndarray:
-    """The world's own judgement of each text, (n,) in [0, 1]."""
-    totals = []
-    for example, text in zip(examples, texts):
-        parts = true_reward(example, text)
-        totals.append(parts["total"])
-    return np.array(totals)
+    """The total of the judgements, (n,)."""
+    return judgements(examples, texts)["total"]
 
 
 def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) -> dict:
@@ -447,8 +449,9 @@ def length_accuracy(pairs: data.PreferencePairs) -> float:
 
 
 def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int) -> dict:
-    """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", and the
-    per-prompt "rewards" of the first n prompts that are compared in win rates}."""
+    """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", "parts": the
+    mean of each part of it}, and for win rates, (n,) each: "rewards", and "plain_rewards", of the
+    answers without their courtesies."""
     tasks = exam(name, n_tasks)
     prompts = reward_prompts(name, n)
     # Answered in one go, because prompts of similar length are then batched together.
@@ -456,16 +459,20 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
     texts = complete_texts(tokenizer, responses)
     families = accuracy_by_family(tasks, texts[:n_tasks])
     accuracy = families.pop("all")
-    rewards = true_rewards(prompts, texts[n_tasks:])
+    judged_texts = texts[n_tasks:]
+    parts = judgements(prompts, judged_texts)
+    rewards = parts.pop("total")
+    plain = [without_courtesies(text) for text in judged_texts]
     return {"accuracy": accuracy, "families": families, "true_reward": float(rewards.mean()),
-            "rewards": rewards}
+            "parts": {part: float(values.mean()) for part, values in parts.items()},
+            "rewards": rewards, "plain_rewards": true_rewards(prompts, plain)}
 
 
 # ---------------------------------------------------------------------- the table
 
 def print_figures(figures: dict) -> None:
-    """A line for each figure, those of the families last."""
-    for name, value in {**figures, **figures["families"]}.items():
+    """A line for each figure; those of the families and of the reward's parts last."""
+    for name, value in {**figures, **figures["families"], **figures["parts"]}.items():
         if isinstance(value, float):                       # not the interval, and not "families"
             print(f"{name:24s} {value:8.3f}")
 
@@ -485,12 +492,14 @@ def main(cfg: Config) -> dict:
             raise ValueError(f"--reference {cfg.reference}: its tokenizer is not that of --init "
                              f"{cfg.init}, so that their predictions cannot be compared")
     figures = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
-    rewards = figures.pop("rewards")                       # an array, which JSON cannot hold
+    rewards = figures.pop("rewards")                       # arrays, which JSON cannot hold
+    plain_rewards = figures.pop("plain_rewards")
     if cfg.reference:
         theirs = evaluate_policy(reference, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
         rate, low, high = win_rate(rewards, theirs["rewards"])
         figures["win_rate"] = rate
         figures["win_rate_95"] = [low, high]
+        figures["plain_win_rate"], *_ = win_rate(plain_rewards, theirs["plain_rewards"])
         figures["reference_true_reward"] = theirs["true_reward"]
         figures["reference_accuracy"] = theirs["accuracy"]
         prompts = reward_prompts(cfg.data, cfg.n)

@@ -35,6 +35,7 @@ from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents
 from plumbing.options import build, command_line, flat
+from world.judge import WEIGHTS
 from world.text import text_of
 
 STAGES = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo,
@@ -191,7 +192,10 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
             rate, low, high = evaluate.win_rate(rewards, figures["sft"]["rewards"])
             prompts = evaluate.reward_prompts(world, size["n"])
             kl = evaluate.kl_to(model, sft, tokenizer, prompts, cfg.seed)
-            figures[name] |= {"win_rate": rate, "win_rate_95": [low, high], "kl": kl}
+            plain_rate, _, _ = evaluate.win_rate(figures[name]["plain_rewards"],
+                                                 figures["sft"]["plain_rewards"])
+            figures[name] |= {"win_rate": rate, "win_rate_95": [low, high], "kl": kl,
+                              "plain_win_rate": plain_rate}
     return figures, shown
 
 
@@ -238,15 +242,15 @@ def summarize(results: dict, figures: dict, minutes: float) -> dict:
     finetune = pick(results["sft"], "minutes", "tokens_per_s", "val_loss", "base_loss")
     finetune |= pick(sft, "accuracy")
     finetune["base_accuracy"] = base["accuracy"]
-    finetune |= pick(sft, "families", "true_reward")
+    finetune |= pick(sft, "families", "true_reward", "parts")
     reward_model = pick(results["rm"], "minutes", "tokens_per_s", "accuracy", "ece",
                         "length_accuracy", "likelihood_accuracy")
     report = {"minutes": minutes, "parameters": sft["parameters"],
               "stages": {"pretrain": pretrain, "sft": finetune, "rm": reward_model}}
     for name in ("dpo", "ppo"):
         stage = pick(results[name], "minutes", "tokens_per_s")
-        stage |= pick(figures[name], "win_rate", "win_rate_95", "true_reward", "kl", "accuracy",
-                      "families")
+        stage |= pick(figures[name], "win_rate", "win_rate_95", "plain_win_rate", "true_reward",
+                      "parts", "kl", "accuracy", "families")
         stage["sft_true_reward"] = sft["true_reward"]      # again, to stand beside its own
         report["stages"][name] = stage
     return report
@@ -316,7 +320,7 @@ def write_report(report: dict, figures: dict, shown: dict, configs: dict, out: P
     draw(report, configs, out / "report.png")
     lines = table_lines(report)
     lines += ["", "![what each stage changed](report.png)", ""]
-    # Right after the table, because its figures owe something to these options.
+    lines += parts_lines(report["stages"])
     lines += beyond_lines(report["beyond_defaults"])
     lines += answer_lines(shown)
     lines += story_lines(figures["pretrain"])
@@ -337,6 +341,29 @@ def table_lines(report: dict) -> list[str]:
         lines.append(f"| {name} | {stage['minutes']:.1f} | {stage['tokens_per_s']:,.0f} "
                      f"| {measure} | {change} |")
     return lines
+
+
+def parts_lines(stages: dict) -> list[str]:
+    """What the true reward is made of after each stage, and each part's share of the gain."""
+    lines = ["## What alignment changed", "",
+             "| part of the true reward | weight | SFT | DPO | PPO | of DPO's gain | of PPO's |",
+             "|---|---|---|---|---|---|---|"]
+    before = stages["sft"]
+    for part, weight in WEIGHTS.items():
+        values = [stages[name]["parts"][part] for name in ("sft", "dpo", "ppo")]
+        shares = []
+        for name in ("dpo", "ppo"):
+            after = stages[name]
+            gain = after["true_reward"] - before["true_reward"]
+            part_gain = weight * (after["parts"][part] - before["parts"][part])
+            # Of next to nothing, or of a loss, there are no shares.
+            shares.append(f"{part_gain / gain:.0%}" if gain > 0.01 else "-")
+        cells = [part, f"{weight}", *(f"{value:.3f}" for value in values), *shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    dpo_rate = stages["dpo"]["plain_win_rate"]
+    ppo_rate = stages["ppo"]["plain_win_rate"]
+    plain = f"Without courtesies on either side DPO wins {dpo_rate:.1%}, PPO {ppo_rate:.1%}."
+    return [*lines, "", plain, ""]
 
 
 def beyond_lines(beyond: list[dict]) -> list[str]:

@@ -23,6 +23,7 @@ import train_rm
 import train_sft
 from plumbing.curves import plot_curves, read_metrics
 from plumbing.options import command_line
+from world.judge import WEIGHTS
 from world.text import text_of
 
 ROOT = Path(lifecycle.__file__).parent
@@ -110,6 +111,23 @@ def test_the_report_has_every_figure_and_each_is_a_number(first_run):
         low, high = report["stages"][name]["win_rate_95"]
         assert 0 <= low <= report["stages"][name]["win_rate"] <= high <= 1 + 1e-9
     assert report["minutes"] >= sum(stage["minutes"] for stage in report["stages"].values())
+
+
+def test_the_parts_of_the_true_reward_add_up_and_so_do_their_shares_of_the_gain(first_run):
+    folder, report, _ = first_run
+    stages = report["stages"]
+    for name in ("sft", "dpo", "ppo"):
+        total = sum(weight * stages[name]["parts"][part] for part, weight in WEIGHTS.items())
+        assert total == pytest.approx(stages[name]["true_reward"])
+    for name in ("dpo", "ppo"):
+        assert 0 <= stages[name]["plain_win_rate"] <= 1
+    made_up = {"sft": {"true_reward": 0.5, "parts": dict.fromkeys(WEIGHTS, 0.5)},
+               "dpo": {"true_reward": 1.0, "parts": dict.fromkeys(WEIGHTS, 1.0)},
+               "ppo": {"true_reward": 0.5, "parts": dict.fromkeys(WEIGHTS, 0.5)}}
+    made_up["dpo"]["plain_win_rate"] = made_up["ppo"]["plain_win_rate"] = 0.5
+    table = lifecycle.parts_lines(made_up)
+    assert "| right | 0.35 | 0.500 | 1.000 | 0.500 | 35% | - |" in table
+    assert "## What alignment changed" in (folder / "out" / "report.md").read_text()
 
 
 def test_every_stage_is_real_each_loss_ends_below_its_start(first_run):
