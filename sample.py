@@ -387,7 +387,8 @@ def example_questions(world: World) -> list[str]:
     by_cluster = {}
     # held out, because the answers to these were not learned by heart
     for example in world.prompts(100, split="heldout"):
-        fits_a_line = len(example["prompt"]) <= 72
+        # a follow-up says little without the turns before it
+        fits_a_line = isinstance(example["prompt"], str) and len(example["prompt"]) <= 72
         # None: a story or a refusal, of which the reader could not tell whether it is right
         if fits_a_line and example["answer"] is not None:
             by_cluster.setdefault(example["cluster"], example["prompt"])

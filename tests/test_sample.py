@@ -18,6 +18,7 @@ from sample import KEEP, filter_logits, generate, next_token, print_stream, resp
 from scoring import token_logps
 from tokenizer import Tokenizer
 from world.tasks import TRAINED_FAMILIES
+from world.text import text_of
 from world.world import World
 
 torch.set_num_threads(1)
@@ -540,7 +541,7 @@ def test_example_questions_are_the_worlds_own_of_trained_families_and_three_kind
     for seed in range(5):
         asked = sample.example_questions(World(seed))
         assert asked == sample.example_questions(World(seed))
-        known = {example["prompt"]: example
+        known = {text_of(example["prompt"]): example
                  for example in World(seed).prompts(100, split="heldout")}
         assert len({known[question]["cluster"] for question in asked}) == 3
         assert {known[question]["family"] for question in asked} <= set(TRAINED_FAMILIES)
