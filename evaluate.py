@@ -396,6 +396,14 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]
     return float(rate), float(rate - half_width), float(rate + half_width)
 
 
+def wins_over(ours: dict, theirs: dict) -> dict:
+    """What evaluate_policy() found of two models, compared prompt by prompt: {"win_rate",
+    "win_rate_95": its interval, "plain_win_rate": without courtesies on either side}."""
+    rate, low, high = win_rate(ours["rewards"], theirs["rewards"])
+    plain_rate, _, _ = win_rate(ours["plain_rewards"], theirs["plain_rewards"])
+    return {"win_rate": rate, "win_rate_95": [low, high], "plain_win_rate": plain_rate}
+
+
 @torch.no_grad()
 def kl_to(model: Transformer, reference: Transformer, tokenizer, examples: list[dict],
           seed: int) -> float:
@@ -492,18 +500,15 @@ def main(cfg: Config) -> dict:
             raise ValueError(f"--reference {cfg.reference}: its tokenizer is not that of --init "
                              f"{cfg.init}, so that their predictions cannot be compared")
     figures = evaluate_policy(model, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
-    rewards = figures.pop("rewards")                       # arrays, which JSON cannot hold
-    plain_rewards = figures.pop("plain_rewards")
     if cfg.reference:
         theirs = evaluate_policy(reference, tokenizer, cfg.data, cfg.n_tasks, cfg.n)
-        rate, low, high = win_rate(rewards, theirs["rewards"])
-        figures["win_rate"] = rate
-        figures["win_rate_95"] = [low, high]
-        figures["plain_win_rate"], *_ = win_rate(plain_rewards, theirs["plain_rewards"])
+        figures |= wins_over(figures, theirs)
         figures["reference_true_reward"] = theirs["true_reward"]
         figures["reference_accuracy"] = theirs["accuracy"]
         prompts = reward_prompts(cfg.data, cfg.n)
         figures["kl"] = kl_to(model, reference, tokenizer, prompts, cfg.seed)
+    for name in ("rewards", "plain_rewards"):              # arrays, which JSON cannot hold
+        del figures[name]
     print_figures(figures)
     if cfg.json:
         text = json.dumps(figures, indent=2)

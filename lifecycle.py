@@ -188,14 +188,9 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
         if name == "sft":
             sft = model                                    # kept, because the KL is to this model
         elif name in ("dpo", "ppo"):
-            rewards = figures[name]["rewards"]
-            rate, low, high = evaluate.win_rate(rewards, figures["sft"]["rewards"])
+            figures[name] |= evaluate.wins_over(figures[name], figures["sft"])
             prompts = evaluate.reward_prompts(world, size["n"])
-            kl = evaluate.kl_to(model, sft, tokenizer, prompts, cfg.seed)
-            plain_rate, _, _ = evaluate.win_rate(figures[name]["plain_rewards"],
-                                                 figures["sft"]["plain_rewards"])
-            figures[name] |= {"win_rate": rate, "win_rate_95": [low, high], "kl": kl,
-                              "plain_win_rate": plain_rate}
+            figures[name]["kl"] = evaluate.kl_to(model, sft, tokenizer, prompts, cfg.seed)
     return figures, shown
 
 

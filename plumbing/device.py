@@ -6,7 +6,6 @@ import sys
 import time
 
 import torch
-from torch import Tensor
 
 ALL_THREADS = torch.get_num_threads()                  # before anything has changed their number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,8 +111,7 @@ def small_matmuls_per_second(seconds: float) -> float:
     n = 0
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
-        product: Tensor = x @ w
-        product.relu_()
+        (x @ w).relu_()
         n += 1
     return n / (time.perf_counter() - start)
 
@@ -142,7 +140,8 @@ class CoreWatch:
 
     def has_changed(self) -> bool:
         """Whether it is time to pick the number of threads again: after five seconds with less than
-        three quarters of the cores, or half a minute with fewer threads than there are."""
+        three quarters of the cores, or half a minute with fewer threads than there are. Five
+        seconds with all of them begin a new count, because old ones would hide a change."""
         passed = time.perf_counter() - self.clock
         n = torch.get_num_threads()
         if not self.on_cpu or passed < 5:
@@ -151,5 +150,5 @@ class CoreWatch:
         if n > 1 and self.share() < 0.75:
             return True
         if n == ALL_THREADS:
-            self.restart()                             # only the last seconds count
+            self.restart()
         return n < ALL_THREADS and passed > 30

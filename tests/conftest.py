@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items):
 def step_aside():
     """The first core is for the tests of this process."""
     os.nice(10)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[1:] or cores)
+    if hasattr(os, "sched_setaffinity"):       # macOS has no such thing
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[1:] or cores)
 
 
 def run_job(folder, script, *arguments):
