@@ -44,6 +44,8 @@ class ModelConfig:
     norm_eps: float = 1e-5            # added to RMSNorm's mean square
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # add each predecessor's embedding: gains 0.03 nats
+    common: float = 0.0               # embeddings begin with a direction in common, so many times
+                                      # as long as their own part; 3: looks back in half the steps
     n_experts: int = 0                # E: Mixture of Experts, so many SwiGLUs; 0: a dense model
     top_k: int = 2                    # experts per token
     n_shared_experts: int = 0         # experts that every token visits besides
@@ -295,6 +297,11 @@ class Transformer(nn.Module):
         # logit D * std while all blocks are the identity, smaller in wide models.
         std = min(0.02, 3 / self.config.d_model)
         self.embedding.weight.normal_(std=std)
+        if self.config.common > 0:
+            # Because looking back begins with a head that finds the token before, whichever it is:
+            # by its place alone, and so by what is the same in all keys.
+            self.embedding.weight += (
+                self.config.common * std * torch.randn_like(self.embedding.weight[0]))
         if not self.config.tied:
             self.lm_head.weight.normal_(std=std)
 

@@ -88,7 +88,7 @@ def test_ppo_has_two_adams(parts_of):
 def test_a_default_model_is_a_plain_llama(parts_of):
     model = parts_of(train_pretrain)["model"]
     assert type(model) is Transformer
-    assert not model.config.token_shift and model.config.n_experts == 0
+    assert not model.config.token_shift and model.config.common == model.config.n_experts == 0
     assert all(type(block.mlp) is SwiGLU for block in model.blocks)
     parts = {"embedding.weight", "norm.weight"}
     for i in range(len(model.blocks)):

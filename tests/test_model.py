@@ -369,3 +369,15 @@ def test_token_shift_costs_one_square_matrix():
     plain, shifted = (ModelConfig(**SIZES, token_shift=flag) for flag in (False, True))
     assert shifted.matmul_parameters() - plain.matmul_parameters() == 32 * 32
     assert parameter_count(Transformer(shifted)) - parameter_count(Transformer(plain)) == 32 * 32
+
+
+def test_embeddings_begin_with_a_direction_in_common_if_asked():
+    torch.manual_seed(1)
+    plain = Transformer(ModelConfig(**SIZES))
+    torch.manual_seed(1)
+    shared = Transformer(ModelConfig(**SIZES, common=3.0))
+    added = shared.embedding.weight - plain.embedding.weight
+    # One vector for all tokens, three times as long as an embedding, up to the draw.
+    assert torch.allclose(added, added[:1].expand_as(added), atol=1e-6)
+    length = plain.embedding.weight.norm(dim=-1).mean()
+    assert 1.5 * length < added[0].norm() < 6 * length
