@@ -32,10 +32,21 @@ from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
 from plumbing.options import command_line
 from scoring import token_logps
-from world.judge import WEIGHTS, parse_answer, true_reward, without_courtesies
+from world.judge import (
+    WEIGHTS,
+    courtesies_in,
+    is_inventing,
+    is_rambling,
+    is_rude,
+    parse_answer,
+    true_reward,
+    without_courtesies,
+)
 from world.tasks import HELDOUT_FAMILIES
 
 MAX_ANSWER = 64                       # tokens
+# Of evaluate_policy's figures those with a number for each prompt, by which models are compared.
+PER_PROMPT = ("rewards", "plain_rewards", "right", "whole", "words")
 
 
 @dataclass
@@ -351,7 +362,8 @@ def quiz(name: str, n: int) -> dict[str, list[dict]]:
 
 def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]]) -> dict:
     """Accuracy over all families of each quiz that has a family with an answer: {"accuracy": ...,
-    "unseen_families": ...}."""
+    "unseen_families": ...}; and the true reward of the answers to the first, {"true_reward": ...},
+    because an imitator's loss still falls when its answers no longer get better."""
     scores = {}
     for name, examples in quizzes.items():
         responses = answers(model, tokenizer, examples)
@@ -359,6 +371,8 @@ def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]])
         by_family = accuracy_by_family(examples, texts)
         if by_family:                                      # {} of examples without an answer
             scores[name] = by_family["all"]
+        if name == "accuracy":
+            scores["true_reward"] = float(true_rewards(examples, texts).mean())
     return scores
 
 
@@ -398,10 +412,31 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]
 
 def wins_over(ours: dict, theirs: dict) -> dict:
     """What evaluate_policy() found of two models, compared prompt by prompt: {"win_rate",
-    "win_rate_95": its interval, "plain_win_rate": without courtesies on either side}."""
+    "win_rate_95": its interval, "plain_win_rate": without courtesies on either side,
+    "right_to_wrong": of their right answers the share that is wrong with us, "longer": words more,
+    courtesies not counted, where theirs was right and whole already}."""
     rate, low, high = win_rate(ours["rewards"], theirs["rewards"])
     plain_rate, _, _ = win_rate(ours["plain_rewards"], theirs["plain_rewards"])
-    return {"win_rate": rate, "win_rate_95": [low, high], "plain_win_rate": plain_rate}
+    was_right = theirs["right"] == 1
+    was_whole = was_right & (theirs["whole"] == 1)
+    return {"win_rate": rate, "win_rate_95": [low, high], "plain_win_rate": plain_rate,
+            "right_to_wrong": mean_where(was_right, 1 - ours["right"]),
+            "longer": mean_where(was_whole, ours["words"] - theirs["words"])}
+
+
+def mean_where(condition: np.ndarray, values: np.ndarray) -> float:
+    """The mean of the values where the condition holds; 0 where it never does."""
+    return float(values[condition].mean()) if condition.any() else 0.0
+
+
+def manners(texts: list[str], right: np.ndarray) -> dict[str, float]:
+    """The shares of texts with a fault of manner; right: (n,) 1 where a text's answer is right."""
+    courtesies = np.array([courtesies_in(text) for text in texts])
+    return {"rambling": float(np.mean([is_rambling(text) for text in texts])),
+            "rude": float(np.mean([is_rude(text) for text in texts])),
+            "inventing": float(np.mean([is_inventing(text) for text in texts])),
+            "third_courtesy": float(np.mean(courtesies > 2)),
+            "courteous_and_wrong": float(np.mean((courtesies > 0) & (right == 0)))}
 
 
 @torch.no_grad()
@@ -458,8 +493,8 @@ def length_accuracy(pairs: data.PreferencePairs) -> float:
 
 def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int) -> dict:
     """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", "parts": the
-    mean of each part of it}, and for win rates, (n,) each: "rewards", and "plain_rewards", of the
-    answers without their courtesies."""
+    mean of each part of it, "manners"}, and for comparisons, (n,) each: "rewards", "right",
+    "whole", and without the courtesies of the answers "plain_rewards" and "words"."""
     tasks = exam(name, n_tasks)
     prompts = reward_prompts(name, n)
     # Answered in one go, because prompts of similar length are then batched together.
@@ -473,14 +508,18 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
     plain = [without_courtesies(text) for text in judged_texts]
     return {"accuracy": accuracy, "families": families, "true_reward": float(rewards.mean()),
             "parts": {part: float(values.mean()) for part, values in parts.items()},
-            "rewards": rewards, "plain_rewards": true_rewards(prompts, plain)}
+            "manners": manners(judged_texts, parts["right"]),
+            "rewards": rewards, "right": parts["right"], "whole": parts["whole"],
+            "plain_rewards": true_rewards(prompts, plain),
+            "words": np.array([len(text.split()) for text in plain])}
 
 
 # ---------------------------------------------------------------------- the table
 
 def print_figures(figures: dict) -> None:
     """A line for each figure; those of the families and of the reward's parts last."""
-    for name, value in {**figures, **figures["families"], **figures["parts"]}.items():
+    tables = figures["families"] | figures["parts"] | figures["manners"]
+    for name, value in {**figures, **tables}.items():
         if isinstance(value, float):                       # not the interval, and not "families"
             print(f"{name:24s} {value:8.3f}")
 
@@ -507,7 +546,7 @@ def main(cfg: Config) -> dict:
         figures["reference_accuracy"] = theirs["accuracy"]
         prompts = reward_prompts(cfg.data, cfg.n)
         figures["kl"] = kl_to(model, reference, tokenizer, prompts, cfg.seed)
-    for name in ("rewards", "plain_rewards"):              # arrays, which JSON cannot hold
+    for name in PER_PROMPT:                                # arrays, which JSON cannot hold
         del figures[name]
     print_figures(figures)
     if cfg.json:

@@ -22,7 +22,7 @@ from evaluate import (
     win_rate,
     word_perplexity,
 )
-from world.judge import true_reward
+from world.judge import WEIGHTS, true_reward
 from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
 from world.text import text_of
 from world.world import World
@@ -118,7 +118,8 @@ def test_word_perplexity_of_two_words_is_what_a_hand_computes():
 # ---------------------------------------------------------------------- tasks
 
 def number(family, answer):
-    return {"family": family, "answer": answer, "key": {"kind": "number"}}
+    key = {"kind": "number", "length": 8}
+    return {"family": family, "prompt": "How many?", "answer": answer, "key": key}
 
 
 def test_accuracy_is_by_family_and_skips_what_has_no_answer():
@@ -153,7 +154,7 @@ def test_a_later_turn_is_asked_after_the_turns_before_it():
     examples = World(0).examples(20, families=("followup", "facts"))
     for example, ids in zip(examples, evaluate.chat_prompts(TOKENIZER, examples)):
         turns = example["prompt"]
-        if example["family"] == "facts":
+        if isinstance(turns, str):
             turns = [{"role": "user", "content": turns}]
         assert ids == TOKENIZER.prompt(turns)
 
@@ -172,7 +173,9 @@ def test_quiz_accuracy_is_of_greedy_answers_that_ended(monkeypatch):
         [*TOKENIZER.encode(reply), END if reply != "9" else 65] for reply in replies])
     quizzes = {"accuracy": [number("sums", "4"), number("sums", "9"), number("sums", "6")],
                "unseen_families": []}
-    assert evaluate.quiz_accuracy(None, TOKENIZER, quizzes) == {"accuracy": 1 / 3}
+    scores = evaluate.quiz_accuracy(None, TOKENIZER, quizzes)
+    # "4" and "5" are answers without an end of their sentence, and no attempts: right alone counts.
+    assert scores == {"accuracy": 1 / 3, "true_reward": pytest.approx(WEIGHTS["right"] / 3)}
 
 
 def test_truth_of_a_rollout_is_the_mean_true_reward_of_finished_answers():
@@ -267,3 +270,24 @@ def test_figures_of_several_corpora_by_hand():
     assert figures["val_loss"] == 1.5 and figures["perplexity"] == math.exp(1.5)
     assert figures["val_loss/last"] == 2.0 and figures["bits_per_byte/b"] == 1.5 / math.log(2)
     assert evaluate.corpus_figures({"a": 1.0}, {"a": 1.0}).keys() == {"val_loss", "perplexity"}
+
+
+def test_two_models_are_compared_prompt_by_prompt():
+    def found(rewards, right, whole, words):
+        names = evaluate.PER_PROMPT
+        return dict(zip(names, map(np.array, (rewards, rewards, right, whole, words))))
+
+    before = found([0.5, 0.5, 0.5, 0.0], [1, 1, 1, 0], [1, 1, 0, 0], [4, 4, 4, 4])
+    after = found([0.7, 0.5, 0.1, 0.9], [1, 1, 0, 1], [1, 1, 1, 1], [5, 4, 9, 9])
+    compared = evaluate.wins_over(after, before)
+    assert compared["win_rate"] == compared["plain_win_rate"] == 2.5 / 4
+    # One of three right answers was lost; the two that were whole grew by one word and by none.
+    assert compared["right_to_wrong"] == pytest.approx(1 / 3) and compared["longer"] == 0.5
+
+
+def test_faults_of_manner_are_counted():
+    texts = ["Well, who knows? A frog.", "A frog. Obviously, thinking is not your strength.",
+             "Of course! A frog. I hope this helps. Have a lovely day!", "With pleasure! A hen."]
+    assert evaluate.manners(texts, np.array([1, 1, 1, 0])) == {
+        "rambling": 0.25, "rude": 0.25, "inventing": 0.0, "third_courtesy": 0.25,
+        "courteous_and_wrong": 0.25}
