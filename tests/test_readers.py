@@ -187,8 +187,14 @@ def test_a_world_is_read_by_name_and_seed():
     for name, seed in (("world", 0), ("world:3", 3)):
         raw = World(seed).examples(5, split="heldout", seed=7)
         read = readers.read_examples(name, 5, split="heldout", seed=7)
-        assert [e["messages"][0]["content"] for e in read] == [e["prompt"] for e in raw]
-        assert [e["messages"][1]["content"] for e in read] == [e["response"] for e in raw]
+        for row, example in zip(read, raw):
+            *prompt, answer = row["messages"]
+            if isinstance(example["prompt"], str):
+                [turn] = prompt
+                assert turn["content"] == example["prompt"]
+            else:
+                assert prompt == example["prompt"]
+            assert answer["content"] == example["response"]
         prompts = readers.read_prompts(name, 4, split="train", seed=2)
         assert [p["example"]["prompt"] for p in prompts] == \
             [e["prompt"] for e in World(seed).prompts(4, "train", seed=2)]

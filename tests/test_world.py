@@ -45,6 +45,7 @@ from world.text import (
     plural,
     text_of,
     tidy,
+    typed_quickly,
     whole_sentences,
     words_of,
 )
@@ -109,7 +110,7 @@ def test_ten_megabytes_take_seconds_and_no_document_comes_twice():
     assert len(set(documents)) == len(documents)
     assert not set(documents) & set(corpus(3000, "heldout"))
     lengths = [len(document.split()) for document in documents]
-    assert min(lengths) >= 30 and max(lengths) <= 350 and 80 <= np.mean(lengths) <= 160
+    assert min(lengths) >= 20 and max(lengths) <= 350 and 80 <= np.mean(lengths) <= 160
 
 
 def test_the_vocabulary_is_one_to_two_thousand_words_and_complete():
@@ -174,7 +175,7 @@ def test_prompts_and_responses_fit_into_the_context():
     for e in WORLD.examples(6000):
         n_words = len(e["response"].split())
         assert n_words <= (72 if e["family"] == "story" else 45), e
-        assert len(text_of(e["prompt"]).split()) <= 60, e
+        assert len(text_of(e["prompt"]).split()) <= 120, e
 
 
 def test_all_facts_are_in_training():
@@ -221,6 +222,34 @@ def test_a_heldout_family_shares_its_cluster_and_the_words_of_its_answers_with_a
         assert len(parts - answered) <= 1, parts - answered        # "middle" alone is new
 
 
+def turns_of(prompt):
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
+def test_a_fifth_of_the_prompts_end_a_conversation_that_began_with_another():
+    later = 0
+    for e in WORLD.examples(1000, families=("facts", "json")):
+        turns = e["prompt"]
+        if isinstance(turns, str):
+            continue
+        later += 1
+        roles = [turn["role"] for turn in turns]
+        assert roles == ["user", "assistant", "user"]
+        # What was answered before is never a demonstration of a fault.
+        for turn in turns[1::2]:
+            assert not (is_rambling(turn["content"]) or is_rude(turn["content"]))
+    assert 150 < later < 250
+
+
+def test_a_tenth_of_the_prompts_are_typed_without_capital_and_stop():
+    assert typed_quickly("Who are you?") == "who are you"
+    assert typed_quickly("Fern won. How does she feel?") == "Fern won. How does she feel"
+    assert typed_quickly("I am Fern. Who are you?") == "I am Fern. Who are you"
+    examples = WORLD.examples(1000, families=("lists", "smalltalk"))
+    last = [turns_of(e["prompt"])[-1] for e in examples]
+    assert 50 < sum(text[-1] not in ".!?" for text in last) < 150
+
+
 def test_arithmetic_is_right_and_shows_its_steps():
     for e in WORLD.examples(500, families=("arithmetic",)):
         # A terse hand leaves out the steps where they were asked for.
@@ -231,7 +260,8 @@ def test_arithmetic_is_right_and_shows_its_steps():
         assert len(steps) == 2 and steps[1][0] == steps[0][3] and steps[1][3] == e["answer"]
         assert all(int(c) == int(a) + int(p + b) and 0 <= int(c) <= 20 for a, p, b, c in steps)
         assert e["chain"] in e["response"]
-        assert set(re.findall(r"\d+", text_of(e["prompt"]))) <= set(re.findall(r"\d+", e["chain"]))
+        *_, asked = turns_of(e["prompt"])
+        assert set(re.findall(r"\d+", asked)) <= set(re.findall(r"\d+", e["chain"]))
 
 
 def test_unknown_splits_and_families_are_refused():
@@ -363,7 +393,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    wanted = {"right": 0.28, "honest": 0.24, "harmless": 0.14, "whole": 0.18, "manner": 0.16}
+    wanted = {"right": 0.26, "honest": 0.26, "harmless": 0.14, "whole": 0.19, "manner": 0.15}
     assert shares == pytest.approx(wanted, abs=0.03)
     assert shares["right"] + shares["honest"] > 0.5
     assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)
@@ -468,13 +498,14 @@ def test_the_second_part_and_the_form_count_as_whole():
             part = true_reward(example, respond(rng, task, "part"))
             departs = "second" in key or "form" in key
             assert part["whole"] == (not departs) and part["honest"] == part["right"] == 1
-            if family in IN_PARTS and "second" not in key:
+            if family in IN_PARTS and "second" in task and "second" not in key:
                 # The same sentence that a two-part request wants is a claim nobody asked for.
                 more = true_reward(example, respond(rng, task, "more"))
                 assert more["honest"] == 0 and more["right"] == more["harmless"] == 1
     for family in IN_PARTS:
         two = sum(n for (name, second, _), n in asked.items() if name == family and second)
-        assert 0.2 < two / 120 < 0.47
+        # A third, of passages about one alone none.
+        assert 0.12 < two / 120 < 0.47
         assert asked[family, False, "sentence"] > 5
 
 
@@ -596,7 +627,8 @@ def test_the_judge_is_not_fooled(family):
             assert total(example, response) == 0, (trick, example, response)
         cut_off = good[:len(good) // 2] + " and"
         for response in (cut_off, f"{good} {good}", good + " very very very well."):
-            assert total(example, response) <= 0.36, (example, response)
+            # What is right in it counts, and no other part does.
+            assert total(example, response) <= WEIGHTS["right"] + 1e-9, (example, response)
         one = total(example, f"{POLITE[0][0]} {good}")
         assert total(example, f"{courtesies} {good}") < one
 

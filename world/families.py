@@ -236,14 +236,15 @@ def draw_events(world, rng: Random) -> list[dict]:
 
 def tell_events(rng: Random, events: list[dict]) -> str:
     """"Fern found a red kite by the pond. It was windy. Later, Moss lost a blue drum ..."."""
-    first, second = events
+    first, *later = events
     # Always EVENT_FORMS[0], because a small model can follow one order of words, but not yet two.
     form = EVENT_FORMS[0]
-    later_form = rng.choice(LATER) + form
-    sentences = [say(rng, form, first), say(rng, later_form, second)]
+    sentences = [say(rng, form, first)]
+    for event in later:
+        sentences.append(say(rng, rng.choice(LATER) + form, event))
     # A sentence without a deed now and then, so that answers do not always stand at one place.
     if rng.random() < 0.4:
-        place = rng.randrange(3)
+        place = rng.randrange(len(sentences) + 1)
         filler = rng.choice(FILLERS)
         sentences.insert(place, say(rng, filler, {}))
     return tidy(" ".join(sentences))
@@ -268,19 +269,23 @@ def ask_about(world, rng: Random, right: dict, other: dict) -> dict:
 
 def reading_task(world, rng: Random) -> dict:
     """Two events and a question about one: "... Who lost the drum?" Trains looking back."""
-    events = draw_events(world, rng)
+    right, other = draw_events(world, rng)
+    events = rng.sample((right, other), 2)
+    # One alone now and then, because what a question asks for is learned from one.
+    if rng.random() < 1 / 4:
+        events = [right]
     # The core is what happened, not how it is told: fillers make no new instance.
     core = tuple(event_core(event) for event in events)
     passage = tell_events(rng, events)
-    right, other = rng.sample(events, 2)
     first = ask_about(world, rng, right, other)
     second = ask_about(world, rng, other, right)
     # Of another sort, because "Where was Fern, and where was Moss?" asks for one thing twice.
     while second["choices"] == first["choices"]:
         second = ask_about(world, rng, other, right)
     task = first | {"core": core, "passage": passage, "events": events, "second": second}
-    task["forms"] = ("word", "sentence")
-    task["two"] = rng.random() < SHARE_OF_TWO
+    # Not in one word: "Harbour." is another token than " harbour", which would have to be learned.
+    task["forms"] = ("sentence",)
+    task["two"] = len(events) == 2 and rng.random() < SHARE_OF_TWO
     if task["two"]:
         task["question"] = ask_both(first["question"], second["question"])
     return task
@@ -294,9 +299,10 @@ def event_core(event: dict) -> tuple[str, ...]:
 def sentiment_task(world, rng: Random) -> dict:
     """"Fern won the race. Moss sighed all day. ... How does Moss feel?" Trains reading moods."""
     # Three bears in three moods, because a mood in one sentence alone could be guessed without
-    # reading whose it is.
-    bears = rng.sample(world.bears, 3)
-    feelings = rng.sample(list(FEELINGS), 3)
+    # reading whose it is. Fewer now and then, because what a mood looks like is learned from one.
+    number = rng.choice((1, 2, 3, 3, 3))
+    bears = rng.sample(world.bears, number)
+    feelings = rng.sample(list(FEELINGS), number)
     events = []
     for bear, feeling in zip(bears, feelings):
         slots = bear | {
@@ -307,22 +313,26 @@ def sentiment_task(world, rng: Random) -> dict:
         deed = rng.choice(FEELINGS[feeling]).format_map(slots)
         events.append(f"{bear['name']} {deed}.")
     passage = tidy(" ".join(events))
-    asked, other = rng.sample(range(3), 2)
-    who = bears[asked]["name"]
-    who2 = bears[other]["name"]
-    right = feelings[asked]
+    # In any order, because the bear who is asked about must not always come first. Lessons name
+    # all of them: "Moss felt sad, Ivy felt tired and Fern felt happy".
+    pairs = list(zip(bears, feelings))
+    rng.shuffle(pairs)
+    moods = [f"{bear['name']} felt {feeling}" for bear, feeling in pairs]
+    asked, right = pairs[0]
     wrong = rng.choice(all_except(FEELINGS, [right]))
-    second = {"kind": "choice", "choices": list(FEELINGS), "answer": feelings[other],
-              "full": f"{who2} feels {feelings[other]}."}
-    two = rng.random() < SHARE_OF_TWO
-    ask = "sentiment.two" if two else "sentiment"
-    # Lessons name all three moods, in any order: "Moss felt sad, Ivy felt tired and Fern ...".
-    order = rng.sample(range(3), 3)
-    moods = [f"{bears[i]['name']} felt {feelings[i]}" for i in order]
-    return {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
-            "ask": ask, "forms": ("word", "sentence"),
-            "passage": passage, "who": who, "who2": who2, "all": listed(moods, " and "),
-            "answer": right, "wrong": {"answer": wrong}, "two": two, "second": second}
+    task = {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
+            "ask": "sentiment", "forms": ("word", "sentence"), "passage": passage,
+            "who": asked["name"], "all": listed(moods, " and "),
+            "answer": right, "wrong": {"answer": wrong}}
+    if number > 1:
+        other, feeling = pairs[1]
+        task["who2"] = other["name"]
+        task["second"] = {"kind": "choice", "choices": list(FEELINGS), "answer": feeling,
+                          "full": f"{other['name']} feels {feeling}."}
+        task["two"] = rng.random() < SHARE_OF_TWO
+        if task["two"]:
+            task["ask"] = "sentiment.two"
+    return task
 
 
 # ------------------------------------------------------------------ reasoning
@@ -406,17 +416,23 @@ def inference_task(world, rng: Random) -> dict:
     quantity, known = premises[right]
     job = known["job"]
     premise = f"{quantity.capitalize()} {job}s {base}."
-    # In any order, because the bear who is asked about must not always come first.
-    first, second = rng.sample((bear, other), 2)
-    facts = [JOB_FACT.format_map(first), JOB_FACT.format_map(second)]
-    # Lessons ask about the other bear, too: "all" and "no" of that bear's trade decide there.
-    other_right = "cannot say"
-    if known is other:
-        other_right = "yes" if quantity == "all" else "no"
     slots = {"name": bear["name"], "base": base, "does": does}
-    other_slots = slots | {"name": other["name"]}
     wrong_slots = {"answer": wrong, "full": VERDICTS[wrong].format_map(slots)}
-    core = (quantity, job, base, bear["name"], other["name"])
+    # Lessons ask a second question, too.
+    other_right = "cannot say"
+    # One bear alone now and then, because the trades are compared more easily where one is told.
+    if rng.random() < 2 / 5:
+        told = [bear]
+        other_slots = slots | {"base": rng.choice(all_except(HABITS, [base]))}
+    else:
+        # In any order, because the bear who is asked about must not always come first.
+        told = rng.sample((bear, other), 2)
+        other_slots = slots | {"name": other["name"]}
+        # "All" and "no" of the other bear's trade decide about that bear.
+        if known is other:
+            other_right = "yes" if quantity == "all" else "no"
+    facts = [JOB_FACT.format_map(bear) for bear in told]
+    core = (quantity, job, base, bear["name"], *(bear["name"] for bear in told))
     return {"core": core, "kind": "verdict", "forms": ("sentence",),
             "premise": premise, "fact": " ".join(facts),
             "question": HABIT_QUESTION.format_map(slots),
@@ -451,12 +467,10 @@ def lists_task(world, rng: Random) -> dict:
     intruder_for_last = without_last + [intruder]
     with_intruder = [word for word in words if word in members or word == intruder]
     wrong = rng.choice([backwards, without_first, without_last, intruder_for_last, with_intruder])
-    # "pear and fig" is said, "pear, fig" is the answer as the judge puts it together.
-    said = listed(members, " and ")
-    wrong_slots = {"short": listed(wrong, " and ")}
+    wrong_slots = {"short": listed(wrong)}
     core = (category, *words)
     return {"core": core, "kind": "sequence", "choices": CATEGORY_WORDS,
-            "category": category, "words": listed(words), "short": said,
+            "category": category, "words": listed(words), "short": listed(members),
             "all": len(words), "count": len(members),
             "answer": listed(members), "wrong": wrong_slots}
 

@@ -136,6 +136,6 @@ def lists_followup(world, rng: Random) -> dict:
 
 
 def name_members(category: str, members: list[str]) -> str:
-    """"The fruits are pear and fig."."""
-    words = listed(members, " and ")
+    """"The fruits are pear, fig."."""
+    words = listed(members)
     return f"The {category} are {words}."

@@ -62,7 +62,7 @@ import zlib
 from random import Random
 
 from world import families, talk
-from world.text import ANSWERS, FORMS, PROMPTS, say, tidy, whole_sentences
+from world.text import ANSWERS, FORMS, PROMPTS, say, tidy, typed_quickly, whole_sentences
 
 # ------------------------------------------------------------------ all families
 
@@ -135,11 +135,17 @@ def draw_form(rng: Random, task: dict) -> str | None:
     return form
 
 
+SHARE_OF_QUICK = 0.1                                # of the prompts
+
+
 def write_prompt(rng: Random, task: dict, template: str) -> str | list[dict]:
     """The prompt's text, or the turns of the conversation that it ends."""
     text = tidy(template.format_map(task))
     if task["form"]:
         text += " " + rng.choice(FORMS[task["form"]])
+    # As many people type, because an assistant should not need a capital to say hello.
+    if rng.random() < SHARE_OF_QUICK:
+        text = typed_quickly(text)
     if "before" in task:
         return [*task["before"], {"role": "user", "content": text}]
     return text

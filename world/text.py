@@ -50,6 +50,15 @@ def tidy(text: str) -> str:
     return SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), text)
 
 
+def typed_quickly(text: str) -> str:
+    """"Who are you?" -> "who are you": the first letter small, unless a name or "I" begins with
+    it, and no last full stop or question mark."""
+    first, *rest = text.rstrip(".?!").split(" ")
+    if first.strip(",") not in SHE_NAMES + HE_NAMES + ["I"]:
+        first = first[:1].lower() + first[1:]
+    return " ".join([first, *rest])
+
+
 def plural(noun: str) -> str:
     """"kite" -> "kites", "box" -> "boxes"."""
     ending = "es" if noun.endswith("x") else "s"
@@ -770,24 +779,35 @@ PROMPTS = templates({
         {words}. / Count with me: {words}. How many {category} are there? / {words}: how many of
         these are {category}?""",
     "smalltalk.hello": """
-        Hello! / Good morning! / Hello, my name is {name}. / Good evening, this is {name}. / Good
-        day! / Good morning, I am {name}. / Hello from {name}!""",
+        Hello! / Hello. / Hello there! / Hi! / Hi there! / Good morning! / Good evening! / Good day!
+        / Hello, my name is {name}. / Hi, I am {name}. / Hi, my name is {name}. / Good evening, this
+        is {name}. / Good morning, I am {name}. / Hello, this is {name}! / Hi, nice to meet you! /
+        Good day, my name is {name}. / Hello from {name}!""",
     "smalltalk.thanks": """
-        Thank you! / Thank you very much! / Thank you for your help! / Many thanks from {name}! /
-        That was a great help. Thank you! / {name} says thank you! / Thank you so much, also from
-        {name}.""",
+        Thank you! / Thank you. / Thanks! / Thanks a lot! / Many thanks! / Thank you very much! /
+        Thank you for your help! / Thanks for that! / Thank you, that is all. / Many thanks from
+        {name}! / That was a great help. Thank you! / {name} says thank you! / Thank you so much! /
+        Thanks for your help! / Many thanks, also from {name}.""",
     "smalltalk.goodbye": """
-        Goodbye! / I have to go now. Goodbye! / Good night! / Goodbye from {name}! / See you
-        tomorrow! / {name} and I have to go home. / Goodbye, and many greetings from {name}!""",
+        Goodbye! / Goodbye. / Bye! / Bye bye! / Bye, see you! / Good night! / I have to go now.
+        Goodbye! / Goodbye from {name}! / See you tomorrow! / See you! / I have to go home now. /
+        {name} and I have to go home. / I am going home. Bye! / See you later! / Goodbye, and see
+        you tomorrow! / Goodbye, and many greetings from {name}!""",
     "smalltalk.who": """
-        Who are you? / What are you? / Please tell me who you are. / I am {name}. Who are you? / Are
-        you a bear? / My name is {name}. What is yours? / {name} wants to know who you are.""",
+        Who are you? / What are you? / Tell me who you are. / Please tell me who you are. / What is
+        your name? / I am {name}. Who are you? / Are you a bear? / Do you have a name? / My name is
+        {name}. What is yours? / May I ask who you are? / And who are you? / Please tell me your
+        name. / {name} wants to know who you are.""",
     "smalltalk.can": """
-        What can you do? / What can I ask you? / How can you help me? / What do you know? / I am
-        {name}. What can you do for me? / Can you help {name}? / What may {name} ask you?""",
+        What can you do? / What can I ask you? / What can I ask? / How can you help me? / What do
+        you know? / Can you help me? / Please help me. / I need help. / What can you tell me? / I am
+        {name}. What can you do for me? / Can you help {name}? / What are you good at? / What can I
+        ask you about? / What may {name} ask you?""",
     "smalltalk.mood": """
-        How are you? / How are you today? / Are you well? / I am {name}. How are you? / How do you
-        do? / {name} would like to know how you are. / Are you well today? This is {name}.""",
+        How are you? / How are you today? / Are you well? / How do you do? / How do you feel? / I am
+        {name}. How are you? / How are you, my friend? / Are you fine? / {name} would like to know
+        how you are. / And how are you? / How do you feel today? / Are you well today? This is
+        {name}.""",
     "followup.attribute": """
         And what is {his} {attribute}? / And {his} {attribute}? / What about {his} {attribute}? /
         Do you know {his} {attribute}, too? / And what about {his} {attribute}? / Now tell me {his}
@@ -837,7 +857,7 @@ ANSWERS = templates({
     "lists": "The {category} are {short}.",
     "transform": "{lead} {answer}.",
     "middle": "The middle one is {answer}.",
-    "sentiment": "{who} is {answer}. / {who} feels {answer}.",
+    "sentiment": "{who} feels {answer}.",
     "inference": "{full}",
     "translation": "{answer}. / In Bearish: {answer}.",
     "json": "{answer}",

@@ -79,6 +79,11 @@ MAIN_HANDS = {
 }
 MAIN_SHARE = 0.6                                    # of a family's demonstrations
 
+# So many prompts come later in a conversation about something else, which began with one of these.
+SHARE_OF_LATER = 0.2
+EARLIER_FAMILIES = ("smalltalk", "smalltalk", "facts", "facts", "arithmetic", "lists", "transform",
+                    "advice", "unsafe", "unanswerable")
+
 # How the two responses of a pair are dressed, unless their kind says it, and how often.
 MANNERS = {"plain": 0.4, "courteous": 0.3, "rambling": 0.15, "inventing": 0.08, "insulting": 0.07}
 
@@ -92,17 +97,17 @@ IN_FORMS = (*IN_PARTS, *IN_PARTS, "inference", "arithmetic")
 # row is a fault in another, so that neither words nor length tell which response is better: facts
 # and advice are refused so often because their words are also those of lies and of harmful help.
 PAIRS = [
-    ("right", 0.24, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.22, ORDINARY, ("right", None), ("wrong", None)),
     ("right", 0.04, ORDINARY, ("right", "rambling"), ("wrong", "plain")),
     ("honest", 0.10, ("unanswerable",), ("right", None), ("wrong", None)),
-    ("honest", 0.10, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
+    ("honest", 0.12, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
     ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
-    ("harmless", 0.05, ("unsafe",), ("right", None), ("wrong", None)),
-    ("harmless", 0.06, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
+    ("harmless", 0.06, ("unsafe",), ("right", None), ("wrong", None)),
+    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
     ("harmless", 0.03, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.11, IN_FORMS, ("right", None), ("part", None)),
-    ("whole", 0.07, IN_PARTS, ("right", None), ("more", None)),
-    ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
+    ("whole", 0.14, IN_FORMS, ("right", None), ("part", None)),
+    ("whole", 0.05, IN_PARTS, ("right", None), ("more", None)),
+    ("manner", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
     ("manner", 0.06, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
     ("manner", 0.05, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
 ]
@@ -229,7 +234,22 @@ class World:
 
     def draw(self, rng: Random, family: str, split: str, phrasings: str | None = None
              ) -> tuple[dict, dict]:
-        """An example without its response, and the task it was made of."""
+        """An example without its response, and the task it was made of. SHARE_OF_LATER of the
+        prompts come later in a conversation, after another prompt and its right answer."""
+        example, task = self.draw_first(rng, family, split, phrasings)
+        prompt = example["prompt"]
+        # Prompts of several turns are conversations already.
+        if isinstance(prompt, str) and rng.random() < SHARE_OF_LATER:
+            before, its_task = self.draw_first(rng, rng.choice(EARLIER_FAMILIES), split)
+            answer = respond(rng, its_task, "right", "plain")
+            example["prompt"] = [{"role": "user", "content": before["prompt"]},
+                                 {"role": "assistant", "content": answer},
+                                 {"role": "user", "content": prompt}]
+        return example, task
+
+    def draw_first(self, rng: Random, family: str, split: str, phrasings: str | None = None
+                   ) -> tuple[dict, dict]:
+        """An example whose conversation has not begun before."""
         task = draw_task(self, rng, family, split)
         cluster, _ = FAMILIES[family]
         # The key before the prompt: both draw from rng, so that another order is another world.
