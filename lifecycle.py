@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import corpus
 import evaluate
 import readers
 import sample
@@ -43,15 +42,17 @@ STAGES = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": t
 POLICIES = ("pretrain", "sft", "dpo", "ppo")           # stages whose model can answer a prompt
 FIVE_FAMILIES = ("facts", "arithmetic", "reading", "unsafe", "unanswerable")
 # Options that add to the documents' algorithms, whose own settings are the scripts' defaults.
-BEYOND = ("optimizer", "token_shift", "copy_steps", "mean_coef", "lm_coef")
+BEYOND = ("optimizer", "common", "token_shift", "copy_steps", "mean_coef", "lm_coef")
 # {stage: {option: {"value", "without", "loses", "command"}}}: what a run loses without the option
 GAINS = Path(__file__).parent / "results" / "gains.json"
 
 # Only what differs from the scripts' own defaults; "exam": how many tasks and prompts.
 PRESETS = {
     "tiny": {
-        "pretrain": {"optimizer": "muon", "copy_steps": 250},
+        "pretrain": {"optimizer": "muon", "common": 3.0, "n_heads": 2, "rope_theta": 1000.0},
         "sft": {"optimizer": "muon", "lr": 4e-3},
+        "dpo": {"lr": 1e-4},
+        "ppo": {"steps": 40, "lr": 1e-4, "kl_target": 3.0},
     },
     "smoke": {
         "pretrain": {"max_bytes": 1_000_000, "steps": 80, "warmup": 10, "eval_windows": 16},
@@ -163,7 +164,7 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
     dtype = pick_dtype(cfg.dtype, device)
     # The world that the stages were trained on, whose held-out part none of them has read.
     world = f"world:{cfg.seed}"
-    size = {"n_tasks": 1000, "n": 500} | PRESETS[cfg.preset].get("exam", {})
+    size = {"n_tasks": 1000, "n": 1000} | PRESETS[cfg.preset].get("exam", {})
     # One prompt of each family that fails in a way of its own, to be read by people.
     five = [evaluate.exam(world, 1, (family,))[0] for family in FIVE_FAMILIES]
     figures = {}
@@ -237,15 +238,15 @@ def summarize(results: dict, figures: dict, minutes: float) -> dict:
     finetune = pick(results["sft"], "minutes", "tokens_per_s", "val_loss", "base_loss")
     finetune |= pick(sft, "accuracy")
     finetune["base_accuracy"] = base["accuracy"]
-    finetune |= pick(sft, "families", "true_reward", "parts")
+    finetune |= pick(sft, "families", "true_reward", "parts", "manners")
     reward_model = pick(results["rm"], "minutes", "tokens_per_s", "accuracy", "ece",
                         "length_accuracy", "likelihood_accuracy")
     report = {"minutes": minutes, "parameters": sft["parameters"],
               "stages": {"pretrain": pretrain, "sft": finetune, "rm": reward_model}}
     for name in ("dpo", "ppo"):
         stage = pick(results[name], "minutes", "tokens_per_s")
-        stage |= pick(figures[name], "win_rate", "win_rate_95", "plain_win_rate", "true_reward",
-                      "parts", "kl", "accuracy", "families")
+        stage |= pick(figures[name], "win_rate", "win_rate_95", "plain_win_rate", "right_to_wrong",
+                      "longer", "true_reward", "parts", "manners", "kl", "accuracy", "families")
         stage["sft_true_reward"] = sft["true_reward"]      # again, to stand beside its own
         report["stages"][name] = stage
     return report
@@ -358,7 +359,20 @@ def parts_lines(stages: dict) -> list[str]:
     dpo_rate = stages["dpo"]["plain_win_rate"]
     ppo_rate = stages["ppo"]["plain_win_rate"]
     plain = f"Without courtesies on either side DPO wins {dpo_rate:.1%}, PPO {ppo_rate:.1%}."
-    return [*lines, "", plain, ""]
+    return [*lines, "", plain, "", *manner_lines(stages)]
+
+
+def manner_lines(stages: dict) -> list[str]:
+    """Faults that a reward model may teach, and what the right answers of SFT became."""
+    lines = ["| of the answers | SFT | DPO | PPO |", "|---|---|---|---|"]
+    for fault in stages["sft"]["manners"]:
+        shares = [f"{stages[name]['manners'][fault]:.1%}" for name in ("sft", "dpo", "ppo")]
+        lines.append(f"| {fault.replace('_', ' ')} | {' | '.join(shares)} |")
+    lost = [f"{stages[name]['right_to_wrong']:.1%}" for name in ("dpo", "ppo")]
+    longer = [f"{stages[name]['longer']:+.2f}" for name in ("dpo", "ppo")]
+    lines.append(f"| right under SFT, now wrong (of those) | | {' | '.join(lost)} |")
+    lines.append(f"| words more where SFT's was right and whole | | {' | '.join(longer)} |")
+    return [*lines, ""]
 
 
 def beyond_lines(beyond: list[dict]) -> list[str]:
@@ -412,9 +426,7 @@ def draw(report: dict, configs: dict, file: Path) -> None:
     stages = report["stages"]
     curves = {name: read_metrics(config.out) for name, config in configs.items()}
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))     # in inches
-    # As many steps of copying as corpus.TrainingData makes of the option.
-    copying = corpus.copying_steps(configs["pretrain"])
-    draw_pretraining(axes[0, 0], curves["pretrain"], stages["pretrain"], copying)
+    draw_pretraining(axes[0, 0], curves["pretrain"], stages["pretrain"])
     draw_families(axes[0, 1], stages)
     draw_reward_model(axes[0, 2], curves["rm"], stages["rm"])
     draw_dpo(axes[1, 0], curves["dpo"])
@@ -435,11 +447,9 @@ def plot(axis, rows: list[dict], key: str, **style) -> None:
     axis.plot(steps, values, **style)
 
 
-def draw_pretraining(axis, rows: list[dict], stage: dict, copying: int) -> None:
+def draw_pretraining(axis, rows: list[dict], stage: dict) -> None:
     plot(axis, rows, "loss", label="training", alpha=0.6)
     plot(axis, rows, "val_loss", label="validation", marker="o")
-    # Shaded, because the losses of copied random tokens are not those of text.
-    axis.axvspan(0, copying, color="gray", alpha=0.15, label="copying" if copying else None)
     for name, style in (("unigram", ":"), ("bigram", "--")):
         loss = stage[f"{name}_loss"]
         axis.axhline(loss, color="gray", ls=style, label=f"{name} model")

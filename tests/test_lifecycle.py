@@ -124,9 +124,13 @@ def test_the_parts_of_the_true_reward_add_up_and_so_do_their_shares_of_the_gain(
     made_up = {"sft": {"true_reward": 0.5, "parts": dict.fromkeys(WEIGHTS, 0.5)},
                "dpo": {"true_reward": 1.0, "parts": dict.fromkeys(WEIGHTS, 1.0)},
                "ppo": {"true_reward": 0.5, "parts": dict.fromkeys(WEIGHTS, 0.5)}}
-    made_up["dpo"]["plain_win_rate"] = made_up["ppo"]["plain_win_rate"] = 0.5
+    for name, stage in made_up.items():
+        stage["manners"] = {"rude": 0.25 if name == "sft" else 0.0}
+        stage |= {"plain_win_rate": 0.5, "right_to_wrong": 0.125, "longer": 0.5}
     table = lifecycle.parts_lines(made_up)
-    assert "| right | 0.35 | 0.500 | 1.000 | 0.500 | 35% | - |" in table
+    assert "| right | 0.37 | 0.500 | 1.000 | 0.500 | 37% | - |" in table
+    assert "| rude | 25.0% | 0.0% | 0.0% |" in table
+    assert "| right under SFT, now wrong (of those) | | 12.5% | 12.5% |" in table
     assert "## What alignment changed" in (folder / "out" / "report.md").read_text()
 
 
