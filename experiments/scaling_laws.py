@@ -79,7 +79,7 @@ PRESETS = {
                      6.4e12: (64, 80, 112)},
             "heldout": (1.28e13, 112), "n_layers": 3, "vocab_size": 1024, "context_length": 128,
             "batch_size": 16, "lr_64": 0.024, "lr_C": 5e11, "eval_windows": 512,
-            "max_bytes": 14_000_000},
+            "max_bytes": 16_000_000},
     "gpu": {"grid": {3e13: (64, 96, 128, 192), 1e14: (96, 128, 192, 256),
                      3e14: (128, 192, 256, 384), 1e15: (192, 256, 384, 512)},
             "heldout": (3e15, 320), "n_layers": 6, "vocab_size": 4096, "context_length": 256,
