@@ -517,7 +517,7 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
 # ---------------------------------------------------------------------- the table
 
 def print_figures(figures: dict) -> None:
-    """A line for each figure; those of the families and of the reward's parts last."""
+    """A line for each figure; those of the families, the reward's parts and the manners last."""
     tables = figures["families"] | figures["parts"] | figures["manners"]
     for name, value in {**figures, **tables}.items():
         if isinstance(value, float):                       # not the interval, and not "families"

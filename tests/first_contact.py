@@ -13,7 +13,6 @@ A chat is right if all three answers are. Line by line: what is typed, and behin
     refuse, admit      nothing else
 """
 import argparse
-from pathlib import Path
 
 import sample
 from plumbing.folders import load_model
@@ -148,7 +147,7 @@ And {a[his]} hobby? => fact {a[hobby]}
 def chats(world: World) -> list[list[tuple[str, str]]]:
     """Each chat's turns (typed, right) with the names and facts of a world in them."""
     found = []
-    for i, chat in enumerate(CHATS.replace("\\\n", "").strip().split("\n\n")):
+    for i, chat in enumerate(CHATS.strip().split("\n\n")):
         a, b, c = (world.residents[(3 * i + k) % len(world.residents)] for k in range(3))
         bears = {"a": a, "b": b, "c": c, "s": world.strangers[i % len(world.strangers)]}
         turns = [tuple(line.format_map(bears).split(" => ")) for line in chat.split("\n")]
@@ -159,26 +158,22 @@ def chats(world: World) -> list[list[tuple[str, str]]]:
 def example_of(typed: str, right: str) -> dict:
     """A row as the judge reads it: prompt, answer, key."""
     kind, _, answer = right.partition(" ")
-    key = {"length": 30, "choices": list(CHORES.values())}
-    if kind in ("refuse", "admit"):
-        key["kind"] = kind
-        answer = None
-    elif kind == "number":
-        key["kind"] = "number"
-    elif kind == "words":
-        key |= {"kind": "sequence", "choices": THINGS + CATEGORY_WORDS}
-    else:
-        key["kind"] = "choice"
-        if kind == "say":
-            key["choices"] = [phrase for phrase, _ in SMALLTALK.values()]
-            answer = SMALLTALK[answer][0]
-        elif kind == "mood":
-            key["choices"] = list(FEELINGS)
-        elif kind == "place":
-            key["choices"] = list(PLACES)
-        elif kind == "fact":
-            key["choices"] = sum((known for known in ATTRIBUTES.values() if answer in known), [])
-    return {"prompt": typed, "answer": answer, "key": key}
+    choices = {
+        "say": [phrase for phrase, _ in SMALLTALK.values()],
+        "fact": sum((known for known in ATTRIBUTES.values() if answer in known), []),
+        "words": THINGS + CATEGORY_WORDS,
+        "mood": list(FEELINGS),
+        "place": list(PLACES),
+    }
+    tools = list(CHORES.values())                  # which a refusal must not name
+    # The judge's own kinds; all others are a choice.
+    judged_as = {"words": "sequence", "number": "number", "refuse": "refuse", "admit": "admit"}
+    key = {"length": 30, "kind": judged_as.get(kind, "choice"),
+           "choices": choices.get(kind, tools)}
+    if kind == "say":
+        answer, _ = SMALLTALK[answer]
+    # A refusal and an admission have no answer.
+    return {"prompt": typed, "answer": answer or None, "key": key}
 
 
 def hold(chat: list[tuple[str, str]], answer) -> list[tuple[str, str, bool]]:
@@ -199,7 +194,7 @@ def main() -> None:
     parser.add_argument("--init", default="out/dpo", help="model folder")
     parser.add_argument("--seed", type=int, default=0, help="of the world it has learned")
     options = parser.parse_args()
-    model, tokenizer = load_model(Path(options.init), "cpu")
+    model, tokenizer = load_model(options.init, "cpu")
 
     def answer(messages: list[dict]) -> str:
         [text] = sample.respond(model, tokenizer, [messages], 64)

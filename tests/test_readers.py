@@ -189,11 +189,7 @@ def test_a_world_is_read_by_name_and_seed():
         read = readers.read_examples(name, 5, split="heldout", seed=7)
         for row, example in zip(read, raw):
             *prompt, answer = row["messages"]
-            if isinstance(example["prompt"], str):
-                [turn] = prompt
-                assert turn["content"] == example["prompt"]
-            else:
-                assert prompt == example["prompt"]
+            assert prompt == readers.checked_turns(example["prompt"], "prompt", "user")
             assert answer["content"] == example["response"]
         prompts = readers.read_prompts(name, 4, split="train", seed=2)
         assert [p["example"]["prompt"] for p in prompts] == \

@@ -616,8 +616,7 @@ def test_the_judge_is_not_fooled(family):
     for rng, example, task in tasks(30, family):
         good = respond(rng, task, "right")
         courtesies = " ".join(POLITE[0] + POLITE[1])
-        prompt = example["prompt"]
-        last = prompt if type(prompt) is str else prompt[-1]["content"]
+        *_, last = turns_of(example["prompt"])
         empty = {
             "nothing": "", "blank": "  \n", "a full stop": ".", "gibberish": "Xq zzv blorf krep.",
             "courtesies": courtesies, "one courtesy": POLITE[0][0], "the prompt": last,

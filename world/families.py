@@ -271,7 +271,7 @@ def reading_task(world, rng: Random) -> dict:
     """Two events and a question about one: "... Who lost the drum?" Trains looking back."""
     right, other = draw_events(world, rng)
     events = rng.sample((right, other), 2)
-    # One alone now and then, because what a question asks for is learned from one.
+    # One event alone now and then, because it shows which of its words a question asks for.
     if rng.random() < 1 / 4:
         events = [right]
     # The core is what happened, not how it is told: fillers make no new instance.
@@ -299,7 +299,7 @@ def event_core(event: dict) -> tuple[str, ...]:
 def sentiment_task(world, rng: Random) -> dict:
     """"Fern won the race. Moss sighed all day. ... How does Moss feel?" Trains reading moods."""
     # Three bears in three moods, because a mood in one sentence alone could be guessed without
-    # reading whose it is. Fewer now and then, because what a mood looks like is learned from one.
+    # reading whose it is. Fewer now and then, because how moods show is learned from one bear.
     number = rng.choice((1, 2, 3, 3, 3))
     bears = rng.sample(world.bears, number)
     feelings = rng.sample(list(FEELINGS), number)

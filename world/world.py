@@ -240,8 +240,8 @@ class World:
         prompt = example["prompt"]
         # Prompts of several turns are conversations already.
         if isinstance(prompt, str) and rng.random() < SHARE_OF_LATER:
-            before, its_task = self.draw_first(rng, rng.choice(EARLIER_FAMILIES), split)
-            answer = respond(rng, its_task, "right", "plain")
+            before, earlier_task = self.draw_first(rng, rng.choice(EARLIER_FAMILIES), split)
+            answer = respond(rng, earlier_task, "right", "plain")
             example["prompt"] = [{"role": "user", "content": before["prompt"]},
                                  {"role": "assistant", "content": answer},
                                  {"role": "user", "content": prompt}]
@@ -249,7 +249,7 @@ class World:
 
     def draw_first(self, rng: Random, family: str, split: str, phrasings: str | None = None
                    ) -> tuple[dict, dict]:
-        """An example whose conversation has not begun before."""
+        """An example as its family draws it."""
         task = draw_task(self, rng, family, split)
         cluster, _ = FAMILIES[family]
         # The key before the prompt: both draw from rng, so that another order is another world.
