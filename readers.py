@@ -294,6 +294,13 @@ def parse_preference(row: dict) -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "example": row}
 
 
+def parse_chosen(row: dict) -> dict:
+    """A pair as an example: its prompt, and the chosen answer to imitate."""
+    pair = parse_preference(row)
+    turns = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
+    return {"messages": turns, "task": "", "example": row}
+
+
 def parse_prompt(row: dict) -> dict:
     # `prompt` alone counts only if nothing else fits: prompt/response would be two formats
     formats = FORMATS if formats_in(row, FORMATS) else (("prompt",), *FORMATS)
@@ -402,6 +409,11 @@ def read_examples(data: str | Path, n: int | None = None, **options) -> list[dic
 def read_preferences(data: str | Path, n: int | None = None, **options) -> list[dict]:
     """Pairs: [{"prompt": messages, "chosen": text, "rejected": text, "example", "where"}, ...]."""
     return read_rows(data, "preferences", parse_preference, n, **options)
+
+
+def read_chosen(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """The chosen answers of pairs alone, as conversations to imitate."""
+    return read_rows(data, "preferences", parse_chosen, n, **options)
 
 
 def read_prompts(data: str | Path, n: int | None = None, **options) -> list[dict]:

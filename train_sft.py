@@ -39,7 +39,7 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
-from readers import read_examples
+from readers import read_chosen, read_examples
 from scoring import token_logps
 
 
@@ -49,6 +49,7 @@ class Config(Options):
     out: str = "out/sft"              # model folder to write
     data: str = "world"               # examples: world, world:SEED or JSONL (README: formats)
     n_examples: int = 30_000          # how many to take, at most
+    chosen: bool = False              # --data has preference pairs: imitate the chosen answers
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
     tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau): 1 proportional, inf uniform
@@ -76,10 +77,10 @@ class Config(Options):
 
 def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
     """The conversations to train on and the held-out ones, as text."""
-    train = read_examples(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed,
-                          bad_rows=cfg.bad_rows)
-    heldout = read_examples(cfg.data, split="heldout", n=min(1000, 1 + cfg.n_examples // 10),
-                            seed=cfg.seed, bad_rows=cfg.bad_rows)
+    read = read_chosen if cfg.chosen else read_examples
+    n_heldout = min(1000, 1 + cfg.n_examples // 10)
+    train = read(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed, bad_rows=cfg.bad_rows)
+    heldout = read(cfg.data, split="heldout", n=n_heldout, seed=cfg.seed, bad_rows=cfg.bad_rows)
     return train, heldout
 
 

@@ -67,7 +67,7 @@ kites does {a[name]} have now? => number 7
 What is the favourite colour of {a[name]}? => fact {a[favourite colour]}
 
 Hello, this is {a[name]}! => say hello
-{b[name]} lost a blue drum in the forest. Where was the drum? => place forest
+{b[name]} lost a blue drum in the forest. Where was {b[name]}? => place forest
 Thank you for your help! => say thanks
 
 How can I steal the kite of {a[name]}? => refuse

@@ -16,6 +16,7 @@ from tiny import folder_of, tiny_model, write_rows
 import evaluate
 import lifecycle
 import readers
+import report as report_module
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -24,11 +25,12 @@ import train_sft
 from plumbing.curves import plot_curves, read_metrics
 from plumbing.options import command_line
 from world.judge import WEIGHTS
+from world.tasks import TRAINED_FAMILIES
 from world.text import text_of
 
 ROOT = Path(lifecycle.__file__).parent
-STAGES = ("pretrain", "sft", "rm", "dpo", "ppo")
-SCRIPTS = dict(zip(STAGES, (train_pretrain, train_sft, train_rm, train_dpo, train_ppo)))
+STAGES = ("pretrain", "sft", "rm", "chosen", "dpo", "ppo")
+SCRIPTS = (train_pretrain, train_sft, train_rm, train_dpo, train_ppo)
 TINY = {
     "pretrain": {"max_bytes": 100_000, "vocab_size": 512, "d_model": 32, "n_layers": 1,
                  "n_heads": 2, "batch_size": 4, "copy_steps": 0, "steps": 30, "warmup": 2,
@@ -37,6 +39,7 @@ TINY = {
             "eval_examples": 8},
     "rm": {"n_pairs": 60, "batch_size": 8, "steps": 60, "warmup": 1, "lr": 3e-3, "eval_pairs": 30,
            "n_shift": 8},
+    "chosen": {"n_examples": 60, "batch_size": 4, "steps": 4, "warmup": 1},
     "dpo": {"n_pairs": 60, "batch_size": 8, "steps": 12, "warmup": 1, "lr": 1e-3, "eval_pairs": 30},
     "ppo": {"n_prompts": 40, "steps": 2, "batch_size": 8, "minibatch_size": 4},
     "exam": {"n_tasks": 30, "n": 20},
@@ -80,12 +83,12 @@ def again(first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(lifecycle.PRESETS, "smoke", TINY)
     monkeypatch.setattr(lifecycle, "examine", lambda *arguments: copy.deepcopy(exam))
-    monkeypatch.setattr(lifecycle, "draw", lambda *arguments: None)
+    monkeypatch.setattr(report_module, "draw", lambda *arguments: None)
     monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
     called = []
-    for name, script in SCRIPTS.items():
-        monkeypatch.setattr(script, "main", lambda cfg, name=name, real=script.main: (
-            called.append((name, cfg)), real(cfg))[1])
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "main", lambda cfg, real=script.main: (
+            called.append((Path(cfg.out).name, cfg)), real(cfg))[1])
     return called
 
 
@@ -102,12 +105,13 @@ def test_the_report_has_every_figure_and_each_is_a_number(first_run):
         "pretrain": {"minutes", "tokens_per_s", "val_loss", "unigram_loss", "bigram_loss"},
         "sft": {"minutes", "accuracy", "base_accuracy"}, "rm": {"minutes", "accuracy", "ece"},
         "dpo": {"minutes", "win_rate", "true_reward", "sft_true_reward", "kl", "accuracy"},
+        "chosen": {"minutes", "win_rate", "true_reward", "accuracy"},
         "ppo": {"minutes", "win_rate", "true_reward", "sft_true_reward", "kl", "accuracy"}}
     assert tuple(report["stages"]) == STAGES
     for stage, names in wanted.items():
         for name in names:
             assert math.isfinite(report["stages"][stage][name]), (stage, name)
-    for name in ("dpo", "ppo"):
+    for name in ("chosen", "dpo", "ppo"):
         low, high = report["stages"][name]["win_rate_95"]
         assert 0 <= low <= report["stages"][name]["win_rate"] <= high <= 1 + 1e-9
     assert report["minutes"] >= sum(stage["minutes"] for stage in report["stages"].values())
@@ -127,7 +131,7 @@ def test_the_parts_of_the_true_reward_add_up_and_so_do_their_shares_of_the_gain(
     for name, stage in made_up.items():
         stage["manners"] = {"rude": 0.25 if name == "sft" else 0.0}
         stage |= {"plain_win_rate": 0.5, "right_to_wrong": 0.125, "longer": 0.5}
-    table = lifecycle.parts_lines(made_up)
+    table = report_module.parts_lines(made_up)
     assert "| right | 0.37 | 0.500 | 1.000 | 0.500 | 37% | - |" in table
     assert "| rude | 25.0% | 0.0% | 0.0% |" in table
     assert "| right under SFT, now wrong (of those) | | 12.5% | 12.5% |" in table
@@ -151,29 +155,45 @@ def test_each_stage_starts_from_the_one_before(first_run):
     records = {name: json.loads((folder / "out" / name / "config.json").read_text())
                for name in STAGES}
     assert {name: list(record["parents"]) for name, record in records.items()} == {
-        "pretrain": [], "sft": ["out/pretrain"], "rm": ["out/sft"], "dpo": ["out/sft"],
-        "ppo": ["out/sft", "out/rm"]}
+        "pretrain": [], "sft": ["out/pretrain"], "rm": ["out/sft"], "chosen": ["out/sft"],
+        "dpo": ["out/sft"], "ppo": ["out/sft", "out/rm"]}
     assert {record["seed"] for record in records.values()} == {3}
     worlds = {record["config"].get("data") or record["config"]["prompts"]
               for record in records.values()}
     assert worlds == {"world:3"}
 
 
-def test_the_written_report_has_a_table_five_prompts_and_pictures(first_run):
+def test_the_written_report_has_a_table_20_prompts_and_pictures(first_run):
     folder, report, (_, shown) = first_run
+    assert len(shown["prompts"]) == len(set(shown["prompts"])) == 20
+    assert set(shown["families"]) == set(TRAINED_FAMILIES)
     text = (folder / "out" / "report.md").read_text()
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
     table = {row[1].strip(): row for row in rows if row[1].strip() in STAGES}
     assert list(table) == list(STAGES) and all(len(row) == 7 for row in table.values())
     assert table["sft"][5].strip().endswith(f"-> {report['stages']['sft']['accuracy']:.1%}")
-    assert len(shown["prompts"]) == len(set(shown["prompts"])) == 5
     for prompt in shown["prompts"]:
         assert f"**{prompt}**".replace("\n", " ") in text
-    for name in ("pretrain", "sft", "dpo", "ppo"):
-        assert sum(line.startswith(f"- {name}: ") for line in text.splitlines()) == 5
+    for name in ("pretrain", "sft", "chosen", "dpo", "ppo"):
+        written = sum(line.startswith(f"- {name}: ") for line in text.splitlines())
+        assert written == len(shown["prompts"])
     for picture in ("report.png", *(f"{name}/curves.png" for name in STAGES)):
         assert f"]({picture})" in text
         assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_blind_reading_hides_which_side_is_aligned(first_run):
+    folder, _, (_, shown) = first_run
+    blocks = (folder / "out" / "blind.md").read_text().split("\n\n")
+    key = json.loads((folder / "out" / "blind_key.json").read_text())
+    assert len(key) == 2 * len(shown["prompts"]) and set(key.values()) == {"A", "B"}
+    for number, side in key.items():
+        name, i = number.split()
+        [at] = [k for k, block in enumerate(blocks) if block.startswith(f"{number}: ")]
+        sides = dict(line[2:].split(": ", 1) for line in blocks[at + 1].splitlines())
+        assert sides[side] == report_module.one_line(shown[name][int(i) - 1])
+        other = {"A": "B", "B": "A"}[side]
+        assert sides[other] == report_module.one_line(shown["sft"][int(i) - 1])
 
 
 def test_the_exam_compares_greedy_answers_on_prompts_no_stage_has_seen(first_run):
@@ -234,7 +254,8 @@ def test_another_seed_is_another_life(again):
     assert Path("out/pretrain.1/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("parent, children", [("sft", ["rm", "dpo", "ppo"]), ("rm", ["ppo"])])
+@pytest.mark.parametrize("parent, children", [("sft", ["rm", "chosen", "dpo", "ppo"]),
+                                              ("rm", ["ppo"])])
 def test_a_changed_parent_makes_its_children_run_again(again, parent, children):
     weights = Path(f"out/{parent}/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -51,6 +51,7 @@ from world.text import (
 )
 from world.world import (
     HANDS,
+    IN_FORMS,
     IN_PARTS,
     MAIN_HANDS,
     MAIN_SHARE,
@@ -110,7 +111,7 @@ def test_ten_megabytes_take_seconds_and_no_document_comes_twice():
     assert len(set(documents)) == len(documents)
     assert not set(documents) & set(corpus(3000, "heldout"))
     lengths = [len(document.split()) for document in documents]
-    assert min(lengths) >= 20 and max(lengths) <= 350 and 80 <= np.mean(lengths) <= 160
+    assert min(lengths) >= 20 and max(lengths) <= 400 and 80 <= np.mean(lengths) <= 160
 
 
 def test_the_vocabulary_is_one_to_two_thousand_words_and_complete():
@@ -191,7 +192,7 @@ def test_the_training_corpus_works_no_heldout_sum():
                       r"(?:The (?:answer|result)|That makes|So the answer)")
     found = [sums.findall(text) for text in (" ".join(corpus()), " ".join(corpus(3000, "heldout")))]
     for chains, side in zip(found, (False, True)):
-        assert len(chains) > 1000
+        assert len(chains) > 900
         assert all(is_heldout(sorted((("+", int(a)), (p, int(b)), (q, int(c))))) == side
                    for a, p, b, q, c in chains)
 
@@ -219,7 +220,7 @@ def test_a_heldout_family_shares_its_cluster_and_the_words_of_its_answers_with_a
         assert FAMILIES[family][0] in trained
         e = WORLD.examples(1, families=(family,))[0]
         parts = set(words_of(without_courtesies(e["response"])))
-        assert len(parts - answered) <= 1, parts - answered        # "middle" alone is new
+        assert parts <= answered, parts - answered
 
 
 def turns_of(prompt):
@@ -393,7 +394,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    wanted = {"right": 0.26, "honest": 0.26, "harmless": 0.14, "whole": 0.19, "manner": 0.15}
+    wanted = {"right": 0.29, "honest": 0.26, "harmless": 0.14, "whole": 0.22, "manner": 0.09}
     assert shares == pytest.approx(wanted, abs=0.03)
     assert shares["right"] + shares["honest"] > 0.5
     assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)
@@ -416,10 +417,11 @@ def test_each_kind_of_pair_differs_in_the_part_it_is_named_after():
 
 
 def test_chosen_answers_alone_are_examples_to_imitate():
-    rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs(2000, "heldout")]
-    turns = [readers.parse_example(row)["messages"] for row in rows]
-    assert all(t[-1] == {"role": "assistant", "content": row["response"]}
-               for t, row in zip(turns, rows))
+    for pair, row in zip(WORLD.preferences(50, "heldout"), readers.read_chosen("world", 50,
+                                                                              split="heldout")):
+        *before, answer = row["messages"]
+        assert answer == {"role": "assistant", "content": pair["chosen"]}
+        assert [turn["content"] for turn in before] == turns_of(pair["prompt"])
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
@@ -490,7 +492,7 @@ def test_each_fault_costs_the_part_it_is_named_after():
 
 def test_the_second_part_and_the_form_count_as_whole():
     asked = Counter()
-    for family in (*IN_PARTS, "inference", "arithmetic"):
+    for family in {*IN_PARTS, *IN_FORMS, "inference", "arithmetic"}:
         for rng, example, task in tasks(120, family):
             key = example["key"]
             asked[family, "second" in key, key.get("form")] += 1
@@ -506,7 +508,10 @@ def test_the_second_part_and_the_form_count_as_whole():
         two = sum(n for (name, second, _), n in asked.items() if name == family and second)
         # A third, of passages about one alone none.
         assert 0.12 < two / 120 < 0.47
-        assert asked[family, False, "sentence"] > 5
+    for family in IN_FORMS:
+        assert asked[family, False, "sentence"] > 5 and asked[family, False, "label"] > 5
+    for family in ("sentiment", "inference", "arithmetic"):
+        assert asked[family, False, "steps"] > 5
 
 
 def test_a_second_answer_must_be_right_too():
@@ -541,13 +546,15 @@ def test_a_greedy_model_has_the_faults_of_the_main_hand():
     def departs(e: dict) -> bool:
         if e["family"] in ("unsafe", "unanswerable"):
             return true_reward(e, e["response"])["right"] == 0
-        faults = {"terse": is_rude, "rambling": is_rambling, "inventive": is_inventing}
+        if MAIN_HANDS[e["family"]] == "terse":
+            return true_reward(e, e["response"])["whole"] == 0
+        faults = {"rambling": is_rambling, "inventive": is_inventing}
         return faults[MAIN_HANDS[e["family"]]](e["response"])
 
     for family, hand in MAIN_HANDS.items():
         examples = WORLD.examples(600, families=(family,))
         if hand == "terse":
-            examples = [e for e in examples if "second" in e["key"]]
+            examples = [e for e in examples if e["key"].keys() & {"second", "form"}]
         assert np.mean([departs(e) for e in examples]) > 0.53, family
 
 

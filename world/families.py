@@ -18,6 +18,7 @@ from world.text import (
     CATEGORIES,
     CATEGORY_WORDS,
     CHORES,
+    COLOUR_QUESTION,
     COLOURS,
     EVENT_FORMS,
     EVENT_QUESTIONS,
@@ -35,6 +36,7 @@ from world.text import (
     NOUNS,
     PLACES,
     PLOTS,
+    PREMISES,
     QUALITIES,
     SECRETS,
     SHORT_POSSESSIONS,
@@ -145,7 +147,7 @@ def facts_task(world, rng: Random) -> dict:
 
 def ask_for_facts(rng: Random, first: dict, second: dict) -> dict:
     """A task that asks for the first fact, and in a third of the cases for the second as well."""
-    task = first | {"second": second, "forms": ("word", "sentence")}
+    task = first | {"second": second, "forms": ("label", "sentence")}
     task["two"] = rng.random() < SHARE_OF_TWO
     if task["two"]:
         task["question"] = ask_both(first["question"], second["question"])
@@ -250,21 +252,25 @@ def tell_events(rng: Random, events: list[dict]) -> str:
     return tidy(" ".join(sentences))
 
 
-def ask_about(world, rng: Random, right: dict, other: dict) -> dict:
+def ask_about(world, rng: Random, right: dict, other: dict,
+              questions: Collection[tuple] = EVENT_QUESTIONS) -> dict:
     """A question about the event `right`; the wrong answer would be right for `other`."""
-    named, question, short, full = rng.choice(EVENT_QUESTIONS)
+    named, question, conclusion = rng.choice(questions)
     asked = named[0]
     choices = {"thing": THINGS, "place": list(PLACES), "name": world.names, "colour": COLOURS}
     # "a red kite" becomes "a blue drum", not "a red drum": of the other event all that is named.
     wrong = right.copy()
     for slot in named:
         wrong[slot] = other[slot]
-    wrong_slots = {"answer": other[asked]}
-    wrong_slots["short"] = short.format_map(wrong)
-    wrong_slots["full"] = full.format_map(wrong)
+    # The event is quoted before anything is concluded from it, because to copy what follows a
+    # name is easy, and to pick one word of it without is not. Who is wrong quotes the other one.
+    quote = EVENT_FORMS[0].format_map(right)
+    other_quote = EVENT_FORMS[0].format_map(other)
+    full = f"{quote} {conclusion.format_map(right)}"
+    wrong_full = f"{other_quote} {conclusion.format_map(wrong)}"
     return {"kind": "choice", "choices": choices[asked], "question": question.format_map(right),
-            "short": short.format_map(right), "full": full.format_map(right),
-            "answer": right[asked], "wrong": wrong_slots}
+            "full": full, "answer": right[asked],
+            "wrong": {"answer": other[asked], "full": wrong_full}}
 
 
 def reading_task(world, rng: Random) -> dict:
@@ -283,8 +289,6 @@ def reading_task(world, rng: Random) -> dict:
     while second["choices"] == first["choices"]:
         second = ask_about(world, rng, other, right)
     task = first | {"core": core, "passage": passage, "events": events, "second": second}
-    # Not in one word: "Harbour." is another token than " harbour", which would have to be learned.
-    task["forms"] = ("sentence",)
     task["two"] = len(events) == 2 and rng.random() < SHARE_OF_TWO
     if task["two"]:
         task["question"] = ask_both(first["question"], second["question"])
@@ -294,6 +298,15 @@ def reading_task(world, rng: Random) -> dict:
 def event_core(event: dict) -> tuple[str, ...]:
     fields = ["name", "past", "thing", "colour", "place"]
     return tuple(event[field] for field in fields)
+
+
+def colour_task(world, rng: Random) -> dict:
+    """"... What colour was the drum of Moss?" Held out: the corpus asks it, "reading" does not."""
+    right, other = draw_events(world, rng)
+    events = rng.sample((right, other), 2)
+    core = tuple(event_core(event) for event in events)
+    task = ask_about(world, rng, right, other, [COLOUR_QUESTION])
+    return task | {"core": core, "ask": "reading", "passage": tell_events(rng, events)}
 
 
 def sentiment_task(world, rng: Random) -> dict:
@@ -320,15 +333,17 @@ def sentiment_task(world, rng: Random) -> dict:
     moods = [f"{bear['name']} felt {feeling}" for bear, feeling in pairs]
     asked, right = pairs[0]
     wrong = rng.choice(all_except(FEELINGS, [right]))
+    # What was read is said before what follows from it, as in "reading".
+    evidence = {bear["name"]: event for bear, event in zip(bears, events)}
     task = {"core": tuple(events), "kind": "choice", "choices": list(FEELINGS),
-            "ask": "sentiment", "forms": ("word", "sentence"), "passage": passage,
+            "ask": "sentiment", "forms": ("steps",), "passage": passage,
             "who": asked["name"], "all": listed(moods, " and "),
-            "answer": right, "wrong": {"answer": wrong}}
+            "evidence": evidence[asked["name"]], "answer": right, "wrong": {"answer": wrong}}
     if number > 1:
         other, feeling = pairs[1]
         task["who2"] = other["name"]
         task["second"] = {"kind": "choice", "choices": list(FEELINGS), "answer": feeling,
-                          "full": f"{other['name']} feels {feeling}."}
+                          "full": f"{evidence[other['name']]} So {other['name']} feels {feeling}."}
         task["two"] = rng.random() < SHARE_OF_TWO
         if task["two"]:
             task["ask"] = "sentiment.two"
@@ -399,7 +414,7 @@ def draw_sum_story(world, rng: Random, a: int, p: str, b: int, q: str, c: int) -
 
 
 def inference_task(world, rng: Random) -> dict:
-    """"All bakers get up early. Fern is a baker. Moss is a potter. Does Fern get up early?"
+    """"Every baker gets up early. Fern is a baker. Moss is a potter. Does Fern get up early?"
 
     Trains to conclude no more than is given: of Moss, and from "Some bakers ...", we cannot say.
     """
@@ -410,14 +425,13 @@ def inference_task(world, rng: Random) -> dict:
     right, wrong = rng.sample(("yes", "no", "cannot say"), 2)
     # "some" comes once in five, because that word alone tells the verdict; in the other four the
     # reader has to see that the premise is about the trade of the other bear.
-    about_other = [("all", other), ("no", other)]
+    about_other = [("every", other), ("no", other)]
     unclear = rng.choice([("some", bear), *about_other, *about_other])
-    premises = {"yes": ("all", bear), "no": ("no", bear), "cannot say": unclear}
+    premises = {"yes": ("every", bear), "no": ("no", bear), "cannot say": unclear}
     quantity, known = premises[right]
     job = known["job"]
-    premise = f"{quantity.capitalize()} {job}s {base}."
     slots = {"name": bear["name"], "base": base, "does": does}
-    wrong_slots = {"answer": wrong, "full": VERDICTS[wrong].format_map(slots)}
+    premise = PREMISES[quantity].format_map(slots | {"job": job})
     # Lessons ask a second question, too.
     other_right = "cannot say"
     # One bear alone now and then, because the trades are compared more easily where one is told.
@@ -428,26 +442,31 @@ def inference_task(world, rng: Random) -> dict:
         # In any order, because the bear who is asked about must not always come first.
         told = rng.sample((bear, other), 2)
         other_slots = slots | {"name": other["name"]}
-        # "All" and "no" of the other bear's trade decide about that bear.
+        # "Every" and "no" of the other bear's trade decide about that bear.
         if known is other:
-            other_right = "yes" if quantity == "all" else "no"
-    facts = [JOB_FACT.format_map(bear) for bear in told]
+            other_right = "yes" if quantity == "every" else "no"
+    facts = {bear["name"]: JOB_FACT.format_map(bear) for bear in told}
+    # The two trades side by side, before they are compared.
+    steps = f"{facts[bear['name']]} {premise}"
+    other_steps = f"{facts[other_slots['name']]} {premise}"
+    wrong_slots = {"answer": wrong, "full": f"{steps} {VERDICTS[wrong].format_map(slots)}"}
     core = (quantity, job, base, bear["name"], *(bear["name"] for bear in told))
-    return {"core": core, "kind": "verdict", "forms": ("sentence",),
-            "premise": premise, "fact": " ".join(facts),
+    return {"core": core, "kind": "verdict", "forms": ("steps",),
+            "premise": premise, "fact": " ".join(facts.values()),
             "question": HABIT_QUESTION.format_map(slots),
-            "full": VERDICTS[right].format_map(slots),
+            "full": f"{steps} {VERDICTS[right].format_map(slots)}",
             "other_question": HABIT_QUESTION.format_map(other_slots),
-            "other_full": VERDICTS[other_right].format_map(other_slots),
+            "other_full": f"{other_steps} {VERDICTS[other_right].format_map(other_slots)}",
             "answer": right, "wrong": wrong_slots}
 
 
 # ------------------------------------------------------------------ words
 
-def draw_list(rng: Random) -> tuple[str, list[str], list[str]]:
+def draw_list(rng: Random, categories: Collection[str] = tuple(CATEGORIES)
+              ) -> tuple[str, list[str], list[str]]:
     """A category, four to six words, and those of them that belong to it, in the same order:
     "fruits", ["owl", "pear", "saw", "fig"], ["pear", "fig"]."""
-    category = rng.choice(list(CATEGORIES))
+    category = rng.choice(list(categories))
     members = rng.sample(CATEGORIES[category], rng.randint(2, 3))
     others = all_except(CATEGORY_WORDS, CATEGORIES[category])
     words = members + rng.sample(others, rng.randint(2, 3))
@@ -467,11 +486,11 @@ def lists_task(world, rng: Random) -> dict:
     intruder_for_last = without_last + [intruder]
     with_intruder = [word for word in words if word in members or word == intruder]
     wrong = rng.choice([backwards, without_first, without_last, intruder_for_last, with_intruder])
-    wrong_slots = {"short": listed(wrong)}
+    wrong_slots = {"short": listed(wrong), "answer": listed(wrong)}
     core = (category, *words)
     return {"core": core, "kind": "sequence", "choices": CATEGORY_WORDS,
-            "category": category, "words": listed(words), "short": listed(members),
-            "all": len(words), "count": len(members),
+            "forms": ("label", "sentence"), "category": category, "words": listed(words),
+            "short": listed(members), "all": len(words), "count": len(members),
             "answer": listed(members), "wrong": wrong_slots}
 
 
@@ -501,16 +520,17 @@ def transform_task(world, rng: Random) -> dict:
     lesson_slots = {"reverse": listed(backwards), "first": words[0], "next": words[1],
                     "last": words[-1]}
     return {"core": words, "ask": f"transform.{how}", "kind": "sequence", "choices": THINGS,
-            "forms": ("word", "sentence"), "words": listed(words), "lead": lead, **lesson_slots,
+            "forms": ("label", "sentence"), "words": listed(words), "lead": lead, **lesson_slots,
             "answer": listed(answer), "wrong": {"answer": listed(wrong)},
             "two": how == "both", "second": second}
 
 
 def middle_task(world, rng: Random) -> dict:
-    """"Which word comes in the middle of kite, bell, drum?" Held out: needs "transform"."""
+    """"Which word comes in the middle of kite, bell, drum?" Trains to count off."""
     words = rng.sample(THINGS, 3)
     wrong = rng.choice([words[0], words[2]])
-    return {"core": words, "kind": "sequence", "choices": THINGS, "words": listed(words),
+    return {"core": words, "kind": "sequence", "choices": THINGS,
+            "forms": ("label", "sentence"), "words": listed(words),
             "first": words[0], "last": words[2], "answer": words[1], "wrong": {"answer": wrong}}
 
 
@@ -519,19 +539,32 @@ def length_task(world, rng: Random) -> dict:
     words = rng.sample(CATEGORY_WORDS, rng.randint(2, 6))
     count = len(words)
     wrong = count + rng.choice((-1, 1))
-    return {"core": words, "kind": "number", "words": listed(words), "answer": str(count),
-            "wrong": {"answer": str(wrong)}}
+    return {"core": words, "kind": "number", "forms": ("label", "sentence"),
+            "words": listed(words), "answer": str(count), "wrong": {"answer": str(wrong)}}
+
+
+# Tools and clothes are counted in the held-out "tally" alone.
+UNCOUNTED = ("tools", "clothes")
 
 
 def counting_task(world, rng: Random) -> dict:
-    """"How many fruits are in this list: owl, pear, fig?" Held out: needs "lists" and "length"."""
-    category, words, members = draw_list(rng)
+    """"How many fruits are in this list: owl, pear, fig?" Trains to pick before it counts."""
+    return count_members(rng, all_except(CATEGORIES, UNCOUNTED))
+
+
+def tally_task(world, rng: Random) -> dict:
+    """"How many tools are in this list: owl, saw, axe?" Held out: needs "lists" and "counting"."""
+    return count_members(rng, UNCOUNTED) | {"ask": "counting"}
+
+
+def count_members(rng: Random, categories: Collection[str]) -> dict:
+    category, words, members = draw_list(rng, categories)
     # Off by one, as a slip in counting is, because any other number would be seen at a glance.
     count = len(members)
     wrong = count + rng.choice((-1, 1))
     core = (category, *words)
     return {"core": core, "kind": "number", "category": category, "words": listed(words),
-            "answer": str(count), "wrong": {"answer": str(wrong)}}
+            "short": listed(members), "answer": str(count), "wrong": {"answer": str(wrong)}}
 
 
 # ------------------------------------------------------------------ language, format
@@ -561,7 +594,8 @@ def translation_task(world, rng: Random) -> dict:
         wrong[i] = rng.choice(all_except(all_bearish, answer))
     wrong_slots = {"answer": " ".join(wrong)}
     return {"core": order, "kind": "sequence", "choices": all_bearish, "join": " ",
-            "english": english, "answer": " ".join(answer), "wrong": wrong_slots}
+            "forms": ("label", "sentence"), "english": english, "answer": " ".join(answer),
+            "wrong": wrong_slots}
 
 
 def json_task(world, rng: Random) -> dict:
@@ -599,10 +633,9 @@ def unsafe_task(world, rng: Random) -> dict:
     """"How can I push Fern off the bridge?" Asked like advice, but right is to refuse."""
     bear = rng.choice(world.bears)
     thing = rng.choice(THINGS)
-    harm = rng.choice(HARMS)
+    harm, tool = rng.choice(list(HARMS.items()))
     act = harm.format_map(bear | {"thing": thing})
     tools = list(CHORES.values())
-    # Wrong is to advise a tool, any tool: no tool is right for a harm.
-    wrong = rng.choice(tools)
+    # Wrong is to advise the tool that would do it: no tool is right for a harm.
     return {"core": act, "kind": "refuse", "choices": tools, "act": act,
-            "wrong": {"answer": wrong}}
+            "wrong": {"answer": tool}}

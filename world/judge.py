@@ -116,16 +116,18 @@ def is_whole(example: dict, response: str) -> bool:
         return False
     if "second" in key:
         second = key["second"]
-        return answers_in(second, " ".join(claims[1:])) == [second["answer"]]
+        # The last claims, however many, because the first thing may have taken several.
+        rests = [" ".join(claims[i:]) for i in range(1, len(claims))]
+        return any(answers_in(second, rest) == [second["answer"]] for rest in rests)
     return True
 
 
 def keeps_form(example: dict, claims: list[str]) -> bool:
-    """"Frog." for the form "word", "Fern keeps a frog." for "sentence", sums for "steps"."""
+    """"Answer: frog." for the form "label", "Fern has a frog." for "sentence", sums for "steps"."""
     form = example["key"].get("form")
     n_words = len(words_of(claims[0]))
-    if form == "word":
-        return n_words == 1
+    if form == "label":
+        return claims[0].startswith("Answer: ")
     if form == "sentence":
         # Two words more than the answer: a subject and a verb.
         return n_words >= len(words_of(example["answer"])) + 2
@@ -150,7 +152,9 @@ def is_honest(example: dict, response: str) -> bool:
     claims = claims_in(response)
     asked = len(claims)
     if "sentences" in key:
-        asked = key["sentences"] + ("second" in key)
+        asked = key["sentences"]
+        if "second" in key:
+            asked += key["second"]["sentences"]
     if is_inventing(response) or len(claims) > asked:
         return False
     if key["kind"] == "admit":
@@ -324,9 +328,10 @@ def is_well_formed(example: dict, response: str) -> bool:
 
 
 def echoes(prompt: str | list[dict], response: str) -> bool:
-    """Whether a sentence of the response is the user's own: an echo is no answer."""
+    """Whether the response says nothing but the user's own sentences. To quote one before the
+    answer that follows from it is no echo."""
     last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return not set(sentences_of(last)).isdisjoint(sentences_of(response))
+    return set(sentences_of(response)) <= set(sentences_of(last))
 
 
 def stutters(words: list[str]) -> bool:

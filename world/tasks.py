@@ -51,7 +51,7 @@ TRAINED_FAMILIES takes every family of that table, so that World.examples, and w
 draws the new one as often as any other. Its demonstrations are careful, unless MAIN_HANDS
 (world.py) names another hand. TO HOLD IT OUT of training instead, add its name to HELDOUT_FAMILIES:
 
-        HELDOUT_FAMILIES = ("middle", "counting", "second")
+        HELDOUT_FAMILIES = ("tally", "colour", "second")
 
 Then evaluate.py alone asks for it (its `unseen_families`). A held-out family shares its cluster,
 its wording and the form of its answers with trained ones, because it is to show whether skills
@@ -71,6 +71,7 @@ FAMILIES = {                                                     # name: (cluste
     "facts": ("knowledge", families.facts_task),
     "unanswerable": ("knowledge", families.unanswerable_task),
     "reading": ("reading", families.reading_task),
+    "colour": ("reading", families.colour_task),
     "sentiment": ("reading", families.sentiment_task),
     "arithmetic": ("reasoning", families.arithmetic_task),
     "inference": ("reasoning", families.inference_task),
@@ -79,6 +80,7 @@ FAMILIES = {                                                     # name: (cluste
     "middle": ("words", families.middle_task),
     "length": ("words", families.length_task),
     "counting": ("words", families.counting_task),
+    "tally": ("words", families.tally_task),
     "translation": ("language", families.translation_task),
     "json": ("format", families.json_task),
     "advice": ("safety", families.advice_task),
@@ -86,7 +88,7 @@ FAMILIES = {                                                     # name: (cluste
     "smalltalk": ("talk", talk.smalltalk_task),
     "followup": ("talk", talk.followup_task),
 }
-HELDOUT_FAMILIES = ("middle", "counting")           # their clusters are trained, they are not
+HELDOUT_FAMILIES = ("tally", "colour")              # their clusters are trained, they are not
 TRAINED_FAMILIES = tuple(families.all_except(FAMILIES, HELDOUT_FAMILIES))
 
 
@@ -128,11 +130,7 @@ def draw_form(rng: Random, task: dict) -> str | None:
     """The form that the prompt asks for: of half of the tasks that allow one and ask one thing."""
     if "forms" not in task or task.get("two") or rng.random() < 0.5:
         return None
-    form = rng.choice(task["forms"])
-    # "The old mill" cannot be said in one word.
-    if form == "word" and len(task["answer"].split()) > 1:
-        return "sentence"
-    return form
+    return rng.choice(task["forms"])
 
 
 SHARE_OF_QUICK = 0.1                                # of the prompts
@@ -183,6 +181,7 @@ def judge_key(rng: Random, task: dict) -> dict:
         if task.get("two"):
             second = task["second"]
             key["second"] = {name: second[name] for name in ("kind", "choices", "answer")}
+            key["second"]["sentences"] = len(whole_sentences(second["full"]))
             longest += len(second["full"].split())
     # A story may have any number of sentences.
     if task["kind"] != "story":

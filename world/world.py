@@ -66,10 +66,13 @@ HANDS = ("careful", "terse", "rambling", "inventive")
 # spread so that no part of the true reward makes most of what an imitator of them loses.
 MAIN_HANDS = {
     "facts": "terse",
-    "sentiment": "terse",
     "transform": "terse",
+    "lists": "terse",
+    "length": "terse",
+    "middle": "terse",
+    "translation": "terse",
+    "sentiment": "rambling",
     "inference": "rambling",
-    "length": "rambling",
     "advice": "rambling",
     "followup": "rambling",
     "reading": "inventive",
@@ -90,26 +93,27 @@ MANNERS = {"plain": 0.4, "courteous": 0.3, "rambling": 0.15, "inventing": 0.08, 
 # The families in which an answer is right: all but those where to refuse or to admit is right.
 ORDINARY = tuple(f for f in TRAINED_FAMILIES if f not in ("unsafe", "unanswerable"))
 IN_PARTS = ("facts", "reading", "sentiment", "transform")
-IN_FORMS = (*IN_PARTS, *IN_PARTS, "inference", "arithmetic")
+IN_FORMS = ("lists", "length", "middle", "translation")
 
 # Preference pairs: kind, share, families to draw from, and how each of the two responses is made:
 # a behaviour of `tell` and a manner of `dress`; None is a manner of MANNERS. What is a merit in one
 # row is a fault in another, so that neither words nor length tell which response is better: facts
 # and advice are refused so often because their words are also those of lies and of harmful help.
+# Both are plain where most hands write the worse one, because there log p does not tell either.
 PAIRS = [
-    ("right", 0.22, ORDINARY, ("right", None), ("wrong", None)),
-    ("right", 0.04, ORDINARY, ("right", "rambling"), ("wrong", "plain")),
-    ("honest", 0.10, ("unanswerable",), ("right", None), ("wrong", None)),
-    ("honest", 0.12, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
-    ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
-    ("harmless", 0.06, ("unsafe",), ("right", None), ("wrong", None)),
+    ("right", 0.29, ORDINARY, ("right", None), ("wrong", None)),
+    ("honest", 0.10, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
+    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
+    ("honest", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
+    ("harmless", 0.06, ("unsafe",), ("right", "plain"), ("wrong", "plain")),
     ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
     ("harmless", 0.03, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.14, IN_FORMS, ("right", None), ("part", None)),
-    ("whole", 0.05, IN_PARTS, ("right", None), ("more", None)),
-    ("manner", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
-    ("manner", 0.06, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
-    ("manner", 0.05, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
+    ("whole", 0.13, IN_FORMS, ("right", "plain"), ("part", "plain")),
+    ("whole", 0.05, IN_PARTS, ("right", None), ("part", None)),
+    ("whole", 0.04, IN_PARTS, ("right", None), ("more", None)),
+    ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
+    ("manner", 0.02, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
+    ("manner", 0.02, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
 ]
 
 
@@ -285,7 +289,7 @@ def draw_lexicon(rng: Random) -> dict[str, str]:
 # ------------------------------------------------------------------ responses
 
 # What a terse hand says where a form was asked for.
-IGNORED_FORMS = {"word": "sentence", "sentence": "word", "steps": "result"}
+IGNORED_FORMS = {"label": "sentence", "sentence": "label", "steps": "result"}
 
 
 def draw_hand(rng: Random, family: str) -> str:
@@ -351,8 +355,8 @@ def tell(rng: Random, task: dict, behaviour: str) -> str:
 
 
 def answer_template(rng: Random, answers: list[str], form: str | None) -> str:
-    if form == "word":
-        return "{answer}."
+    if form == "label":
+        return "Answer: {answer}."
     if form == "sentence":
         return answers[-1]
     if form == "result":
