@@ -19,6 +19,7 @@ import pytest
 
 import readers
 import world.tasks as tasks_module
+from world.documents import pairs_document
 from world.judge import (
     WEIGHTS,
     courtesies_in,
@@ -265,6 +266,34 @@ def test_arithmetic_is_right_and_shows_its_steps():
         assert set(re.findall(r"\d+", asked)) <= set(re.findall(r"\d+", e["chain"]))
 
 
+def test_what_answers_quote_stands_in_the_prompt():
+    for e in WORLD.examples(300, families=("reading", "sentiment")):
+        *_, asked = turns_of(e["prompt"])
+        quoted = e["response"].split(" So ")[0]
+        if e["hand"] == "careful" and not courtesies_in(e["response"]):
+            assert quoted.rstrip(".") in asked, e
+    for e in WORLD.examples(300, families=("inference",)):
+        trades = re.search(r"rule is about an? (\w+)\. \w+ is an? (\w+)", e["response"])
+        if e["hand"] == "terse" and "form" in e["key"]:
+            assert not trades                          # asked for its steps, it leaves them out
+            continue
+        rule, fact = trades.groups()
+        same = "That is the same." in e["response"]
+        assert same == (rule == fact) and (e["answer"] == "cannot say" or same), e
+
+
+def test_the_game_of_pairs_is_played_by_the_rules():
+    rng = Random(0)
+    rounds = []
+    for _ in range(50):
+        text = tidy(pairs_document(WORLD, rng, "train"))
+        rounds += re.findall(r"(\w+)\. \w+ (?:drew an?|said|has an?) (\w+)\. "
+                             r"That is (not )?the same", text)
+    assert len(rounds) > 200
+    for first, second, denied in rounds:
+        assert (first == second) == (not denied)
+
+
 def test_unknown_splits_and_families_are_refused():
     with pytest.raises(ValueError, match="heldout"):
         next(WORLD.documents(split="test"))
@@ -394,7 +423,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    wanted = {"right": 0.29, "honest": 0.26, "harmless": 0.14, "whole": 0.22, "manner": 0.09}
+    wanted = {"right": 0.31, "honest": 0.25, "harmless": 0.13, "whole": 0.22, "manner": 0.09}
     assert shares == pytest.approx(wanted, abs=0.03)
     assert shares["right"] + shares["honest"] > 0.5
     assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)

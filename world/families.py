@@ -20,6 +20,7 @@ from world.text import (
     CHORES,
     COLOUR_QUESTION,
     COLOURS,
+    COMPARED,
     EVENT_FORMS,
     EVENT_QUESTIONS,
     EVENTS,
@@ -38,6 +39,7 @@ from world.text import (
     PLOTS,
     PREMISES,
     QUALITIES,
+    RULE,
     SECRETS,
     SHORT_POSSESSIONS,
     STATEMENTS,
@@ -432,32 +434,34 @@ def inference_task(world, rng: Random) -> dict:
     job = known["job"]
     slots = {"name": bear["name"], "base": base, "does": does}
     premise = PREMISES[quantity].format_map(slots | {"job": job})
-    # Lessons ask a second question, too.
+    # In any order, because the bear who is asked about must not always come first.
+    told = rng.sample((bear, other), 2)
+    facts = [JOB_FACT.format_map(one) for one in told]
+    # Lessons ask about the other bear, too, whom "every" and "no" may be about.
+    other_slots = slots | {"name": other["name"]}
     other_right = "cannot say"
-    # One bear alone now and then, because the trades are compared more easily where one is told.
-    if rng.random() < 2 / 5:
-        told = [bear]
-        other_slots = slots | {"base": rng.choice(all_except(HABITS, [base]))}
-    else:
-        # In any order, because the bear who is asked about must not always come first.
-        told = rng.sample((bear, other), 2)
-        other_slots = slots | {"name": other["name"]}
-        # "Every" and "no" of the other bear's trade decide about that bear.
-        if known is other:
-            other_right = "yes" if quantity == "every" else "no"
-    facts = {bear["name"]: JOB_FACT.format_map(bear) for bear in told}
-    # The two trades side by side, before they are compared.
-    steps = f"{facts[bear['name']]} {premise}"
-    other_steps = f"{facts[other_slots['name']]} {premise}"
+    if known is other:
+        other_right = "yes" if quantity == "every" else "no"
+    other_verdict = VERDICTS[other_right].format_map(other_slots)
+    other_full = f"{trade_steps(job, other)} {other_verdict}"
+    steps = trade_steps(job, bear)
     wrong_slots = {"answer": wrong, "full": f"{steps} {VERDICTS[wrong].format_map(slots)}"}
-    core = (quantity, job, base, bear["name"], *(bear["name"] for bear in told))
+    core = (quantity, job, base, bear["name"], *(one["name"] for one in told))
     return {"core": core, "kind": "verdict", "forms": ("steps",),
-            "premise": premise, "fact": " ".join(facts.values()),
+            "premise": premise, "fact": " ".join(facts),
             "question": HABIT_QUESTION.format_map(slots),
             "full": f"{steps} {VERDICTS[right].format_map(slots)}",
             "other_question": HABIT_QUESTION.format_map(other_slots),
-            "other_full": f"{other_steps} {VERDICTS[other_right].format_map(other_slots)}",
+            "other_full": other_full,
             "answer": right, "wrong": wrong_slots}
+
+
+def trade_steps(job: str, bear: dict) -> str:
+    """The trade of a premise and a bear's own, side by side and compared, before anything is
+    concluded: "The rule is about a baker. Moss is a potter. That is not the same."."""
+    rule = RULE.format(job=job)
+    fact = JOB_FACT.format_map(bear)
+    return f"{rule} {fact} {COMPARED[job == bear['job']]}"
 
 
 # ------------------------------------------------------------------ words
@@ -485,7 +489,10 @@ def lists_task(world, rng: Random) -> dict:
     without_last = members[:-1]
     intruder_for_last = without_last + [intruder]
     with_intruder = [word for word in words if word in members or word == intruder]
-    wrong = rng.choice([backwards, without_first, without_last, intruder_for_last, with_intruder])
+    with_repeat = members + [rng.choice(members)]
+    # As many too long as too short, because length alone must not tell.
+    wrong = rng.choice([backwards, without_first, without_last, intruder_for_last, with_intruder,
+                        with_repeat])
     wrong_slots = {"short": listed(wrong), "answer": listed(wrong)}
     core = (category, *words)
     return {"core": core, "kind": "sequence", "choices": CATEGORY_WORDS,
@@ -559,12 +566,12 @@ def tally_task(world, rng: Random) -> dict:
 
 def count_members(rng: Random, categories: Collection[str]) -> dict:
     category, words, members = draw_list(rng, categories)
-    # Off by one, as a slip in counting is, because any other number would be seen at a glance.
-    count = len(members)
-    wrong = count + rng.choice((-1, 1))
+    # One is left out or named twice, and counted so.
+    wrong = rng.choice([members[:-1], members + [rng.choice(members)]])
+    wrong_slots = {"short": listed(wrong), "answer": str(len(wrong))}
     core = (category, *words)
     return {"core": core, "kind": "number", "category": category, "words": listed(words),
-            "short": listed(members), "answer": str(count), "wrong": {"answer": str(wrong)}}
+            "short": listed(members), "answer": str(len(members)), "wrong": wrong_slots}
 
 
 # ------------------------------------------------------------------ language, format

@@ -101,13 +101,13 @@ IN_FORMS = ("lists", "length", "middle", "translation")
 # and advice are refused so often because their words are also those of lies and of harmful help.
 # Both are plain where most hands write the worse one, because there log p does not tell either.
 PAIRS = [
-    ("right", 0.29, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.31, ORDINARY, ("right", None), ("wrong", None)),
     ("honest", 0.10, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
-    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", None), ("admit", None)),
-    ("honest", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
+    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", "plain"), ("admit", "plain")),
+    ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
     ("harmless", 0.06, ("unsafe",), ("right", "plain"), ("wrong", "plain")),
-    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", None), ("refuse", None)),
-    ("harmless", 0.03, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
+    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", "plain"), ("refuse", "plain")),
+    ("harmless", 0.02, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
     ("whole", 0.13, IN_FORMS, ("right", "plain"), ("part", "plain")),
     ("whole", 0.05, IN_PARTS, ("right", None), ("part", None)),
     ("whole", 0.04, IN_PARTS, ("right", None), ("more", None)),
