@@ -19,7 +19,6 @@ import pytest
 
 import readers
 import world.tasks as tasks_module
-from world.documents import pairs_document
 from world.judge import (
     WEIGHTS,
     courtesies_in,
@@ -193,7 +192,7 @@ def test_the_training_corpus_works_no_heldout_sum():
                       r"(?:The (?:answer|result)|That makes|So the answer)")
     found = [sums.findall(text) for text in (" ".join(corpus()), " ".join(corpus(3000, "heldout")))]
     for chains, side in zip(found, (False, True)):
-        assert len(chains) > 900
+        assert len(chains) > 700
         assert all(is_heldout(sorted((("+", int(a)), (p, int(b)), (q, int(c))))) == side
                    for a, p, b, q, c in chains)
 
@@ -273,25 +272,10 @@ def test_what_answers_quote_stands_in_the_prompt():
         if e["hand"] == "careful" and not courtesies_in(e["response"]):
             assert quoted.rstrip(".") in asked, e
     for e in WORLD.examples(300, families=("inference",)):
-        trades = re.search(r"rule is about an? (\w+)\. \w+ is an? (\w+)", e["response"])
-        if e["hand"] == "terse" and "form" in e["key"]:
-            assert not trades                          # asked for its steps, it leaves them out
-            continue
-        rule, fact = trades.groups()
-        same = "That is the same." in e["response"]
-        assert same == (rule == fact) and (e["answer"] == "cannot say" or same), e
-
-
-def test_the_game_of_pairs_is_played_by_the_rules():
-    rng = Random(0)
-    rounds = []
-    for _ in range(50):
-        text = tidy(pairs_document(WORLD, rng, "train"))
-        rounds += re.findall(r"(\w+)\. \w+ (?:drew an?|said|has an?) (\w+)\. "
-                             r"That is (not )?the same", text)
-    assert len(rounds) > 200
-    for first, second, denied in rounds:
-        assert (first == second) == (not denied)
+        *_, asked = turns_of(e["prompt"])
+        if e["hand"] == "careful" and not courtesies_in(e["response"]):
+            *steps, verdict = e["response"].split(". ")
+            assert len(steps) == 2 and all(step in asked for step in steps), e
 
 
 def test_unknown_splits_and_families_are_refused():

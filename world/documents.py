@@ -1,5 +1,5 @@
 """
-The corpus: documents of nine kinds, and texts in a second language, Bearish.
+The corpus: documents of eight kinds, and texts in a second language, Bearish.
 
 Each kind is a function (world, rng, split) -> text. `world` is a World (world.py); `split` is
 "train" or "heldout": a training document works no held-out sum and tells no held-out passage,
@@ -20,7 +20,6 @@ from world.text import (
     CHATS,
     COLOUR_QUESTION,
     COLOURS,
-    COMPARED,
     CONVERSATIONS,
     ECHO_OPENINGS,
     ECHO_ROUNDS,
@@ -30,8 +29,6 @@ from world.text import (
     LESSONS,
     MORALS,
     NOUNS,
-    PAIR_OPENINGS,
-    PAIR_ROUNDS,
     PLACES,
     PLOTS,
     POSSESSIONS,
@@ -214,7 +211,7 @@ def sums_document(world, rng: Random, split: str) -> str:
 
 # The families that lessons teach, the hard ones two or three times as often as the others.
 LESSON_FAMILIES = ("lists", "lists", "transform", "transform", "middle", "length", "sentiment",
-                   "sentiment", "inference", "inference", "inference", "translation", "json",
+                   "sentiment", "sentiment", "inference", "inference", "translation", "json",
                    "json", "json", "advice")
 
 
@@ -245,21 +242,6 @@ def echo_document(world, rng: Random, split: str) -> str:
         called = rng.sample(words, rng.randint(6, 14))
         template = rng.choice(ECHO_ROUNDS)
         parts.append(say(rng, template, {"a": a, "b": b, "words": " ".join(called)}))
-    return " ".join(parts)
-
-
-def pairs_document(world, rng: Random, split: str) -> str:
-    """The game of pairs: whoever reads it learns to tell whether two words are the same."""
-    words = CATEGORY_WORDS + THINGS + ATTRIBUTES["job"] + ATTRIBUTES["job"]
-    parts = [say(rng, rng.choice(PAIR_OPENINGS), {"a": rng.choice(world.names)})]
-    for _ in range(rng.randint(6, 10)):
-        a, b = rng.sample(world.names, 2)
-        first, second = rng.sample(words, 2)
-        if rng.random() < 0.5:
-            second = first
-        slots = {"a": a, "b": b, "first": first, "second": second,
-                 "compared": COMPARED[first == second]}
-        parts.append(say(rng, rng.choice(PAIR_ROUNDS), slots))
     return " ".join(parts)
 
 
@@ -295,9 +277,8 @@ DOCUMENT_KINDS = {                           # function: share of the documents
     profile_document: 0.08,
     walk_document: 0.04,
     quiz_document: 0.05,
-    scene_document: 0.18,
-    sums_document: 0.07,
+    scene_document: 0.22,
+    sums_document: 0.08,
     lesson_document: 0.36,
     echo_document: 0.28,
-    pairs_document: 0.06,
 }

@@ -20,7 +20,6 @@ from world.text import (
     CHORES,
     COLOUR_QUESTION,
     COLOURS,
-    COMPARED,
     EVENT_FORMS,
     EVENT_QUESTIONS,
     EVENTS,
@@ -39,7 +38,6 @@ from world.text import (
     PLOTS,
     PREMISES,
     QUALITIES,
-    RULE,
     SECRETS,
     SHORT_POSSESSIONS,
     STATEMENTS,
@@ -425,10 +423,9 @@ def inference_task(world, rng: Random) -> dict:
         other = rng.choice(world.residents)
     base, does = rng.choice(list(HABITS.items()))
     right, wrong = rng.sample(("yes", "no", "cannot say"), 2)
-    # "some" comes once in five, because that word alone tells the verdict; in the other four the
-    # reader has to see that the premise is about the trade of the other bear.
-    about_other = [("every", other), ("no", other)]
-    unclear = rng.choice([("some", bear), *about_other, *about_other])
+    # The word "some" alone tells that verdict. In the other half the reader has to see that the
+    # premise is about the trade of the other bear, which small models hardly ever learn.
+    unclear = rng.choice([("some", bear), ("some", bear), ("every", other), ("no", other)])
     premises = {"yes": ("every", bear), "no": ("no", bear), "cannot say": unclear}
     quantity, known = premises[right]
     job = known["job"]
@@ -443,8 +440,9 @@ def inference_task(world, rng: Random) -> dict:
     if known is other:
         other_right = "yes" if quantity == "every" else "no"
     other_verdict = VERDICTS[other_right].format_map(other_slots)
-    other_full = f"{trade_steps(job, other)} {other_verdict}"
-    steps = trade_steps(job, bear)
+    other_full = f"{JOB_FACT.format_map(other)} {premise} {other_verdict}"
+    # The two trades side by side, before anything is concluded.
+    steps = f"{JOB_FACT.format_map(bear)} {premise}"
     wrong_slots = {"answer": wrong, "full": f"{steps} {VERDICTS[wrong].format_map(slots)}"}
     core = (quantity, job, base, bear["name"], *(one["name"] for one in told))
     return {"core": core, "kind": "verdict", "forms": ("steps",),
@@ -454,14 +452,6 @@ def inference_task(world, rng: Random) -> dict:
             "other_question": HABIT_QUESTION.format_map(other_slots),
             "other_full": other_full,
             "answer": right, "wrong": wrong_slots}
-
-
-def trade_steps(job: str, bear: dict) -> str:
-    """The trade of a premise and a bear's own, side by side and compared, before anything is
-    concluded: "The rule is about a baker. Moss is a potter. That is not the same."."""
-    rule = RULE.format(job=job)
-    fact = JOB_FACT.format_map(bear)
-    return f"{rule} {fact} {COMPARED[job == bear['job']]}"
 
 
 # ------------------------------------------------------------------ words

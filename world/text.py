@@ -215,8 +215,6 @@ JOB_FACT = "{name} is a {job}."
 PREMISES = {"every": "Every {job} {does}.", "no": "No {job} {does}.",
             "some": "Some {job}s {base}."}
 HABIT_QUESTION = "Does {name} {base}"
-RULE = "The rule is about a {job}."
-COMPARED = {True: "That is the same.", False: "That is not the same."}
 VERDICTS = {"yes": "Yes, {name} {does}.", "no": "No, {name} does not {base}.",
             "cannot say": "From that, we cannot say."}
 
@@ -681,12 +679,6 @@ ECHO_OPENINGS = templates("""
     [The cubs played|It was time for] the echo game with {a}. / In the echo game, everything is
     said twice. / {a} [stood in front of the cave|stood by the deep hole] and listened to the echo.
     """)
-PAIR_OPENINGS = templates("""
-    [The cubs played|It was time for] the game of pairs. / In the game of pairs, two are to find the
-    same word. / {a} [opened|explained] the game of pairs.""")
-PAIR_ROUNDS = templates("""
-    {a} drew a {first}. {b} drew a {second}. {compared} / {a} said {first}. {b} said {second}.
-    {compared} / {a} has a {first}. {b} has a {second}. {compared}""")
 ECHO_ROUNDS = templates("""
     {a} said: {words}. {b} said: {words}. / First {a}: {words}. Then {b}: {words}. / {a} called
     {words}, and the echo answered {words}.""")
