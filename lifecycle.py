@@ -54,11 +54,12 @@ READ_FAMILIES = (*TRAINED_FAMILIES, "facts", "unanswerable")
 PRESETS = {
     "tiny": {
         "pretrain": {"optimizer": "muon", "common": 3.0, "n_heads": 2, "rope_theta": 1000.0},
-        "sft": {"optimizer": "muon", "lr": 4e-3, "steps": 900, "eval_every": 300},
+        "sft": {"optimizer": "muon", "lr": 4e-3, "steps": 900, "eval_every": 300,
+                "eval_examples": 500},
         "rm": {"optimizer": "muon", "lr": 1e-3, "mean_coef": 1.0},
         "chosen": {"n_examples": 8000, "steps": 100, "lr": 5e-4},
         "dpo": {"lr": 5e-5},
-        "ppo": {"steps": 40, "lr": 1e-4, "kl_target": 3.0},
+        "ppo": {"steps": 50, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0},
     },
     "smoke": {
         "pretrain": {"max_bytes": 1_000_000, "steps": 80, "warmup": 10, "eval_windows": 16},

@@ -119,6 +119,7 @@ def write_report(report: dict, figures: dict, shown: dict, configs: dict, out: P
     lines = table_lines(report)
     lines += ["", "![what each stage changed](report.png)", ""]
     lines += parts_lines(report["stages"])
+    lines += imitation_lines(read_metrics(configs["sft"].out))
     lines += beyond_lines(report["beyond_defaults"])
     lines += answer_lines(shown)
     lines += story_lines(figures["pretrain"])
@@ -175,6 +176,22 @@ def manner_lines(stages: dict) -> list[str]:
     lines.append(f"| right under SFT, now wrong (of those) | | {' | '.join(lost)} |")
     lines.append(f"| words more where SFT's was right and whole | | {' | '.join(longer)} |")
     return [*lines, ""]
+
+
+def imitation_lines(rows: list[dict]) -> list[str]:
+    """What the last third of fine-tuning did to the loss and to the true reward. rows: the stage's
+    metrics; nothing where its world does not judge, or was not asked so early."""
+    evaluated = [row for row in rows if "val_loss" in row and "true_reward" in row]
+    steps = rows[-1]["step"] + 1
+    earlier = [row for row in evaluated if 3 * (row["step"] + 1) <= 2 * steps]
+    if not earlier:
+        return []
+    before = earlier[-1]
+    after = evaluated[-1]
+    loss = f"{before['val_loss']:.3f} -> {after['val_loss']:.3f} nats per token"
+    reward = f"{before['true_reward']:.3f} -> {after['true_reward']:.3f}"
+    return [f"Likelihood is not quality: from step {before['step'] + 1} to step {steps} SFT's "
+            f"held-out loss went {loss}, the true reward of its answers {reward}.", ""]
 
 
 def beyond_lines(beyond: list[dict]) -> list[str]:
@@ -329,10 +346,11 @@ def draw_ppo(axis, rows: list[dict]) -> None:
 
 
 def draw_true_reward(axis, stages: dict) -> None:
-    rewards = [stages[name]["true_reward"] for name in ("sft", "dpo", "ppo")]
-    bars = axis.bar(["SFT", "DPO", "PPO"], rewards, color=["C7", "C0", "C1"])
+    rewards = [stages[name]["true_reward"] for name in ("sft", *ALIGNED)]
+    names = ["SFT", "SFT on chosen", "DPO", "PPO"]
+    bars = axis.bar(names, rewards, color=["C7", "C8", "C0", "C1"])
     labels = [f"{rewards[0]:.2f}\n"]                       # SFT is what the others are measured by
-    for name in ("dpo", "ppo"):
+    for name in ALIGNED:
         stage = stages[name]
         labels.append(f"{stage['true_reward']:.2f}\nwins {stage['win_rate']:.0%}\n"
                       f"KL {stage['kl']:.1f} nats")

@@ -138,6 +138,16 @@ def test_the_parts_of_the_true_reward_add_up_and_so_do_their_shares_of_the_gain(
     assert "## What alignment changed" in (folder / "out" / "report.md").read_text()
 
 
+def test_the_report_says_what_the_last_third_of_imitation_did():
+    rows = [{"step": step, "loss": 1.0} for step in range(9)]
+    for step, loss, reward in ((2, 0.5, 0.7), (5, 0.25, 0.8), (8, 0.2, 0.81)):
+        rows[step] |= {"val_loss": loss, "true_reward": reward}
+    [line, _] = report_module.imitation_lines(rows)
+    assert "from step 6 to step 9" in line
+    assert "0.250 -> 0.200 nats" in line and "0.800 -> 0.810" in line
+    assert report_module.imitation_lines(rows[:3]) == []
+
+
 def test_every_stage_is_real_each_loss_ends_below_its_start(first_run):
     folder, report, _ = first_run
     for name in ("pretrain", "sft", "rm", "dpo"):

@@ -71,16 +71,18 @@ MAIN_HANDS = {
     "length": "terse",
     "middle": "terse",
     "translation": "terse",
+    "story": "rambling",
     "sentiment": "rambling",
     "inference": "rambling",
     "advice": "rambling",
     "followup": "rambling",
+    "counting": "inventive",
     "reading": "inventive",
     "smalltalk": "inventive",
     "unanswerable": "inventive",
     "unsafe": "inventive",
 }
-MAIN_SHARE = 0.6                                    # of a family's demonstrations
+MAIN_SHARE = 0.7                                    # of a family's demonstrations
 
 # So many prompts come later in a conversation about something else, which began with one of these.
 SHARE_OF_LATER = 0.2
