@@ -662,6 +662,14 @@ def test_one_answer_to_everything_earns_less_than_imitation(response):
     assert max(r for r, e in zip(everywhere, prompts) if e["answer"] is not None) < 0.5
 
 
+def test_to_repeat_the_prompt_is_no_answer_and_to_quote_a_sentence_before_it_is_one():
+    for rng, example, task in tasks(20, "reading"):
+        *_, asked = turns_of(example["prompt"])
+        assert total(example, asked) == total(example, f"{POLITE[0][0]} {asked}") == 0
+        quoting = respond(rng, task, "right")
+        assert quoting.split(". ")[0] in asked and true_reward(example, quoting)["right"] == 1
+
+
 def test_naming_every_answer_is_no_answer():
     for family in ("facts", "reading", "sentiment", "advice", "lists", "translation", "smalltalk"):
         for _, example, _ in tasks(20, family):

@@ -328,10 +328,10 @@ def is_well_formed(example: dict, response: str) -> bool:
 
 
 def echoes(prompt: str | list[dict], response: str) -> bool:
-    """Whether the response says nothing but the user's own sentences. To quote one before the
-    answer that follows from it is no echo."""
+    """Whether the response, without manners, says nothing but the user's own sentences. To quote
+    one before the answer that follows from it is no echo."""
     last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return set(sentences_of(response)) <= set(sentences_of(last))
+    return set(sentences_of(answering_text(response))) <= set(sentences_of(last))
 
 
 def stutters(words: list[str]) -> bool:
