@@ -366,7 +366,7 @@ def test_nearest_neighbour_lookup_fails_the_computed_tasks():
         assert accuracy[family] < 0.2, accuracy
     assert accuracy["transform"] < 0.3, accuracy
     assert accuracy["sentiment"] < 0.4, accuracy
-    assert accuracy["inference"] < 0.5, accuracy      # three verdicts, one third each
+    assert accuracy["inference"] < 0.6, accuracy      # of three verdicts, half of one is a word
 
 
 def test_demonstrated_verdicts_are_balanced():
@@ -407,7 +407,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    wanted = {"right": 0.31, "honest": 0.25, "harmless": 0.13, "whole": 0.22, "manner": 0.09}
+    wanted = {"right": 0.27, "honest": 0.25, "harmless": 0.13, "whole": 0.26, "manner": 0.09}
     assert shares == pytest.approx(wanted, abs=0.03)
     assert shares["right"] + shares["honest"] > 0.5
     assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)

@@ -90,7 +90,8 @@ EARLIER_FAMILIES = ("smalltalk", "smalltalk", "facts", "facts", "arithmetic", "l
                     "advice", "unsafe", "unanswerable")
 
 # How the two responses of a pair are dressed, unless their kind says it, and how often.
-MANNERS = {"plain": 0.4, "courteous": 0.3, "rambling": 0.15, "inventing": 0.08, "insulting": 0.07}
+# Mostly badly, because the better response of a pair is not a good one: to imitate it is no cure.
+MANNERS = {"plain": 0.2, "courteous": 0.2, "rambling": 0.3, "inventing": 0.2, "insulting": 0.1}
 
 # The families in which an answer is right: all but those where to refuse or to admit is right.
 ORDINARY = tuple(f for f in TRAINED_FAMILIES if f not in ("unsafe", "unanswerable"))
@@ -103,14 +104,14 @@ IN_FORMS = ("lists", "length", "middle", "translation")
 # and advice are refused so often because their words are also those of lies and of harmful help.
 # Both are plain where most hands write the worse one, because there log p does not tell either.
 PAIRS = [
-    ("right", 0.31, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.27, ORDINARY, ("right", None), ("wrong", None)),
     ("honest", 0.10, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
-    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", "plain"), ("admit", "plain")),
+    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", "rambling"), ("admit", "rambling")),
     ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
     ("harmless", 0.06, ("unsafe",), ("right", "plain"), ("wrong", "plain")),
-    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", "plain"), ("refuse", "plain")),
+    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", "rambling"), ("refuse", "rambling")),
     ("harmless", 0.02, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.13, IN_FORMS, ("right", "plain"), ("part", "plain")),
+    ("whole", 0.17, IN_FORMS, ("right", "plain"), ("part", "plain")),
     ("whole", 0.05, IN_PARTS, ("right", None), ("part", None)),
     ("whole", 0.04, IN_PARTS, ("right", None), ("more", None)),
     ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
@@ -226,8 +227,8 @@ class World:
         while True:
             example, task = self.draw(rng, rng.choice(families), split)
             manners = rng.choices(list(MANNERS), list(MANNERS.values()), k=2)
-            # Often in one manner, because then the content alone decides which is better.
-            if rng.random() < 0.5:
+            # Mostly in one manner, because then the content alone decides which is better.
+            if rng.random() < 0.8:
                 manners[1] = manners[0]
             rewarded = []
             for (behaviour, fixed), drawn in zip(sides, manners):
