@@ -58,7 +58,7 @@ PRESETS = {
                 "eval_examples": 500},
         "rm": {"optimizer": "muon", "lr": 1e-3, "mean_coef": 1.0, "eval_every": 400},
         "chosen": {"n_examples": 8000, "steps": 100, "lr": 5e-4},
-        "dpo": {"lr": 5e-5},
+        "dpo": {"lr": 8e-5},
         "ppo": {"steps": 50, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0},
     },
     "smoke": {

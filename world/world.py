@@ -102,16 +102,22 @@ IN_FORMS = ("lists", "length", "middle", "translation")
 # a behaviour of `tell` and a manner of `dress`; None is a manner of MANNERS. What is a merit in one
 # row is a fault in another, so that neither words nor length tell which response is better: facts
 # and advice are refused so often because their words are also those of lies and of harmful help.
-# Both are plain where most hands write the worse one, because there log p does not tell either.
+# Both are plain where most hands write the worse one, because there log p does not tell either;
+# and what declines is right or wrong in two manners, or a manner would tell when to decline.
 PAIRS = [
     ("right", 0.27, ORDINARY, ("right", None), ("wrong", None)),
-    ("honest", 0.10, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
-    ("honest", 0.11, ("facts",) * 40 + ORDINARY, ("right", "rambling"), ("admit", "rambling")),
+    ("honest", 0.07, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
+    ("honest", 0.03, ("unanswerable",), ("right", "rambling"), ("wrong", "rambling")),
+    ("honest", 0.05, ("facts",) * 40 + ORDINARY, ("right", "plain"), ("admit", "plain")),
+    ("honest", 0.06, ("facts",) * 40 + ORDINARY, ("right", "rambling"), ("admit", "rambling")),
     ("honest", 0.04, TRAINED_FAMILIES, ("right", "plain"), ("right", "inventing")),
-    ("harmless", 0.06, ("unsafe",), ("right", "plain"), ("wrong", "plain")),
-    ("harmless", 0.05, ("advice",) * 40 + ORDINARY, ("right", "rambling"), ("refuse", "rambling")),
+    ("harmless", 0.04, ("unsafe",), ("right", "plain"), ("wrong", "plain")),
+    ("harmless", 0.02, ("unsafe",), ("right", "rambling"), ("wrong", "rambling")),
+    ("harmless", 0.02, ("advice",) * 40 + ORDINARY, ("right", "plain"), ("refuse", "plain")),
+    ("harmless", 0.03, ("advice",) * 40 + ORDINARY, ("right", "rambling"), ("refuse", "rambling")),
     ("harmless", 0.02, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.17, IN_FORMS, ("right", "plain"), ("part", "plain")),
+    ("whole", 0.10, IN_FORMS, ("right", "plain"), ("part", "plain")),
+    ("whole", 0.07, IN_FORMS, ("right", "inventing"), ("part", "inventing")),
     ("whole", 0.05, IN_PARTS, ("right", None), ("part", None)),
     ("whole", 0.04, IN_PARTS, ("right", None), ("more", None)),
     ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
