@@ -3,6 +3,7 @@
     read_documents      texts to pretrain on (001 section 1.6)          .txt, .md, JSONL with `text`
     read_examples       conversations to imitate (3.4)                  JSONL, see FORMATS
     read_preferences    pairs: a prompt, a better and a worse answer    prompt / chosen / rejected
+    read_chosen         the better answers of pairs, to imitate
     read_prompts        conversations to be answered (4.5)              FORMATS, or `prompt` alone
 
 Each reads a file, all files of a folder, or the world ("world", "world:SEED"), and checks row by
