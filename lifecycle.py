@@ -69,7 +69,7 @@ PRESETS = {
         "dpo": {"n_pairs": 1000, "steps": 60, "beta": 0.1, "lr": 1e-4, "warmup": 5,
                 "eval_pairs": 100},
         "ppo": {"n_prompts": 200, "steps": 3, "batch_size": 16, "minibatch_size": 8},
-        "exam": {"n_tasks": 60, "n": 40},
+        "exam": {"n_tasks": 40, "n": 30},
     },
     "gpu": {
         "pretrain": {"max_bytes": 200_000_000, "vocab_size": 4096, "d_model": 512, "n_layers": 8,
