@@ -6,8 +6,9 @@ model -> DPO and, beside it, PPO, on the embedded world, and a report of what ea
     python lifecycle.py --preset smoke     # every stage, real but short: under a minute
     python sample.py --init out/dpo        # then talk to it
 
-Writes out/{pretrain,sft,rm,dpo,ppo}/, out/report.md, out/report.json and pictures. Run again, it
-skips what is finished with the same settings and goes on with what was interrupted; a stage whose
+Writes out/{pretrain,sft,rm,chosen,dpo,ppo}/, out/report.md, out/report.json, pictures, and
+out/blind.md for readers who are to judge without knowing which model wrote. Run again, it skips
+what is finished with the same settings and goes on with what was interrupted; a stage whose
 settings have changed runs afresh, its earlier folder is kept as out/STAGE.1, .2, ...
 """
 import dataclasses
@@ -47,8 +48,8 @@ from world.text import text_of
 
 STAGES = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "chosen": train_sft,
           "dpo": train_dpo, "ppo": train_ppo}
-# Of the 20 prompts whose answers people read: each once, and two of what is known and unknown.
-READ_FAMILIES = (*TRAINED_FAMILIES, "facts", "unanswerable")
+# Of the 20 prompts whose answers people read: two of what is known and what is unknown.
+READ_TWICE = ("facts", "unanswerable")
 
 # Only what differs from the scripts' own defaults; "exam": how many tasks and prompts.
 PRESETS = {
@@ -167,7 +168,7 @@ def set_aside(out: Path) -> None:
 # ---------------------------------------------------------------------- the exam
 
 def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
-    """Greedy answers of base, SFT, DPO and PPO models to the same held-out exam.
+    """Greedy answers of the models of POLICIES to the same held-out exam.
 
     Returns the figures of each model and the answers to 20 prompts.
     """
@@ -176,13 +177,12 @@ def examine(configs: dict, cfg: Config) -> tuple[dict, dict]:
     # The world that the stages were trained on, whose held-out part none of them has read.
     world = f"world:{cfg.seed}"
     size = {"n_tasks": 1000, "n": 1000} | PRESETS[cfg.preset].get("exam", {})
-    # To be read by people: two of a family are its first and its second.
     to_read = []
-    for family in READ_FAMILIES:
-        number = sum(example["family"] == family for example in to_read)
-        to_read.append(evaluate.exam(world, number + 1, (family,))[number])
+    for family in TRAINED_FAMILIES:
+        number = 2 if family in READ_TWICE else 1
+        to_read += evaluate.exam(world, number, (family,))
     figures = {}
-    shown = {"families": READ_FAMILIES,
+    shown = {"families": [example["family"] for example in to_read],
              "prompts": [text_of(example["prompt"]) for example in to_read]}
     for name in POLICIES:
         model, tokenizer = load_model(configs[name].out, device, dtype)

@@ -150,19 +150,24 @@ def parts_lines(stages: dict) -> list[str]:
     before = stages["sft"]
     for part, weight in WEIGHTS.items():
         values = [stages[name]["parts"][part] for name in ("sft", "dpo", "ppo")]
-        shares = []
-        for name in ("dpo", "ppo"):
-            after = stages[name]
-            gain = after["true_reward"] - before["true_reward"]
-            part_gain = weight * (after["parts"][part] - before["parts"][part])
-            # Of next to nothing, or of a loss, there are no shares.
-            shares.append(f"{part_gain / gain:.0%}" if gain > 0.01 else "-")
-        cells = [part, f"{weight}", *(f"{value:.3f}" for value in values), *shares]
+        shares = [gain_shares(before, stages[name]).get(part) for name in ("dpo", "ppo")]
+        shown_shares = ["-" if share is None else f"{share:.0%}" for share in shares]
+        cells = [part, f"{weight}", *(f"{value:.3f}" for value in values), *shown_shares]
         lines.append(f"| {' | '.join(cells)} |")
     dpo_rate = stages["dpo"]["plain_win_rate"]
     ppo_rate = stages["ppo"]["plain_win_rate"]
     plain = f"Without courtesies on either side DPO wins {dpo_rate:.1%}, PPO {ppo_rate:.1%}."
     return [*lines, "", plain, "", *manner_lines(stages)]
+
+
+def gain_shares(before: dict, after: dict) -> dict[str, float]:
+    """Each part's share of what the true reward has gained between two stages; {} of next to
+    nothing, or of a loss, of which there are no shares."""
+    gain = after["true_reward"] - before["true_reward"]
+    if gain <= 0.01:
+        return {}
+    return {part: weight * (after["parts"][part] - before["parts"][part]) / gain
+            for part, weight in WEIGHTS.items()}
 
 
 def manner_lines(stages: dict) -> list[str]:

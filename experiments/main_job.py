@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
-from world.judge import WEIGHTS
+from report import gain_shares
 
 ROOT = Path(__file__).resolve().parents[1]
 # PyTorch, oneDNN and MKL then take the kernels that they have for AVX2.
@@ -71,9 +71,8 @@ def figures_of(report: dict) -> dict[str, float]:
                "chosen: true reward": stages["chosen"]["true_reward"]}
     for name in ("dpo", "ppo"):
         stage = stages[name]
-        gain = stage["true_reward"] - sft["true_reward"]
-        shares = {part: weight * (stage["parts"][part] - sft["parts"][part]) / gain
-                  for part, weight in WEIGHTS.items()}
+        # A run that gained nothing has no shares, and is the worst by all other rows.
+        shares = gain_shares(sft, stage) or {"courteous": 0.0}
         figures |= {f"{name}: true reward": stage["true_reward"],
                     f"{name}: wins over sft": stage["win_rate"],
                     f"{name}: wins, courtesies taken out": stage["plain_win_rate"],

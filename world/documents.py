@@ -272,7 +272,7 @@ def bearish_document(world, rng: Random) -> str:
 
 # ------------------------------------------------------------------ all kinds
 
-DOCUMENT_KINDS = {                           # function: share of the documents
+DOCUMENT_KINDS = {                           # function: how often, beside the others
     story_document: 0.10,
     profile_document: 0.08,
     walk_document: 0.04,

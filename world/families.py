@@ -13,6 +13,7 @@ from random import Random
 
 from world.text import (
     ADJECTIVES,
+    ANSWERS,
     ATTRIBUTES,
     BEARISH_FORMS,
     CATEGORIES,
@@ -342,8 +343,9 @@ def sentiment_task(world, rng: Random) -> dict:
     if number > 1:
         other, feeling = pairs[1]
         task["who2"] = other["name"]
+        slots = {"evidence": evidence[other["name"]], "who": other["name"], "answer": feeling}
         task["second"] = {"kind": "choice", "choices": list(FEELINGS), "answer": feeling,
-                          "full": f"{evidence[other['name']]} So {other['name']} feels {feeling}."}
+                          "full": ANSWERS["sentiment"][0].format_map(slots)}
         task["two"] = rng.random() < SHARE_OF_TWO
         if task["two"]:
             task["ask"] = "sentiment.two"
