@@ -28,6 +28,7 @@ import readers
 import sample
 from heads import WithHead
 from model import Transformer
+from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
 from plumbing.options import command_line
@@ -57,7 +58,7 @@ class Config:
     n: int = 500                      # prompts for true reward, win rate and KL
     n_tasks: int = 1000               # task instances for accuracy
     seed: int = 0                     # of the samples
-    json: str = ""                    # write the figures to this file too
+    json: str = ""                    # write the figures to this new file too
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
 
@@ -531,6 +532,8 @@ def main(cfg: Config) -> dict:
     if readers.world_named(cfg.data) is None:
         raise ValueError(f"--data {cfg.data}: only a world has an answer key; give world or "
                          "world:SEED")
+    if cfg.json:
+        claim.check_new_file("--json", cfg.json)
     model, tokenizer = load_model(cfg.init, device, dtype)
     if cfg.reference:
         # Loaded before the exam, because a wrong folder should not be found out minutes later.
@@ -550,8 +553,8 @@ def main(cfg: Config) -> dict:
         del figures[name]
     print_figures(figures)
     if cfg.json:
-        text = json.dumps(figures, indent=2)
-        Path(cfg.json).write_text(text + "\n")
+        text = json.dumps(figures, indent=2) + "\n"
+        claim.write_whole(Path(cfg.json), lambda temporary: temporary.write_text(text))
     return figures
 
 

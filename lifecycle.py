@@ -30,6 +30,7 @@ import train_pretrain
 import train_rm
 import train_sft
 from model import parameter_count
+from plumbing import claim
 from plumbing.checkpoints import newest_checkpoint
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents
@@ -37,6 +38,7 @@ from plumbing.options import build, command_line, flat
 from report import (
     ALIGNED,
     POLICIES,
+    REPORT_FILES,
     beyond_defaults,
     stage_rows,
     summarize,
@@ -158,12 +160,12 @@ def is_same_run(record: dict, cfg) -> bool:
 
 
 def set_aside(out: Path) -> None:
-    """Rename a folder to the first of out.1, out.2, ... that is free."""
-    number = 1
-    while Path(f"{out}.{number}").exists():
-        number += 1
-    out.rename(f"{out}.{number}")
-    print(f"{out} is of other settings: kept as {out}.{number}", file=sys.stderr)
+    """Rename a folder to the first of out.1, out.2, ... that is free. Raises ValueError while
+    another run writes there."""
+    claim.lock(out)
+    claim.unlock(out)                  # the stage will hold that of the new folder
+    kept = claim.number(out)
+    print(f"{out} is of other settings: kept as {kept}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------- the exam
@@ -242,6 +244,8 @@ def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) 
 def main(cfg: Config) -> dict:
     plan = stages(cfg)
     out = Path(cfg.out)
+    claim.lock(out)
+    claim.refuse_foreign(out, REPORT_FILES)            # before the hours and not after them
     configs = {}
     results = {}
     for name, (train, config) in plan.items():
@@ -254,8 +258,10 @@ def main(cfg: Config) -> dict:
     minutes += sum(result["minutes"] for result in results.values())
     report = summarize(results, figures, minutes)
     report["beyond_defaults"] = beyond_defaults(configs)
+    claim.add(out, *REPORT_FILES)
     write_report(report, figures, shown, configs, out)
     write_blind(shown, cfg.seed, out)
+    claim.unlock(out)
     for name, measure, change in stage_rows(report):
         stage_minutes = report["stages"][name]["minutes"]
         print(f"{name:9s} {stage_minutes:5.1f} min   {measure}: {change}")

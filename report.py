@@ -16,6 +16,7 @@ from plumbing.options import flat
 from world.judge import WEIGHTS
 
 POLICIES = ("pretrain", "sft", "chosen", "dpo", "ppo")   # stages whose model can answer a prompt
+REPORT_FILES = ("report.md", "report.json", "report.png", "blind.md", "blind_key.json")
 ALIGNED = ("chosen", "dpo", "ppo")                     # trained on preferences, compared with SFT
 # Options that add to the documents' algorithms, whose own settings are the scripts' defaults.
 BEYOND = ("optimizer", "common", "token_shift", "copy_steps", "mean_coef", "lm_coef")

@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -42,11 +41,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from plumbing import claim
 from tokenizer import Tokenizer
 
 SPLITS = ("heldout", "train")           # the short one first: if it is empty, that shows early
 CHUNK = 1 << 20                       # characters that a worker is given at a time, at least
-OURS = r"index\.json(\.tmp)?|tokenizer\.json(\.tmp)?|(train|heldout)_\d{5,}\.bin(\.tmp)?"
 
 
 @dataclass
@@ -200,29 +199,59 @@ def write_split(folder: Path, split: str, results: Iterable[tuple[np.ndarray, in
     numbered_parts = cut(counted_ids(), shard_tokens)
     for number, group in groupby(numbered_parts, key=itemgetter(0)):
         path = folder / f"{split}_{number:05d}.bin"
+        claim.add(folder, path.name)
         shards.append(write_shard(path, (part for _, part in group)))
     bar.close()
     return {**counts, "shards": shards}
 
 
-def make_room(folder: Path, overwrite: bool) -> None:
-    """Remove what an interrupted run left, and finished shards if told to; nothing else ever."""
+def place_to_write(out: Path, overwrite: bool) -> Path:
+    """--out, or out.new where finished shards are to be replaced: they stay until the new ones are
+    complete, because a bad row may be the last. Raises ValueError without --overwrite, and for a
+    folder with somebody else's files in it."""
+    if not (out / "index.json").exists():
+        make_room(out)
+        return out
+    if not overwrite:
+        raise ValueError(f"{out} holds finished shards; name another --out or give --overwrite")
+    claim.lock(out)
+    refuse_others(out)
+    new = out.with_name(out.name + ".new")
+    make_room(new)
+    return new
+
+
+def make_room(folder: Path) -> None:
+    """Remove what an interrupted run left, and nothing else ever."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; --out names a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(folder.iterdir())
-    # checked before anything is removed: --out may name a folder with someone's own files
-    for file in files:
-        if not re.fullmatch(OURS, file.name):
+    claim.lock(folder)
+    refuse_others(folder)
+    claim.remove_written(folder)
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises ValueError for a file that shards.py did not write."""
+    known = claim.written(folder)
+    for file in sorted(folder.iterdir()):
+        name = file.name.removesuffix(".tmp")
+        if name not in (*known, claim.LIST, claim.LOCK):
             raise ValueError(f"{folder}: {file.name} does not belong to a folder of shards; name "
                              "another --out")
-    index_file = folder / "index.json"
-    if index_file.exists() and not overwrite:
-        raise ValueError(f"{folder} holds finished shards; name another --out or give --overwrite")
-    # the index goes first, because without it the folder no longer passes for complete
-    index_file.unlink(missing_ok=True)
-    for file in files:
-        file.unlink(missing_ok=True)
+
+
+def take_place(new: Path, out: Path) -> None:
+    """Put the complete shards of `new` where others are."""
+    # The index goes first and comes last, because a folder that has one passes for complete.
+    (out / "index.json").unlink()
+    claim.remove_written(out)
+    names = claim.written(new)
+    claim.add(out, *names)
+    for name in sorted(names, key=lambda name: name == "index.json"):
+        (new / name).rename(out / name)
+    claim.unlock(new)
+    claim.remove_marks(new)
+    claim.remove_empty(new)
 
 
 def main(cfg: Config) -> dict:
@@ -235,19 +264,23 @@ def main(cfg: Config) -> dict:
     next(read(cfg, "train"))                      # a wrong --data stops before anything is removed
     tokenizer = pick_tokenizer(cfg)
     out = Path(cfg.out)
-    make_room(out, cfg.overwrite)
-    tokenizer.save(out)
-    tokenizer_of.cache_clear()                    # it may know one that was in --out before
+    folder = place_to_write(out, cfg.overwrite)
+    claim.add(folder, "tokenizer.json", "index.json")
+    tokenizer.save(folder)
+    tokenizer_of.cache_clear()                    # it may know one that was there before
 
-    splits = write_splits(cfg, out)
+    splits = write_splits(cfg, folder)
 
     index = {"dtype": id_type(tokenizer.vocab_size).name, "vocab_size": tokenizer.vocab_size,
-             "tokenizer_sha256": sha256(out / "tokenizer.json"), "source": cfg.data,
+             "tokenizer_sha256": sha256(folder / "tokenizer.json"), "source": cfg.data,
              "splits": splits}
-    # last of all, under a temporary name first: a folder with an index is complete
-    temporary = out / "index.json.tmp"
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(out / "index.json")
+    # last of all: a folder with an index is complete
+    text = json.dumps(index, indent=1)
+    claim.write_whole(folder / "index.json",
+                      lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if folder != out:
+        take_place(folder, out)
+    claim.unlock(out)
     for split, entry in splits.items():
         print(f"{out} {split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, "
               f"{entry['tokens']:,} tokens in {len(entry['shards'])} shards")
@@ -264,21 +297,21 @@ def pick_tokenizer(cfg: Config) -> Tokenizer:
     return Tokenizer.load(cfg.tokenizer)
 
 
-def write_splits(cfg: Config, out: Path) -> dict[str, dict]:
+def write_splits(cfg: Config, folder: Path) -> dict[str, dict]:
     """All shards of both splits. Returns {split: its entry in the index}."""
     splits = {}
     if cfg.workers == 1:
         for split in SPLITS:
             chunks = chunked(read(cfg, split))
-            encoded = (encode(cfg.out, chunk) for chunk in chunks)
-            splits[split] = write_split(out, split, encoded, cfg.shard_tokens)
+            encoded = (encode(str(folder), chunk) for chunk in chunks)
+            splits[split] = write_split(folder, split, encoded, cfg.shard_tokens)
         return splits
     # "spawn", because a forked copy of a process with torch's threads in it could hang
     with ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent) as pool:
         for split in SPLITS:
             chunks = chunked(read(cfg, split))
-            encoded = in_order(pool, cfg.out, chunks, ahead=2 * cfg.workers)
-            splits[split] = write_split(out, split, encoded, cfg.shard_tokens)
+            encoded = in_order(pool, str(folder), chunks, ahead=2 * cfg.workers)
+            splits[split] = write_split(folder, split, encoded, cfg.shard_tokens)
     return splits
 
 

@@ -451,11 +451,17 @@ def hold_out(texts: list[str]) -> tuple[list[str], list[str]]:
 def main(args: argparse.Namespace) -> Tokenizer:
     """Train, save and measure one tokenizer. Raises ValueError for bad input, before training."""
     # not above: whoever imports a tokenizer needs neither the readers nor the world
+    from plumbing import claim
     from readers import read_documents, world_named
 
-    in_use = args.out.exists() and (args.out.is_file() or any(args.out.iterdir()))
-    if in_use and not args.overwrite:
+    if args.out.is_file() or not (claim.is_free(args.out) or args.overwrite):
         raise ValueError(f"{args.out} is not empty; name another folder or give --overwrite")
+    claim.lock(args.out)
+    claim.refuse_foreign(args.out, ["tokenizer.json"])
+    for name in claim.written(args.out):
+        if name != "tokenizer.json":              # of a model or of shards, which need their own
+            raise ValueError(f"{args.out}: the tokenizer there belongs to {name}; name another "
+                             "folder")
     megabytes = args.max_mb
     if not megabytes and world_named(args.data):
         megabytes = 10                            # because a world has no end
@@ -467,7 +473,9 @@ def main(args: argparse.Namespace) -> Tokenizer:
     training_texts = tqdm(texts, "counting words", unit=" documents")
     tokenizer = Tokenizer.train(training_texts, args.vocab_size, progress=True)
     seconds = time.perf_counter() - start
+    claim.add(args.out, "tokenizer.json")
     tokenizer.save(args.out)
+    claim.unlock(args.out)
 
     # few short texts leave nothing to hold out: measured on the training texts, and said so
     measured = heldout or texts
@@ -495,12 +503,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
     parser.add_argument("--max_mb", type=float, default=0, help="stop reading after so many "
                         "megabytes (default: 0, everything; 10 of a world, which has no end)")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder in use")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier tokenizer "
+                        "there")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"tokenizer.py: {error}")

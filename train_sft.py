@@ -118,6 +118,7 @@ def main(cfg: Config) -> dict:
     if cfg.peft not in ("none", "lora"):
         raise ValueError(f"--peft {cfg.peft}: give none or lora")
     if cfg.peft == "lora":
+        run.also_writes("adapter.json", "adapter.safetensors")
         add_lora(model, cfg)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length

@@ -49,6 +49,7 @@ def run(seed: str, dtype: str, out: Path) -> dict:
     figures = figures_of(json.loads((out / "report.json").read_text()))
     # About 300 questions of each family, which the report's exam is too small for.
     exam = out / "sft_exam.json"
+    exam.unlink(missing_ok=True)               # of this script, from before it was stopped
     call("evaluate.py", "--init", str(out / "sft"), "--data", f"world:{seed}", "--dtype", dtype,
          "--n_tasks", "5400", "--n", "1", "--json", str(exam))
     families = json.loads(exam.read_text())["families"]

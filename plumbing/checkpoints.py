@@ -12,7 +12,6 @@ at any moment leaves the checkpoints before it as they were. The newest KEEP and
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import parallel
+from plumbing import claim
 from plumbing.folders import current_names, sha256
 
 KEEP = 2
@@ -177,11 +177,12 @@ class Writer:
             (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
             # metrics.jsonl too: its rows are those that the checkpoint goes on from
             for path in (*temporary.iterdir(), temporary, *self.out.glob("*.json*")):
-                fsync(path)
-        shutil.rmtree(final, ignore_errors=True)              # a damaged one of the same step
+                claim.fsync(path)
+            claim.add(self.out, f"checkpoints/{final.name}")
+        remove(final)                                         # a damaged one of the same step
         temporary.rename(final)
         for folder in (final.parent, self.out):               # the new name reaches the disk, too
-            fsync(folder)
+            claim.fsync(folder)
         prune_checkpoints(self.out)
 
     def refuse_damage(self, state: dict, models: list[str]) -> None:
@@ -220,16 +221,34 @@ def prune_checkpoints(out: Path) -> None:
     evaluated = {folder: loss for folder, loss in losses.items() if loss is not None}
     best = min(evaluated, key=evaluated.get, default=None)     # the lowest validation loss
     for folder in list(losses)[:-KEEP]:
-        if folder != best:
+        if folder != best and is_own(folder):
             # renamed first, because a kill in between must not leave half of a checkpoint
             doomed = folder.rename(folder.with_name(folder.name + ".tmp"))
-            shutil.rmtree(doomed)
+            remove(doomed)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nothing but a checkpoint is in the folder."""
+    return len(claim.checkpoint_files(folder)) == len(list(folder.iterdir()))
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoint in a folder, and the folder. Somebody else's files in it stay, in
+    folder.1 or the first such name that is free."""
+    if not folder.is_dir():
+        return
+    for file in claim.checkpoint_files(folder):
+        file.unlink()
+    claim.remove_empty(folder)
+    if folder.exists():
+        claim.number(folder)
 
 
 def remove_unfinished(out: Path) -> None:
     """Remove what a killed run was writing."""
-    for folder in out.glob("checkpoints/*.tmp"):
-        shutil.rmtree(folder)
+    for folder in out.glob("checkpoints/step_*.tmp"):
+        if folder.is_dir() and is_own(folder):
+            remove(folder)
 
 
 @contextlib.contextmanager
@@ -253,12 +272,6 @@ def room_for(path: Path, parts: list) -> Iterator[None]:
         raise OSError(f"{path}: no space left on the disk; {size / 1e6:.1f} MB are needed, "
                       f"{free / 1e6:.1f} MB are free. What was saved before is still there: "
                       "make room, then go on with --resume") from error
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def modules_of(parts: dict) -> list[str]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
+from plumbing import claim
 from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
@@ -37,22 +38,24 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
                weights: dict[str, Tensor] | None = None, **record) -> None:
     """Write tokenizer.json, model.safetensors and, last, config.json = {"model": ..., **record}:
     a folder with config.json is complete. Each file replaces the former one atomically.
+    Raises ValueError for a file of these names that no run wrote.
 
     weights: those of the whole model, for a rank that holds only its share of them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    claim.refuse_foreign(folder, FILES)
+    claim.add(folder, *FILES)
     tokenizer.save(folder)
     if weights is None:
         weights = model.state_dict()
     # contiguous, because safetensors refuses other tensors
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors.tmp")
-    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+    claim.write_whole(folder / "model.safetensors",
+                      lambda temporary: safetensors.torch.save_file(weights, temporary))
     # last, so that a folder without config.json is known to be half-written
-    config = {"model": description(model), **record}
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "config.json.tmp").replace(folder / "config.json")
+    config = json.dumps({"model": description(model), **record}, indent=2) + "\n"
+    claim.write_whole(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 
 def description(model: Transformer | WithHead) -> dict:

@@ -20,7 +20,6 @@ import functools
 import gc
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import kernels
 import parallel
-from plumbing import checkpoints, folders, forecast
+from plumbing import checkpoints, claim, folders, forecast
 from plumbing.curves import plot_curves, read_metrics
 from plumbing.device import (
     ALL_THREADS,
@@ -49,9 +48,8 @@ from plumbing.guard import MAX_SKIPPED, Guard
 from plumbing.metrics import Metrics
 from plumbing.options import flat
 
-# the files of a run, which --overwrite may delete
-OWN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "adapter.json", "metrics.jsonl",
-             "adapter.safetensors", "curves.png", "checkpoints"}
+# what every run writes; more with run.also_writes()
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png")
 # options that may differ from the interrupted run's without a word
 MAY_CHANGE = {"steps", "resume", "overwrite", "log_every", "eval_every", "save_every", "out",
               "device", "compile"}
@@ -124,6 +122,8 @@ class Run:
         self.first_step = 0
         self.current_step = 0
         self.saved_step = -1                           # steps done at the newest checkpoint
+        self.files = list(FILES)                       # that this run writes to its folder
+        self.tokenizer = None                          # written when training begins
         self.flops_per_token = 0.0                     # 0: no MFU is logged
         self.matmul_peak = 1.0                         # FLOP/s
         self.started = time.perf_counter()
@@ -141,22 +141,37 @@ class Run:
                                      f"(--{option} {path}); give another one to write")
         # rank 0 alone changes the folder, and the others wait for it
         if self.rank == 0:
-            occupied = self.out.is_dir() and any(self.out.iterdir())
-            if occupied and not self.cfg.resume:
-                self.clear_folder()
-            self.out.mkdir(parents=True, exist_ok=True)
+            if not (claim.is_free(self.out) or self.cfg.resume or self.cfg.overwrite):
+                raise ValueError(f"--out {self.out} is not empty; --resume goes on with what "
+                                 "is there, --overwrite starts afresh, or give another folder")
+            claim.lock(self.out)
+            claim.move_back(self.out)
+            if self.sets_aside():
+                claim.check_overwrite(self.out)
+            claim.refuse_foreign(self.out, self.files)
         self.barrier()
 
-    def clear_folder(self) -> None:
-        """With --overwrite delete an earlier run, and nothing else."""
-        if not self.cfg.overwrite:
-            raise ValueError(f"--out {self.out} is not empty; --resume goes on with what "
-                             "is there, --overwrite starts afresh, or give another folder")
-        for entry in sorted(self.out.iterdir()):
-            if entry.name not in OWN_FILES and entry.suffix != ".tmp":
-                raise ValueError(f"--overwrite would throw away {entry}, which is not of "
-                                 "a training run; move it, or give another --out")
-        shutil.rmtree(self.out)
+    def sets_aside(self) -> bool:
+        """Whether an earlier run makes room for this one."""
+        return self.cfg.overwrite and not self.cfg.resume and not claim.is_free(self.out)
+
+    def also_writes(self, *names: str) -> None:
+        """Files of this stage besides FILES. Raises ValueError for those of somebody else."""
+        self.files += names
+        if self.rank == 0:
+            claim.refuse_foreign(self.out, names)
+
+    def begin(self) -> None:
+        """The first that changes the folder: all that this run reads has been read and checked."""
+        if self.rank == 0:
+            if self.sets_aside():
+                claim.set_aside(self.out)
+            claim.add(self.out, *self.files)
+            checkpoints.remove_unfinished(self.out)
+            self.metrics.drop_rows_from(self.first_step)
+            if self.tokenizer is not None:
+                self.tokenizer.save(self.out)
+        self.barrier()
 
     def pick_threads(self) -> None:
         """As many as are fast now."""
@@ -246,6 +261,7 @@ class Run:
             signals.append(signum)
 
         # a signal in the middle of a step only leaves a note, because half a step cannot be saved
+        self.begin()
         handlers = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
             handlers[signum] = signal.signal(signum, remember)
@@ -273,6 +289,8 @@ class Run:
 
     def leave(self, step: int, signals: list[int]) -> None:
         """Exit with code 1 after Ctrl-C, and with 0 after a scheduler's SIGTERM."""
+        if self.rank == 0:
+            claim.unlock(self.out)
         message = (f"stopped after step {step}; everything is saved in {self.out}, "
                    "--resume goes on from there")
         if signals and signals[0] == signal.SIGINT:
@@ -372,30 +390,29 @@ class Run:
     # ---- checkpoints
 
     def save_tokenizer(self, tokenizer) -> None:
-        """Before training, because --resume must find the tokenizer of its checkpoints."""
-        if self.rank == 0:
-            tokenizer.save(self.out)
+        """As training begins, because --resume must find the tokenizer of its checkpoints."""
+        self.tokenizer = tokenizer
 
     def track(self, **parts) -> None:
         """Name what a checkpoint holds (things with state_dict); with --resume load the newest
         that is whole.
 
-        Raises ValueError when there are checkpoints but all are damaged, or when the newest whole
-        one holds other shapes or parts.
+        Raises ValueError when there are checkpoints but all are damaged, when the newest whole one
+        holds other shapes or parts, and for a finished model without any.
         """
         self.parts = parts
-        if self.rank == 0:
-            checkpoints.remove_unfinished(self.out)
         folder = None
         if self.cfg.resume:
             folder, state = checkpoints.newest_whole(self.out, self.say)
+            if folder is None and (self.out / "config.json").exists():
+                raise ValueError(f"{self.out} holds a finished model, and no checkpoint to go on "
+                                 "from; nothing was changed. --overwrite starts afresh, or give "
+                                 "another --out")
         if folder is not None:
             checkpoints.load_parts(folder, parts, state)
             self.load_state(state)
             self.say(f"going on from step {self.first_step} ({folder})")
             self.say_changed_options(checkpoints.read_meta(folder)["config"])
-        if self.rank == 0:
-            self.metrics.drop_rows_from(self.first_step)
 
     def say_changed_options(self, began: dict) -> None:
         now = flat(self.cfg)
@@ -489,5 +506,7 @@ class Run:
                 folders.save_model(self.out, model, tokenizer, weights, stage=self.name,
                                    parents=self.parents, config=flat(self.cfg),
                                    seed=self.cfg.seed, result=result, versions=versions)
+            claim.remove_old(self.out)
+            claim.unlock(self.out)
         self.barrier()
         return result

@@ -90,8 +90,8 @@ def test_a_language_model_is_no_reward_model(tmp_path):
 
 def test_a_model_folder_holds_three_files_and_its_record(tmp_path):
     saved(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors",
-                                                          "tokenizer.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "files.json",
+                                                          "model.safetensors", "tokenizer.json"]
     record = json.loads((tmp_path / "config.json").read_text())
     assert (record["stage"], record["seed"], record["model"]["d_ff"]) == ("test", 3, 96)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import corpus as corpora
 import train_pretrain
+from plumbing import claim
 from plumbing import run as run_file
 from plumbing.checkpoints import newest_checkpoint, read_checkpoint
 from plumbing.curves import read_metrics
@@ -124,28 +125,12 @@ def test_a_count_below_one_is_refused(tmp_path, corpus, name):
 
 # ---------------------------------------------------------------------- the folder
 
-def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "out").mkdir()
-    start(tmp_path)                                                    # empty: fine
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="out is not empty; --resume .*--overwrite"):
-        start(tmp_path)
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
-    start(tmp_path, resume=True)
-    assert (tmp_path / "out" / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="throw away .*thesis.txt, which is not of a training run"):
-        start(tmp_path, overwrite=True)
-    assert (tmp_path / "out" / "thesis.txt").exists()
-    (tmp_path / "out" / "thesis.txt").rename(tmp_path / "out" / "metrics.jsonl")
-    start(tmp_path, overwrite=True)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_a_run_writes_the_whole_model_folder_and_learns(tmp_path, corpus):
     out = tmp_path / "out"
     result = train_pretrain.main(tiny_run(out, corpus, steps=40, lr=1e-2))
-    assert {f.name for f in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
-                                               "metrics.jsonl", "checkpoints"}     # no picture here
+    assert {f.name for f in out.iterdir()} == {
+        ".lock", "files.json", "config.json", "model.safetensors", "tokenizer.json",
+        "metrics.jsonl", "checkpoints"}                                # no picture here
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == [0, 3, 4, 7, 9, 11, 14, 15, 19, 23, 24, 27, 29, 31, 34,
                                              35, 39]
@@ -284,7 +269,8 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, c
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, corpus, straight):
     out = tmp_path / "out"
-    out.mkdir()
+    claim.lock(out)
+    claim.add(out, "metrics.jsonl")
     (out / "metrics.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 3, "loss": 8.0}\n')
     train_pretrain.main(tiny_run(out, corpus, resume=True))
     assert same_run(out, straight)

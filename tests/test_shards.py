@@ -142,7 +142,7 @@ def test_a_world_is_cut_off_and_a_file_read_whole(tmp_path):
 
 def test_an_interrupted_run_does_not_look_complete_and_can_be_started_again(tmp_path, monkeypatch):
     def power_cut(file):
-        if len(list(folder.glob("train_*.bin"))) == 7:
+        if (folder / "train_00007.bin.tmp").exists():
             raise KeyboardInterrupt
 
     folder = tmp_path / "shards"
@@ -208,12 +208,23 @@ def test_finished_shards_are_overwritten_only_when_asked_and_foreign_files_never
     with pytest.raises(ValueError, match="nowhere.jsonl: not found"):
         written(tmp_path, data="nowhere.jsonl", overwrite=True)
     assert shards.verify(folder) == index                            # still there
+    broken = Path(write_corpus(tmp_path / "broken.jsonl"))
+    broken.write_text(broken.read_text() + "{broken\n")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="broken.jsonl:301: broken JSON"):
+            written(tmp_path, data=str(broken), workers=workers, overwrite=True)
+        assert shards.verify(folder) == index                        # a bad row may be the last
     _, fewer = written(tmp_path, shard_tokens=5000, overwrite=True)
+    assert shards.verify(folder) == fewer and not (tmp_path / "shards.new").exists()
     assert len(list(folder.glob("train_*"))) == len(fewer["splits"]["train"]["shards"]) < 10
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="notes.txt does not belong"):
         written(tmp_path, overwrite=True)
     assert shards.verify(folder) == fewer
+    (tmp_path / "shards.new").mkdir()
+    (folder / "notes.txt").rename(tmp_path / "shards.new" / "train_00000.bin")
+    with pytest.raises(ValueError, match="shards.new: train_00000.bin does not belong"):
+        written(tmp_path, overwrite=True)
     for options in ({"workers": 0}, {"shard_tokens": 0}):
         with pytest.raises(ValueError, match="both must be at least 1"):
             written(tmp_path, out=str(tmp_path / "new"), **options)

@@ -9,6 +9,7 @@ import pytest
 import regex
 
 import tokenizer as module
+from plumbing import claim
 from tokenizer import N_SPECIAL, PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,6 +349,15 @@ def test_the_command_trains_saves_and_measures(tmp_path, capsys):
     assert f"{bytes_per_token:.3f} bytes per token on {len(heldout):,} bytes of held-out" in shown
     with pytest.raises(ValueError, match="not empty; name another folder or give --overwrite"):
         module.main(module.parse(["--data", str(book), "--out", str(out)]))
+    again = ["--data", str(book), "--out", str(out), "--vocab_size", "300", "--overwrite"]
+    assert module.main(module.parse(again)) == Tokenizer.load(out) != tokenizer
+    # Not where a model or shards were written with it, nor where somebody else put it.
+    claim.add(out, "model.safetensors")
+    with pytest.raises(ValueError, match="the tokenizer there belongs to model.safetensors"):
+        module.main(module.parse(again))
+    (out / claim.LIST).unlink()
+    with pytest.raises(ValueError, match="tokenizer.json was not written by a run"):
+        module.main(module.parse(again))
 
 
 def test_held_out_text_is_never_trained_on():
