@@ -52,20 +52,20 @@ BATCH_SIZES = {"train": [16], "generate": [1, 16], "tokenizer": [1]}
 
 @dataclass
 class Config:
-    d_model: int = 256                # model width
-    n_layers: int = 6
-    n_heads: int = 8
-    vocab_size: int = 4096
-    context_length: int = 256         # train: tokens per row
+    d_model: int = 256                # model width, >= 1
+    n_layers: int = 6                 # >= 1
+    n_heads: int = 8                  # >= 1
+    vocab_size: int = 4096            # >= 1
+    context_length: int = 256         # train: tokens per row, >= 1
     batch_size: int = 0               # rows; 0: 16 for train, both 1 and 16 for generate
-    new_tokens: int = 256             # generate: tokens after a prompt of 16
+    new_tokens: int = 256             # generate: tokens after a prompt of 16, >= 1
     dtype: str = "auto"               # auto (what is fast here) | bfloat16 | float32 | float16
     device: str = "auto"              # auto | cpu | cuda
     modes: str = "eager,compile"      # train: comma-separated; generate is eager
     contenders: str = "all"           # comma-separated: hf_llama, nanogpt, nanochat, lifecycle ...
     data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
-    rounds: int = 3                   # fresh processes per row
-    steps: int = 10                   # train: timed steps per process; generate: one generation
+    rounds: int = 3                   # fresh processes per row, >= 1
+    steps: int = 10                   # timed steps per process; generate: one in all, >= 1
     quick: bool = False               # one round of 5 steps, to get an idea
 
 

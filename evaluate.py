@@ -55,9 +55,9 @@ class Config:
     init: str = "out/dpo"             # model folder to evaluate
     reference: str = ""               # model folder to compare with (win rate, KL); empty: none
     data: str = "world"               # world or world:SEED: what has an answer key
-    n: int = 500                      # prompts for true reward, win rate and KL
-    n_tasks: int = 1000               # task instances for accuracy
-    seed: int = 0                     # of the samples
+    n: int = 500                      # prompts for true reward, win rate and KL, >= 1
+    n_tasks: int = 1000               # task instances for accuracy, >= 1
+    seed: int = 0                     # of the samples, in [0, 4e9]
     json: str = ""                    # write the figures to this new file too
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16

@@ -92,7 +92,7 @@ PRESETS = {
 @dataclass
 class Config:
     preset: str = "tiny"              # tiny (two CPU cores) | smoke (a quick try) | gpu
-    seed: int = 0                     # of the world, the weights, the batches and the samples
+    seed: int = 0                     # of the world, weights, batches and samples, in [0, 4e9]
     out: str = "out"                  # where the six model folders and the report go
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
@@ -243,6 +243,8 @@ def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) 
 
 def main(cfg: Config) -> dict:
     plan = stages(cfg)
+    # Here already, because the first stage would find it wrong after an earlier run has made room.
+    pick_dtype(cfg.dtype, pick_device(cfg.device))
     out = Path(cfg.out)
     claim.lock(out)
     claim.refuse_foreign(out, REPORT_FILES)            # before the hours and not after them

@@ -33,27 +33,27 @@ import parallel
 @dataclass
 class ModelConfig:
     """Raises ValueError, naming the fields, when the sizes do not fit together."""
-    vocab_size: int                   # V: tokens of the tokenizer, special ones included
-    context_length: int = 256         # longest input, in tokens
-    d_model: int = 128                # D: width of the residual stream
-    n_layers: int = 4                 # Transformer blocks
-    n_heads: int = 4                  # H: query heads
+    vocab_size: int                   # V: tokens of the tokenizer, special ones included, >= 1
+    context_length: int = 256         # longest input, in tokens, >= 1
+    d_model: int = 128                # D: width of the residual stream, >= 1
+    n_layers: int = 4                 # Transformer blocks, >= 1
+    n_heads: int = 4                  # H: query heads, >= 1
     n_kv_heads: int = 0               # K: key/value heads; 0: as many as n_heads
     d_ff: int = 0                     # F: width of SwiGLU; 0: 8/3 D, rounded up to 16s
-    rope_theta: float = 10_000.0      # RoPE's slowest wavelength is about 2 pi times this
-    norm_eps: float = 1e-5            # added to RMSNorm's mean square
+    rope_theta: float = 10_000.0      # RoPE's slowest wavelength is about 2 pi times this, > 0
+    norm_eps: float = 1e-5            # added to RMSNorm's mean square, > 0
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # add each predecessor's embedding: gains 0.03 nats
     common: float = 0.0               # embeddings begin with a direction in common, so many times
                                       # as long as their own part: 3 gains 0.03 nats
     n_experts: int = 0                # E: Mixture of Experts, so many SwiGLUs; 0: a dense model
-    top_k: int = 2                    # experts per token
+    top_k: int = 2                    # experts per token, >= 1
     n_shared_experts: int = 0         # experts that every token visits besides
     d_expert: int = 0                 # width of an expert; 0: together as many FLOPs as d_ff
     n_dense_layers: int = 0           # the first so many blocks have no experts
     router: str = "token_choice"      # token_choice | expert_choice (cannot generate)
     expert_groups: int = 0            # two-level routing: experts stand in so many groups
-    top_groups: int = 1               # ... of which a token visits so many
+    top_groups: int = 1               # ... of which a token visits so many, >= 1
     capacity_factor: float = 0.0      # places per expert in training, over its fair share; 0: all
     router_noise: bool = False        # noisy top-k in training: the router learns how much
     balance: str = "loss"             # loss | bias (nudged after every step) | none

@@ -42,11 +42,11 @@ class Config:
     system: str = ""                  # system message to start with
     raw: bool = False                 # continue a text, without the chat template (ul2: mode S)
     fill: str = ""                    # fill the gaps ___ of this text (models of gaps, not chat)
-    max_new_tokens: int = 128         # longest answer, in tokens, as far as the context allows
+    max_new_tokens: int = 128         # longest answer, in tokens, if the context allows, >= 1
     temperature: float = 0.0          # 0: greedy; 1: the model's own distribution
     top_k: int = 0                    # sample among the k likeliest tokens; 0: all
-    top_p: float = 1.0                # sample among the likeliest that hold this probability
-    seed: int = 0                     # of the random numbers
+    top_p: float = 1.0                # sample among the likeliest of this probability, in (0, 1]
+    seed: int = 0                     # of the random numbers, in [0, 4e9]
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
 

@@ -55,10 +55,10 @@ class Config:
     max_bytes: int = 0                # stop after so much text; 0: all, of a world 20 MB
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the first part) | bytes | a folder with one
-    vocab_size: int = 2048            # tokens of a newly trained tokenizer, special ones included
-    tokenizer_bytes: int = 20_000_000     # how much text a new tokenizer is trained on
-    workers: int = 2                  # processes that encode; 1: no other process than this one
-    shard_tokens: int = 100_000_000   # tokens in a file, the last of a split excepted
+    vocab_size: int = 2048            # tokens of a new tokenizer, special ones included, >= 1
+    tokenizer_bytes: int = 20_000_000     # how much text a new tokenizer is trained on, >= 1
+    workers: int = 2                  # processes that encode; 1: this one alone, >= 1
+    shard_tokens: int = 100_000_000   # tokens in a file, the last of a split excepted, >= 1
     verify: str = ""                  # write nothing; compare this folder's files with their sums
     overwrite: bool = False           # throw away the finished shards in --out
 

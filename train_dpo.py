@@ -39,23 +39,23 @@ class Config(Options):
     init: str = "out/sft"             # model folder to start from: policy and reference
     out: str = "out/dpo"              # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 8000               # how many to take, at most
-    label_noise: float = 0.0          # the world's annotators err with this probability
+    n_pairs: int = 8000               # how many to take, at most, >= 1
+    label_noise: float = 0.0          # the world's annotators err with this probability, in [0, 1]
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     context_length: int = 0           # tokens of prompt and answer; 0: the model's own
-    beta: float = 0.5                 # strength of the pull towards the reference
+    beta: float = 0.5                 # strength of the pull towards the reference, > 0
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
-    steps: int = 500                  # optimizer steps (T_DPO)
-    batch_size: int = 16              # pairs per step and rank
+    steps: int = 500                  # optimizer steps (T_DPO), >= 1
+    batch_size: int = 16              # pairs per step and rank, >= 1
     optimizer: str = "adamw"          # adamw | muon (gains 1 point of held-out accuracy)
     lr: float = 2e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
-    max_norm: float = 1.0             # gradient clipping
+    max_norm: float = 1.0             # gradient clipping, > 0
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     eval_every: int = 250             # steps between evaluations
-    eval_pairs: int = 500             # held-out pairs
+    eval_pairs: int = 500             # held-out pairs, >= 1
     save_every: int = 100             # steps between checkpoints
 
 

@@ -52,27 +52,27 @@ class Config(Options):
     reward_model: str = "out/rm"      # model folder of the reward model
     critic_init: str = "rm"           # what the critic starts from: rm | sft
     prompts: str = "world"            # prompts: world, world:SEED or JSONL
-    n_prompts: int = 10_000           # how many to take, at most
+    n_prompts: int = 10_000           # how many to take, at most, >= 1
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # prompts too long for an answer to fit: error | left | drop
-    max_new_tokens: int = 64          # longest response, in tokens
-    temperature: float = 1.0          # of the policy: logits are divided by it everywhere
-    steps: int = 30                   # rollout batches (T_PPO)
-    batch_size: int = 64              # prompts per rollout and rank (B)
-    minibatch_size: int = 32          # responses per update and rank
-    epochs: int = 2                   # passes over a rollout (K_epochs)
+    max_new_tokens: int = 64          # longest response, in tokens, >= 1
+    temperature: float = 1.0          # of the policy: logits are divided by it everywhere, > 0
+    steps: int = 30                   # rollout batches (T_PPO), >= 1
+    batch_size: int = 64              # prompts per rollout and rank (B), >= 1
+    minibatch_size: int = 32          # responses per update and rank, >= 1
+    epochs: int = 2                   # passes over a rollout (K_epochs), >= 1
     lr: float = 8e-5                  # actor's initial learning rate (document: 1e-6)
     critic_lr: float = 5e-4           # critic's initial learning rate (document: 1e-6)
     beta: float = 0.05                # KL coefficient to start with
     kl_target: float = 6.0            # nats per response the controller steers to; 0: beta is fixed
-    kl_horizon: int = 2000            # responses over which the controller corrects
-    clip: float = 0.2                 # epsilon of the surrogate and of the value clipping
-    gamma: float = 1.0                # discount
-    lam: float = 0.95                 # GAE's trace decay, lambda
+    kl_horizon: int = 2000            # responses over which the controller corrects, > 0
+    clip: float = 0.2                 # epsilon of surrogate and value clipping, in (0, 1)
+    gamma: float = 1.0                # discount, in [0, 1]
+    lam: float = 0.95                 # GAE's trace decay, lambda, in [0, 1]
     value_coef: float = 0.1           # c1
     entropy_coef: float = 0.0         # c2
-    no_end_score: float = -1.0        # the score of a response without <|end|>
-    max_norm: float = 1.0             # gradient clipping, actor and critic each
+    no_end_score: float = -1.0        # the score of a response without <|end|>, any number
+    max_norm: float = 1.0             # gradient clipping, actor and critic each, > 0
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
 

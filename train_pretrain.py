@@ -55,9 +55,9 @@ class Config(Options):
     init: str = ""                    # model folder to go on from, with its sizes and tokenizer
     out: str = "out/pretrain"         # model folder to write
     data: str = "world"               # corpora, with commas: world, bearish, file, folder, shards
-    alpha: float = 1.0                # of several, each has p = n^alpha / sum n^alpha; 0: all alike
+    alpha: float = 1.0                # each of several has p = n^alpha / sum n^alpha, in [0, 1]
     shares: str = ""                  # ... or these shares, "0.8,0.2": replay of what was learned
-    max_bytes: int = 20_000_000       # read at most this much of a corpus; shards: all of them
+    max_bytes: int = 20_000_000       # read at most this much of a corpus (of shards all), >= 1
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     tokenizer: str = "bpe"            # bpe (trained on the corpus) | bytes | a folder with one
     new_words: int = 0                # with --init: extend its vocabulary by words of the corpus
@@ -66,21 +66,21 @@ class Config(Options):
     model: ModelConfig = nested(ModelConfig, ("context_length",), vocab_size=2048)   # a new model
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     copy_steps: int = 0               # first steps (<= steps / 6) copy: 250 gain 0.1 nats with Muon
-    steps: int = 1800                 # optimizer steps (T_max), copying included
-    batch_size: int = 8               # windows per micro-batch and rank (B)
-    grad_accum: int = 1               # micro-batches per optimizer step
+    steps: int = 1800                 # optimizer steps (T_max), copying included, >= 1
+    batch_size: int = 8               # windows per micro-batch and rank (B), >= 1
+    grad_accum: int = 1               # micro-batches per optimizer step, >= 1
     optimizer: str = "adamw"          # adamw | muon: gains 0.1 nats in the lifecycle
     lr: float = 4e-3                  # peak learning rate (document: by schedule)
     warmup: int = 30                  # steps of linear warmup
     schedule: str = "cosine"          # cosine (to lr / 10) | wsd: constant, then a line to 0
-    decay: float = 0.2                # wsd: the line's share of the steps
+    decay: float = 0.2                # wsd: the line's share of the steps, in [0, 1]
     anneal_data: str = ""             # wsd: corpora of the line, the best text last; empty: --data
     weight_decay: float = 0.1         # on matrices only
-    max_norm: float = 1.0             # gradient clipping
+    max_norm: float = 1.0             # gradient clipping, > 0
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
-    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix
+    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix, >= 1
     eval_every: int = 300             # steps between validations
-    eval_windows: int = 64            # validation windows, the same every time
+    eval_windows: int = 64            # validation windows, the same every time, >= 1
 
 
 # GPT-2's smallest size, trained on 19,000 * 512 * 1024 = 10B tokens. Learning rate, its warmup and

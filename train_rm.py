@@ -40,26 +40,26 @@ class Config(Options):
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
     data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 19_200             # how many to take, at most
-    label_noise: float = 0.0          # the world's annotators err with this probability
+    n_pairs: int = 19_200             # how many to take, at most, >= 1
+    label_noise: float = 0.0          # the world's annotators err with this probability, in [0, 1]
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     context_length: int = 0           # tokens of prompt and answer; 0: the model's own
     prompts: str = ""                 # to sample SFT answers for the shift; empty: those of --data
-    n_shift: int = 200                # SFT answers whose mean reward becomes 0
-    max_new_tokens: int = 64          # longest of those answers, in tokens
-    steps: int = 1200                 # optimizer steps (T_RM)
-    batch_size: int = 16              # pairs per step and rank
+    n_shift: int = 200                # SFT answers whose mean reward becomes 0, >= 1
+    max_new_tokens: int = 64          # longest of those answers, in tokens, >= 1
+    steps: int = 1200                 # optimizer steps (T_RM), >= 1
+    batch_size: int = 16              # pairs per step and rank, >= 1
     optimizer: str = "adam"           # adam | adamw | muon (with --lr 7e-4 gains 0.3 points)
     lr: float = 3e-4                  # peak learning rate (document, large models: 1e-5)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only; adam: none
     mean_coef: float = 0.0            # of the loss on mean values: 1 gains 1.4 points of accuracy
     lm_coef: float = 0.0              # of the chosen answers' LM loss: 0.3 loses 0.4 points here
-    max_norm: float = 1.0             # gradient clipping
+    max_norm: float = 1.0             # gradient clipping, > 0
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     eval_every: int = 200             # steps between evaluations
-    eval_pairs: int = 1000            # held-out pairs
+    eval_pairs: int = 1000            # held-out pairs, >= 1
     save_every: int = 200             # steps between checkpoints
 
 

@@ -48,29 +48,29 @@ class Config(Options):
     init: str = "out/pretrain"        # model folder to start from
     out: str = "out/sft"              # model folder to write
     data: str = "world"               # examples: world, world:SEED or JSONL (README: formats)
-    n_examples: int = 30_000          # how many to take, at most
+    n_examples: int = 30_000          # how many to take, at most, >= 1
     chosen: bool = False              # --data has preference pairs: imitate the chosen answers
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
-    tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau): 1 proportional, inf uniform
+    tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau); inf: uniform, in (0, inf]
     context_length: int = 0           # tokens in a row; 0: the model's own
     peft: str = "none"                # none (train everything) | lora
-    lora_rank: int = 16               # r
-    lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r
+    lora_rank: int = 16               # r, >= 1
+    lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r, > 0
     lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
-    steps: int = 1000                 # optimizer steps (T_ft)
-    batch_size: int = 16              # rows per micro-batch and rank
-    grad_accum: int = 1               # micro-batches per optimizer step
+    steps: int = 1000                 # optimizer steps (T_ft), >= 1
+    batch_size: int = 16              # rows per micro-batch and rank, >= 1
+    grad_accum: int = 1               # micro-batches per optimizer step, >= 1
     optimizer: str = "adamw"          # adamw | muon (inner matrices; lifecycle.py: --lr 4e-3)
-    lr: float = 2e-3                  # peak learning rate (document, large models: 1e-4 to 3e-4)
+    lr: float = 2e-3                  # peak learning rate (document: 1e-4 to 3e-4)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
-    max_norm: float = 1.0             # gradient clipping
+    max_norm: float = 1.0             # gradient clipping, > 0
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     shard: str = "none"               # under torchrun: none | fsdp, weights shared among the ranks
-    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix
+    tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix, >= 1
     eval_every: int = 500             # steps between evaluations
-    eval_examples: int = 200          # of a world: exam questions answered at each evaluation
+    eval_examples: int = 200          # of a world: exam questions answered at each evaluation, >= 1
     save_every: int = 200             # steps between checkpoints
 
 

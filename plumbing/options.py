@@ -10,15 +10,17 @@ The command line: a stage's Config, a dataclass, and the comments behind its fie
     cfg = parse(Config)               # --out out/x --n_layers 2 --seed 3
 
 A field is an option: its default is the option's default and says of which type a value is; its
-comment is the help text. The fields of a nested dataclass are options too, under their own names
-(--n_layers), and arrive in it (cfg.model.n_layers). --help shows the script's own options first,
-then those of nested dataclasses, then those of every stage.
+comment is the help text, and ends with a number's range: > 0, >= 1, in [0, 1). The fields of a
+nested dataclass are options too, under their own names (--n_layers), and arrive in it
+(cfg.model.n_layers). --help shows the script's own options first, then those of nested dataclasses,
+then those of every stage.
 """
 import argparse
 import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -30,14 +32,20 @@ from typing import NamedTuple
 @dataclass
 class Options:
     """The options of every training stage; a Config that has another default repeats the field."""
-    seed: int = 0                     # of all random numbers: weights, batches, samples
+    seed: int = 0                     # of weights, batches, samples, in [0, 4e9]
     device: str = "auto"              # auto | cpu | cuda | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
     log_every: int = 10               # steps between rows of metrics.jsonl
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
-    overwrite: bool = False           # throw away what is in --out
+    overwrite: bool = False           # remove what a run left in --out, at the end
+
+
+NUMBERS = "Numbers are finite and at least 0 where nothing else is said."
+# At the end of a comment: > 0 | >= 1 | in [0, 1) | any number
+RANGE = re.compile(r", (?:(?P<sign>>=?) (?P<bound>\S+)|in (?P<open>[\[(])(?P<low>\S+), "
+                   r"(?P<high>\S+)(?P<close>[\])])|any number)$")
 
 
 class Option(NamedTuple):
@@ -65,10 +73,10 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "",
 
     presets: other defaults, flat, by the names that --preset takes. Exits with a message for a
     value of the wrong type, an unknown preset and an unknown option, naming the nearest known one.
-    Raises what a nested dataclass raises for values that do not fit together.
+    Raises ValueError for a number outside its range and for values that do not fit together.
     """
     # No abbreviations, because --warm would quietly mean another option once a second fits it.
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog=NUMBERS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     options = options_of(Config)
     add_options(parser, options, Config)
@@ -115,6 +123,40 @@ def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f'"{text}"; give true or false')
     return text.lower() in ("true", "1")
+
+
+def check_numbers(Config: type, values: dict) -> None:
+    """Raises ValueError for a number that is not in the range at the end of its option's comment;
+    where none stands, it must be finite and at least 0."""
+    texts = help_texts(Config)
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not is_within(value, texts.get(name, "")):
+            found = RANGE.search(texts.get(name, ""))
+            wanted = found[0].removeprefix(", ") if found else ">= 0"
+            raise ValueError(f"--{name} {value}: give a number {wanted}")
+
+
+def is_within(value: float, text: str) -> bool:
+    """Whether a number is in the range that ends a comment. NaN is in none."""
+    if value == math.inf and text.endswith("inf]"):        # the only infinite number that is asked
+        return True
+    if not math.isfinite(value):
+        return False
+    found = RANGE.search(text)
+    if found is None:
+        return value >= 0
+    if found["sign"] == ">":
+        return value > float(found["bound"])
+    if found["sign"] == ">=":
+        return value >= float(found["bound"])
+    if found["low"] is None:                               # any number
+        return True
+    low = float(found["low"])
+    high = float(found["high"])
+    above = value > low if found["open"] == "(" else value >= low
+    below = value < high if found["close"] == ")" else value <= high
+    return above and below
 
 
 def nearest_option(argument: str, options: list[Option]) -> str:
@@ -181,12 +223,14 @@ def common_names(Config: type) -> list[str]:
 def build(Config: type, values: dict):
     """A Config with these values, flat, by the options' names; the others keep their defaults.
 
-    Raises TypeError for a name that is no option, and what a nested dataclass raises.
+    Raises TypeError for a name that is no option, ValueError for a number outside its range, and
+    what a nested dataclass raises.
     """
     known = [option.name for option in options_of(Config)]
     for name in values:
         if name not in known:
             raise TypeError(f"{Config.__qualname__} has no option {name}")
+    check_numbers(Config, values)
     arguments = {}
     for field in dataclasses.fields(Config):
         if "kind" in field.metadata:

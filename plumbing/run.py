@@ -55,8 +55,6 @@ MAY_CHANGE = {"steps", "resume", "overwrite", "log_every", "eval_every", "save_e
               "device", "compile"}
 # options that name what a stage reads
 INPUTS = ("init", "reward_model", "data", "anneal_data", "prompts", "tokenizer")
-COUNTS = ("batch_size", "minibatch_size", "grad_accum", "epochs", "eval_windows", "eval_pairs",
-          "eval_examples", "n_examples", "n_pairs", "n_prompts", "n_shift")
 
 
 # ---------------------------------------------------------------------- one run of one stage
@@ -67,9 +65,6 @@ def start(cfg, script: str) -> "Run":
 
     Raises ValueError when --out holds an earlier run and neither --resume nor --overwrite is given.
     """
-    for count in COUNTS:
-        if getattr(cfg, count, 1) < 1:
-            raise ValueError(f"--{count} {getattr(cfg, count)}: give 1 or more")
     kernels.keep_memory()
     # everything imported stays until the end: the garbage collector need not look through it
     gc.collect()

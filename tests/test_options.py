@@ -1,11 +1,23 @@
 """plumbing/options.py: a Config becomes a command line, with its parents' and nested options."""
 import dataclasses
+import math
+import re
 import sys
 from dataclasses import dataclass
 
 import pytest
 
+import bench
+import evaluate
+import lifecycle
+import sample
+import shards
+import train_denoise
+import train_dpo
+import train_ppo
 import train_pretrain
+import train_rm
+import train_sft
 from model import ModelConfig
 from plumbing import options
 from plumbing.options import Options, build, flat, nested
@@ -157,7 +169,7 @@ def test_comments_of_all_ancestors_are_help_texts(capsys):
     text = help_of(Child, capsys)
     assert "--beta float pull towards the reference (default: 0.5)" in text
     assert "--out str model folder to write (default: out/child)" in text
-    assert "--overwrite [bool] throw away what is in --out (default: False)" in text
+    assert "--overwrite [bool] remove what a run left in --out, at the end (default: False)" in text
 
 
 def test_a_field_and_its_comment_may_go_on_in_the_next_line():
@@ -282,3 +294,55 @@ def test_a_config_is_built_of_flat_values():
     assert build(Child, flat(cfg)) == cfg
     with pytest.raises(TypeError, match="Child has no option n_layer"):
         build(Child, {"n_layer": 3})
+
+
+# ---------------------------------------------------------------------- numbers and their ranges
+
+SCRIPTS = (train_pretrain, train_denoise, train_sft, train_rm, train_dpo, train_ppo, evaluate,
+           sample, shards, lifecycle, bench)
+# Of each script some values that mean nothing, and what is asked for instead.
+OUTSIDE = [
+    (train_pretrain, "max_norm", -1.0, "> 0"), (train_pretrain, "steps", 0, ">= 1"),
+    (train_pretrain, "n_heads", 0, ">= 1"), (train_pretrain, "alpha", 1.5, "in [0, 1]"),
+    (train_pretrain, "rope_theta", 0.0, "> 0"), (train_pretrain, "save_every", -1, ">= 0"),
+    (train_denoise, "grad_accum", 0, ">= 1"), (train_sft, "tau", 0.0, "in (0, inf]"),
+    (train_sft, "lora_alpha", -1.0, "> 0"), (train_sft, "seed", -1, "in [0, 4e9]"),
+    (train_rm, "label_noise", 2.0, "in [0, 1]"), (train_rm, "mean_coef", -0.1, ">= 0"),
+    (train_dpo, "beta", 0.0, "> 0"), (train_dpo, "eval_pairs", 0, ">= 1"),
+    (train_ppo, "gamma", 5.0, "in [0, 1]"), (train_ppo, "clip", -1.0, "in (0, 1)"),
+    (train_ppo, "clip", 1.0, "in (0, 1)"), (train_ppo, "temperature", 0.0, "> 0"),
+    (sample, "top_p", 0.0, "in (0, 1]"), (sample, "temperature", -1.0, ">= 0"),
+    (evaluate, "n_tasks", 0, ">= 1"), (shards, "workers", 0, ">= 1"),
+    (lifecycle, "seed", 2 ** 32, "in [0, 4e9]"), (bench, "rounds", 0, ">= 1")]
+
+
+@pytest.mark.parametrize("script, name, value, wanted", OUTSIDE)
+def test_a_number_outside_its_range_is_refused_and_the_range_is_named(script, name, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"--{name} {value}: give a number {wanted}")):
+        options.parse(script.Config, [f"--{name}", str(value)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_infinite_or_not_a_number_is_no_number(script):
+    n_tried = 0
+    for option in options.options_of(script.Config):
+        default = option.default
+        if isinstance(default, float):
+            for value in (math.nan, math.inf, -math.inf):
+                if (option.name, value) == ("tau", math.inf):          # documented: uniform
+                    continue
+                with pytest.raises(ValueError, match=f"--{option.name} {value}: give a number"):
+                    build(script.Config, {option.name: value})
+                n_tried += 1
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            build(script.Config, {option.name: default})               # its default is in its range
+    assert n_tried or script in (shards, evaluate, lifecycle, bench)
+
+
+@pytest.mark.parametrize("text, inside, outside", [
+    ("x, > 0", (1e-9, 3), (0, -1)), ("x, >= 1", (1, 9), (0, 0.5)),
+    ("x, in [0, 1)", (0, 0.9), (1, -0.1)), ("x, in (0, inf]", (math.inf, 1), (0, -math.inf)),
+    ("x, any number", (-3, 0), (math.nan, math.inf)), ("x in [0, 1]: no range", (0, 7), (-1,))])
+def test_a_comment_ends_with_a_range(text, inside, outside):
+    assert all(options.is_within(value, text) for value in inside)
+    assert not any(options.is_within(value, text) for value in outside)

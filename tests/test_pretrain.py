@@ -201,13 +201,13 @@ def test_text_shorter_than_a_window_is_an_error_that_names_the_option(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_no_model(tmp_path):
-    with pytest.raises(ValueError, match="learning rate: nan"):
+    with pytest.raises(ValueError, match="--lr nan: give a number >= 0"):
         train_pretrain.main(config(tmp_path, lr=math.nan))
     with pytest.raises(FloatingPointError, match="step 20: the loss is nan, and 20 updates in a row"
                                                  ".*No checkpoint was made yet; try a lower --lr"):
-        train_pretrain.main(config(tmp_path, lr=math.inf, steps=30, overwrite=True))
+        train_pretrain.main(replace(config(tmp_path, steps=30, overwrite=True), lr=math.inf))
     with pytest.raises(FloatingPointError, match="after step 2 the weights are not finite"):
-        train_pretrain.main(config(tmp_path, lr=math.inf, overwrite=True))     # 3 steps: too few
+        train_pretrain.main(replace(config(tmp_path, overwrite=True), lr=math.inf))  # too few
     assert not (tmp_path / "base" / "config.json").exists()
     rows = read_metrics(tmp_path / "base")
     assert "loss" in rows[0] and not any("loss" in row for row in rows[1:])    # 0 was still fine

@@ -119,7 +119,7 @@ def test_seeds_fix_every_source_of_random_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", ["batch_size", "grad_accum", "eval_windows"])
 def test_a_count_below_one_is_refused(tmp_path, corpus, name):
-    with pytest.raises(ValueError, match=f"--{name} 0: give 1 or more"):
+    with pytest.raises(ValueError, match=f"--{name} 0: give a number >= 1"):
         train_pretrain.main(tiny_run(tmp_path / "out", corpus, **{name: 0}))
 
 
