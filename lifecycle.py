@@ -151,8 +151,8 @@ def run_stage(main: Callable, cfg) -> dict:
 def is_same_run(record: dict, cfg) -> bool:
     """Whether a record, of a finished stage or of a checkpoint, is of this config and has the
     parents of now."""
-    # --resume and --overwrite say what to do with a folder, and nothing about what comes out.
-    ignored = {"resume": False, "overwrite": False}
+    # --resume and the like say what to do with a folder, and nothing about what comes out.
+    ignored = {"resume": False, "insist": False, "overwrite": False}
     recorded = record["config"] | ignored
     wanted = flat(cfg) | ignored
     # Checksums of the parents' weights too, because a folder may have been trained again.

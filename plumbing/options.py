@@ -39,6 +39,7 @@ class Options:
     log_every: int = 10               # steps between rows of metrics.jsonl
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there
+    insist: bool = False              # --resume although the data or models read have changed
     overwrite: bool = False           # remove what a run left in --out, at the end
 
 

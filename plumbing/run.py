@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import kernels
 import parallel
-from plumbing import checkpoints, claim, folders, forecast
+from plumbing import checkpoints, claim, folders, forecast, inputs
 from plumbing.curves import plot_curves, read_metrics
 from plumbing.device import (
     ALL_THREADS,
@@ -50,9 +50,6 @@ from plumbing.options import flat
 
 # what every run writes; more with run.also_writes()
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png")
-# options that may differ from the interrupted run's without a word
-MAY_CHANGE = {"steps", "resume", "overwrite", "log_every", "eval_every", "save_every", "out",
-              "device", "compile"}
 # options that name what a stage reads
 INPUTS = ("init", "reward_model", "data", "anneal_data", "prompts", "tokenizer")
 
@@ -119,6 +116,10 @@ class Run:
         self.saved_step = -1                           # steps done at the newest checkpoint
         self.files = list(FILES)                       # that this run writes to its folder
         self.tokenizer = None                          # written when training begins
+        self.parents: dict = {}                        # the models it starts from
+        self.inputs: dict = {}                         # what this run reads (plumbing/inputs.py)
+        self.inputs_before: list[dict] = []            # what it read until --insist
+        self.rate_before = 0.0                         # the last learning rate before a resume
         self.flops_per_token = 0.0                     # 0: no MFU is logged
         self.matmul_peak = 1.0                         # FLOP/s
         self.started = time.perf_counter()
@@ -166,6 +167,9 @@ class Run:
             self.metrics.drop_rows_from(self.first_step)
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out)
+            self.inputs = self.read_inputs(self.inputs)
+        # now and not at the end, when somebody may have trained a parent again
+        self.parents = folders.parents(self.cfg)
         self.barrier()
 
     def pick_threads(self) -> None:
@@ -322,6 +326,7 @@ class Run:
         loss, grad_norm: what the update is judged by (plumbing/guard.py). Raises FloatingPointError
         when it was the MAX_SKIPPED-th harmful update in a row.
         """
+        self.say_leap(lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         name = ""
@@ -393,7 +398,8 @@ class Run:
         that is whole.
 
         Raises ValueError when there are checkpoints but all are damaged, when the newest whole one
-        holds other shapes or parts, and for a finished model without any.
+        holds other shapes or parts, for a finished model without any, and without --insist when
+        what the run reads has changed.
         """
         self.parts = parts
         folder = None
@@ -406,17 +412,47 @@ class Run:
         if folder is not None:
             checkpoints.load_parts(folder, parts, state)
             self.load_state(state)
+            meta = checkpoints.read_meta(folder)
+            if self.rank == 0:
+                self.compare_inputs(meta)
             self.say(f"going on from step {self.first_step} ({folder})")
-            self.say_changed_options(checkpoints.read_meta(folder)["config"])
+            for change in inputs.changes(meta, flat(self.cfg), self.conditions()):
+                self.say(change)
+            if meta["config"].get("steps") != self.cfg.steps:
+                self.rate_before = self.metrics.last.get("lr", 0.0)
 
-    def say_changed_options(self, began: dict) -> None:
-        now = flat(self.cfg)
-        for name in sorted(began.keys() & now.keys() - MAY_CHANGE):
-            # former versions wrote 0 for these sizes, which are computed from others
-            computed = began[name] == 0 and name in ("n_kv_heads", "d_ff", "d_expert")
-            if began[name] != now[name] and not computed:
-                self.say(f"the run began with --{name} {began[name]}; from here on it is "
-                         f"{now[name]}")
+    def compare_inputs(self, meta: dict) -> None:
+        """Raises ValueError when what the run reads is not what it began with; with --insist that
+        is said, and recorded."""
+        began = meta.get("inputs", {})                 # {} in checkpoints of former versions
+        self.inputs = self.read_inputs(began)
+        self.inputs_before = meta.get("inputs_before", [])
+        changed = "; ".join(inputs.differences(began, self.inputs))
+        if not changed:
+            return
+        if not self.cfg.insist:
+            raise ValueError(f"{self.out} began with other inputs: {changed}. Put back what was "
+                             "there; or give --insist to go on with what is there now, or "
+                             "--overwrite to start afresh")
+        self.say(f"{changed}: going on with it because of --insist")
+        self.inputs_before = [*self.inputs_before, began]
+
+    def conditions(self) -> dict:
+        """What besides options and inputs decides how a run ends."""
+        return {"ranks": self.world_size, "threads": torch.get_num_threads(),
+                "dtype": str(self.dtype)}
+
+    def read_inputs(self, known: dict) -> dict:
+        """plumbing/inputs.py's description of what this run reads."""
+        made = [] if self.tokenizer is None else [self.out / "tokenizer.json"]
+        return inputs.read_by(self.cfg, made, known)
+
+    def say_leap(self, lr: float) -> None:
+        """A schedule of another length has another learning rate here."""
+        if self.rate_before and not 0.8 < lr / self.rate_before < 1.25:
+            self.say(f"the learning rate leaps from {self.rate_before:.2g} to {lr:.2g}, because "
+                     "the schedule is of another number of steps")
+        self.rate_before = 0.0
 
     def state(self, steps_done: int) -> dict:
         """Everything but the options that the run needs to go on. Collective: all ranks ask."""
@@ -462,7 +498,8 @@ class Run:
         state = self.state(steps_done)                 # on all ranks, because it gathers
         if self.writer.ranks is not None or self.rank == 0:
             meta = {"step": steps_done, "val_loss": state["val_loss"], "config": flat(self.cfg),
-                    "parents": self.parents}
+                    "parents": self.parents, "inputs": self.inputs,
+                    "inputs_before": self.inputs_before, **self.conditions()}
             self.writer.start(state, checkpoints.modules_of(self.parts), meta)
 
     def wait_for_checkpoint(self) -> None:
@@ -474,11 +511,6 @@ class Run:
         error = self.writer.error(wait=True)
         if self.mean_over_ranks(error is not None):
             raise error or OSError("another rank could not write its checkpoint, and says why")
-
-    @functools.cached_property
-    def parents(self) -> dict[str, str]:
-        """The models this run starts from: read once, not at every checkpoint."""
-        return folders.parents(self.cfg)
 
     def finish(self, model: nn.Module, tokenizer, result: dict | None = None) -> dict:
         """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s.
@@ -499,7 +531,8 @@ class Run:
             temporary = self.out / "model.safetensors.tmp"
             with checkpoints.room_for(temporary, list(weights.values())):
                 folders.save_model(self.out, model, tokenizer, weights, stage=self.name,
-                                   parents=self.parents, config=flat(self.cfg),
+                                   parents=self.parents, inputs=self.inputs,
+                                   inputs_before=self.inputs_before, config=flat(self.cfg),
                                    seed=self.cfg.seed, result=result, versions=versions)
             claim.remove_old(self.out)
             claim.unlock(self.out)

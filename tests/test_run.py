@@ -326,7 +326,8 @@ def test_a_resumed_run_says_which_options_are_not_those_it_began_with(tmp_path, 
                                  resume=True))
     said = capsys.readouterr().err
     assert "the run began with --lr" in said and "from here on it is 0.0001" in said
-    assert "--steps" not in said and "--resume" not in said
+    assert "the run began with --steps 12; from here on it is 14: the learning rate follows" in said
+    assert "the learning rate leaps from " in said and "--resume" not in said
 
 
 # ---------------------------------------------------------------------- skipped updates

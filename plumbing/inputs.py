@@ -1,0 +1,122 @@
+"""
+What a run reads, and whether it is the same when the run goes on after a stop.
+
+    {"init": [{"file", "bytes", "modified", "sha256"}, ...], "data": [...], ...}
+
+kept in each checkpoint's meta.json and in config.json. --resume compares: another reference in the
+middle of DPO, swapped labels or a new tokenizer for old weights would show in no figure.
+"""
+from pathlib import Path
+
+import readers
+import shards
+from plumbing.folders import sha256
+
+MODELS = ("init", "reward_model")              # options that name a model folder
+DATA = ("data", "anneal_data", "prompts")      # ... the world, a file, a folder, or several
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+# Options that say nothing about how a run ends.
+FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
+        "compile"}
+# What some changes do to a run that goes on; of the others their names say it.
+ANOTHER = ", and the run will not end as one that was never stopped"
+EFFECTS = {"steps": f": the learning rate follows a schedule of that length{ANOTHER}",
+           "batch_size": f": a step reads so many rows{ANOTHER}",
+           "ranks": f": a step reads the rows of so many ranks{ANOTHER}",
+           "threads": ": sums are added in another order, and last digits differ",
+           "dtype": f": matmuls round differently{ANOTHER}"}
+
+
+def read_by(cfg, made: list[Path], known: dict) -> dict[str, list[dict]]:
+    """What a stage with this config reads, by its options; "out": what it has made for itself.
+
+    known: what read_by() gave when the run began, or {}. A file of the same size and time as then
+    is taken for the same one; of others the whole content counts, so that a copied folder is the
+    same.
+    """
+    files = {"out": made}
+    for option in MODELS:
+        folder = getattr(cfg, option, "")
+        if folder:
+            files[option] = [Path(folder) / name for name in ("model.safetensors",
+                                                              "tokenizer.json")]
+    for option in DATA:
+        if getattr(cfg, option, ""):
+            files[option] = []
+            for data in getattr(cfg, option).split(","):
+                files[option] += files_of(data)
+
+    found = {}
+    for option, paths in files.items():
+        before = {entry["file"]: entry for entry in known.get(option, [])}
+        found[option] = [describe(path, before.get(str(path))) for path in paths
+                         if isinstance(path, str) or path.exists()]
+    return found
+
+
+def files_of(data: str) -> list[Path | str]:
+    """The files behind a --data; of shards their index, which has the others' checksums; of a world
+    its name."""
+    world = readers.world_named(data)
+    if world is not None:
+        return [f"world:{world.seed}"]
+    path = Path(data)
+    if path.is_dir() and shards.found(data):
+        return [path / "index.json", path / "tokenizer.json"]
+    if path.is_dir():
+        return readers.files_below(path, SUFFIXES)
+    return [path]
+
+
+def describe(path: Path | str, before: dict | None) -> dict:
+    """An entry of read_by() for one file; for a world its name stands in the checksum's place."""
+    if isinstance(path, str):
+        return {"file": path, "bytes": 0, "modified": 0, "sha256": path}
+    status = path.stat()
+    entry = {"file": str(path), "bytes": status.st_size, "modified": status.st_mtime_ns}
+    if before is not None and entry.items() <= before.items():
+        return before
+    return entry | {"sha256": sha256(path)}
+
+
+def differences(began: dict, now: dict) -> list[str]:
+    """What of a run's inputs is not as it was when the run began, one line each."""
+    found = []
+    for option in sorted(began):
+        then = [entry["sha256"] for entry in began[option]]
+        today = [entry["sha256"] for entry in now.get(option, [])]
+        if then == today:
+            continue
+        changed = [entry["file"] for entry in now.get(option, []) if entry["sha256"] not in then]
+        missing = [entry["file"] for entry in began[option] if entry["sha256"] not in today]
+        if changed:
+            what = f"{changed[0]} is not the one it was"
+        elif missing:
+            what = f"{missing[0]} is missing"
+        else:
+            what = "the files stand in another order"
+        found.append(what if option == "out" else f"--{option}: {what}")
+    return found
+
+
+def changes(meta: dict, now: dict, conditions: dict) -> list[str]:
+    """What else is not as it was, and what that does to a run that goes on, one line each.
+
+    meta: of the checkpoint; now: the options, flat; conditions: of Run.conditions().
+    """
+    found = []
+    for name in sorted(meta["config"].keys() & now.keys() - FREE):
+        before = meta["config"][name]
+        # former versions wrote 0 for these sizes, which are computed from others
+        computed = before == 0 and name in ("n_kv_heads", "d_ff", "d_expert")
+        if before != now[name] and not computed:
+            found.append(f"the run began with --{name} {before}; from here on it is {now[name]}"
+                         f"{EFFECTS.get(name, '')}")
+    for name, value in conditions.items():
+        before = meta.get(name, value)                 # former versions did not keep them
+        if before != value:
+            found.append(f"the run began with {name} {before}; from here on it is {value}"
+                         f"{EFFECTS[name]}")
+    return found
