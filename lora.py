@@ -192,6 +192,10 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     except Exception as error:
         raise ValueError(f"{folder}: adapter.json or adapter.safetensors is damaged ({error}); "
                          "train the adapter again") from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{folder}/adapter.safetensors: {name} is not finite; train the "
+                             "adapter again")
     return shape, weights
 
 

@@ -94,6 +94,11 @@ def response_rewards(rewards: Callable, batch: data.Batch) -> Tensor:
     return last_value(values.squeeze(-1), batch.loss_mask)
 
 
+def ranked_right(margin: Tensor) -> Tensor:
+    """Share of the pairs whose margin (N,), better minus worse, is above 0; ties count half."""
+    return (margin.sign() + 1).mean() / 2
+
+
 # ---------------------------------------------------------------------- means and KL
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ spells one is encoded like any other text, so that no word of a user becomes a c
                                      {"role": "assistant", "content": "Hello!"}])
 """
 import argparse
+import functools
 import heapq
 import json
 import math
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -257,6 +259,11 @@ class Tokenizer:
         self.end = self.special["<|end|>"]
         self.encoding = tiktoken.Encoding("lifecycle", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
+        lost = [c for c in one_of_each_kind() if self.encoding.decode(
+            self.encoding.encode_ordinary(c)) != c]
+        if lost:
+            raise ValueError(f"the pattern does not match {lost[0]!r}, which would be lost from "
+                             f"every text (and {len(lost) - 1} more)")
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Tokenizer):
@@ -389,6 +396,16 @@ class Tokenizer:
             return cls(*parse_saved(saved))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+@functools.lru_cache
+def one_of_each_kind() -> list[str]:
+    """A character of each Unicode category, and the blanks that patterns treat differently."""
+    found = {}
+    for number in range(0x3000):
+        found.setdefault(unicodedata.category(chr(number)), chr(number))
+    found.pop("Cs", None)                         # halves of surrogate pairs are no text
+    return [*found.values(), "\n", "\r\n", "\t", "  ", "'", "7"]
 
 
 def check_messages(messages: Sequence[dict]) -> None:

@@ -31,7 +31,7 @@ from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
 from readers import read_preferences
-from scoring import response_logps, score_pairs
+from scoring import ranked_right, response_logps, score_pairs
 
 
 @dataclass
@@ -100,7 +100,7 @@ def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
     logratio_w = pi_w - ref_w                                                  # (B,)
     logratio_l = pi_l - ref_l
     log_ratios = torch.cat([logratio_w, logratio_l])                           # (2B,)
-    return {"margin": margin.mean(), "accuracy": (margin > 0).float().mean(),
+    return {"margin": margin.mean(), "accuracy": ranked_right(margin),
             "logratio_chosen": logratio_w.mean(), "logratio_rejected": logratio_l.mean(),
             "kl_proxy": log_ratios.abs().mean(), "logp_chosen": pi_w.mean(),
             "logp_rejected": pi_l.mean()}
@@ -112,7 +112,7 @@ def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Conf
     ref_w, ref_l = ref_logps.unbind(1)
     loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     return {"val_loss": loss, "val_margin": margin.mean(),
-            "val_accuracy": (margin > 0).float().mean(),
+            "val_accuracy": ranked_right(margin),
             "val_logratio_chosen": (pi_w - ref_w).mean(),
             "val_logratio_rejected": (pi_l - ref_l).mean()}
 

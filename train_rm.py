@@ -32,7 +32,7 @@ from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
 from readers import read_preferences, read_prompts
-from scoring import last_value, response_rewards, score_pairs
+from scoring import last_value, ranked_right, response_rewards, score_pairs
 
 
 @dataclass
@@ -98,7 +98,7 @@ def margins(model: WithHead, pairs: PreferencePairs, batch_size: int) -> Tensor:
 def heldout_figures(model: WithHead, pairs: PreferencePairs, cfg: Config) -> dict:
     """Loss, accuracy and calibration error on pairs that are not trained on."""
     margin = margins(model, pairs, cfg.batch_size)                             # (N,)
-    return {"val_loss": -F.logsigmoid(margin).mean(), "accuracy": (margin > 0).float().mean(),
+    return {"val_loss": -F.logsigmoid(margin).mean(), "accuracy": ranked_right(margin),
             "ece": evaluate.calibration_error(margin)}
 
 
@@ -128,7 +128,7 @@ def simple_rankers(sft, pairs: PreferencePairs, cfg: Config) -> dict[str, float]
     log p(y|x) under the SFT model. A reward model should do better than both."""
     logp_w, logp_l = score_pairs(sft, pairs, cfg.batch_size).unbind(1)         # (N,) each
     return {"length_accuracy": evaluate.length_accuracy(pairs),
-            "likelihood_accuracy": (logp_w > logp_l).float().mean().item()}
+            "likelihood_accuracy": ranked_right(logp_w - logp_l).item()}
 
 
 def read_shift_prompts(cfg: Config, context_length: int) -> list[dict]:
@@ -210,7 +210,7 @@ def main(cfg: Config) -> dict:
         optimizer.zero_grad()
 
         # 2.5 Monitor accuracy on held-out preference pairs
-        figures = {"loss": pair_loss, "train_accuracy": (r_w > r_l).float().mean(),
+        figures = {"loss": pair_loss, "train_accuracy": ranked_right(r_w - r_l),
                    **extra_figures}
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, cfg)

@@ -1,5 +1,6 @@
 """metrics.jsonl, one object per logged step, and the picture that shows it."""
 import json
+import sys
 from pathlib import Path
 
 # panels in the order of a reader's questions: does the loss fall, does the stage reach its goal,
@@ -17,7 +18,7 @@ SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy",
 
 # not drawn: the x axis; a straight line; raw log p, which differs from response to response by far
 # more than training moves it (logratio is drawn instead)
-NO_PANEL = ("step", "tokens", "logp_chosen", "logp_rejected")
+NO_PANEL = ("step", "tokens", "logp_chosen", "logp_rejected", "not_finite")
 
 # of a panel, or of a figure in it; PPO's loss, which has no val_loss, is a sum without a unit
 UNITS = {"val_loss": "nats", "mean_loss": "nats per pair", "lm_loss": "nats per token",
@@ -37,11 +38,24 @@ MAX_NAMES = 8        # lines that a legend names; those of 64 experts would hide
 
 
 def read_metrics(out: str | Path) -> list[dict]:
-    """The rows that a run has logged in its folder so far; [] before the first."""
+    """The rows that a run has logged in its folder so far; [] before the first. Lines that are not
+    whole are left out, and counted on stderr."""
     file = Path(out) / "metrics.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    rows = []
+    broken = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+            rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            broken.append(number)
+    if broken:
+        print(f"{file}: left out {len(broken)} broken lines (first: line {broken[0]})",
+              file=sys.stderr)
+    return rows
 
 
 def plot_curves(rows: list[dict], file: Path, title: str) -> None:

@@ -1,7 +1,8 @@
 """
 Model folders: what every finished stage leaves in --out, and the next one reads as --init.
 
-    config.json          {"model": {sizes, architecture, n_segments, head}, **record of the stage}
+    config.json          {"model": {sizes, architecture, n_segments, head}, "sha256": checksums of
+                         "model" and of the files below, **record of the stage}
     model.safetensors    weights, named as in model.py (trunk.* and head.* of a model with a head)
     tokenizer.json
 
@@ -15,6 +16,7 @@ Folders of former versions open as well: their heads had other names, see curren
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -38,7 +40,8 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
                weights: dict[str, Tensor] | None = None, **record) -> None:
     """Write tokenizer.json, model.safetensors and, last, config.json = {"model": ..., **record}:
     a folder with config.json is complete. Each file replaces the former one atomically.
-    Raises ValueError for a file of these names that no run wrote.
+    Raises ValueError for a file of these names that no run wrote, FloatingPointError for weights
+    that are not finite.
 
     weights: those of the whole model, for a rank that holds only its share of them.
     """
@@ -49,12 +52,18 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
     tokenizer.save(folder)
     if weights is None:
         weights = model.state_dict()
+    if not_finite := names_not_finite(weights):
+        raise FloatingPointError(f"{folder}: {not_finite[0]} is not finite; no model is written")
     # contiguous, because safetensors refuses other tensors
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     claim.write_whole(folder / "model.safetensors",
                       lambda temporary: safetensors.torch.save_file(weights, temporary))
     # last, so that a folder without config.json is known to be half-written
-    config = json.dumps({"model": description(model), **record}, indent=2) + "\n"
+    sizes = description(model)
+    sums = {"model": sha256_of(sizes)}
+    for name in ("model.safetensors", "tokenizer.json"):
+        sums[name] = sha256(folder / name)
+    config = json.dumps({"model": sizes, "sha256": sums, **record}, indent=2) + "\n"
     claim.write_whole(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 
@@ -85,6 +94,14 @@ def parents(cfg) -> dict[str, str]:
 def sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(sizes: dict) -> str:
+    return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+
+
+def names_not_finite(weights: dict[str, Tensor]) -> list[str]:
+    return [name for name, weight in weights.items() if not weight.isfinite().all()]
 
 
 # ---------------------------------------------------------------------- reading
@@ -171,6 +188,13 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]
     except Exception as error:
         raise ValueError(f"{folder}: config.json or model.safetensors is damaged ({error}); "
                          "run the stage again or use a checkpoint of it") from error
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{folder}: {name} in model.safetensors is {weight.dtype}; weights "
+                             "are floating-point numbers")
+    if not_finite := names_not_finite(weights):
+        raise ValueError(f"{folder}: {not_finite[0]} in model.safetensors is not finite; run the "
+                         "stage again or use a checkpoint of it")
     # folders of former versions that predate these fields hold decoders
     saved = {"head": "lm", "architecture": "decoder", "n_segments": 0} | saved
     if saved["architecture"] not in ARCHITECTURES:
@@ -210,7 +234,25 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     except RuntimeError as error:
         raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
                          f"one run ({error})") from error
+    verify(Path(folder))
     return model
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError when a folder's content is not what the run wrote. Without checksums, in
+    folders of former versions, that is said."""
+    record = json.loads((folder / "config.json").read_text())
+    sums = record.get("sha256")
+    if not isinstance(sums, dict):
+        print(f"{folder}: no checksums in its config.json; taken as it is", file=sys.stderr)
+        return
+    for name, wanted in sums.items():
+        found = sha256_of(record["model"]) if name == "model" else sha256(folder / name)
+        if found != wanted:
+            what = "the \"model\" of config.json" if name == "model" else name
+            raise ValueError(f"{folder}: {what} is not what the run wrote (its checksum differs); "
+                             'put that back, or, if the change is your own, remove "sha256" from '
+                             "config.json")
 
 
 def current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

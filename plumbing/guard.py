@@ -9,6 +9,7 @@ Which updates would do harm, and the loss scale of float16.
 """
 import math
 import statistics
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Guard:
 
     scale: factor of the loss, 1 unless float16. skipped: updates skipped so far. history: for each
     optimizer by name {"recent": [(loss, norm), ...], "in_a_row": skipped since the last good one}.
+    taken: good updates so far.
     """
 
     def __init__(self, float16: bool):
@@ -51,6 +53,7 @@ class Guard:
         self.without_overflow = 0
         self.history: dict[str, dict] = {}
         self.skipped = 0
+        self.taken = 0
 
     def unscale(self, gradients: list[Tensor]) -> None:
         """Divide the gradients of a scaled loss by the scale, in place."""
@@ -80,6 +83,7 @@ class Guard:
         # only good updates count as usual, so that a series of spikes stays one of spikes
         past["recent"] = [*past["recent"], (loss, norm)][-SPIKE_WINDOW:]
         past["in_a_row"] = 0
+        self.taken += 1
         return ""
 
     def adapt_scale(self, overflow: bool) -> None:
@@ -98,6 +102,14 @@ class Guard:
         """Whether so many updates in a row were skipped that the run cannot recover."""
         return self.history[name]["in_a_row"] >= MAX_SKIPPED
 
+    def refuse_idle_run(self, out: Path) -> None:
+        """Raises FloatingPointError when more updates were skipped than taken: what came out is not
+        what was asked for, although a few good ones kept gives_up() away."""
+        if self.skipped > self.taken:
+            raise FloatingPointError(f"{self.skipped} of {self.skipped + self.taken} updates were "
+                                     f"skipped, so {out} gets no model; try a lower --lr or "
+                                     "--dtype float32")
+
     def forget(self) -> None:
         """Other data come from here on, whose losses cannot be measured against the past ones."""
         self.history.clear()
@@ -106,11 +118,13 @@ class Guard:
         """The keys are those of torch's GradScaler, which older checkpoints hold."""
         scaler = {"scale": self.scale, "_growth_tracker": self.without_overflow}
         return {"scaler": scaler if self.float16 else {}, "history": self.history,
-                "skipped": self.skipped}
+                "skipped": self.skipped, "taken": self.taken}
 
     def load_state_dict(self, state: dict) -> None:
         self.history = state["history"]
         self.skipped = state["skipped"]
+        # former versions did not count them
+        self.taken = state.get("taken", state.get("step", 0))
         if self.float16 and state["scaler"]:
             self.scale = state["scaler"]["scale"]
             self.without_overflow = state["scaler"]["_growth_tracker"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from plumbing.curves import read_metrics
+
 
 class Metrics:
     """What a run has logged.
@@ -40,7 +42,8 @@ class Metrics:
         """The means of all that was added since the last row, over steps and ranks.
 
         skipped: updates skipped so far. After the first of them rows hold that number, and in the
-        row of a skipped update the means leave out values that are not finite.
+        row of a skipped update the means leave out values that are not finite. Means that are
+        not finite themselves are named in the row's "not_finite".
         """
         just_skipped = skipped > self.last.get("skipped", 0)
         # sums and counts, not means: a figure may have been logged less often on one rank
@@ -56,9 +59,15 @@ class Metrics:
         counts = mean_over_ranks([float(number) for number in counts])
 
         row = {"step": step}
+        not_finite = []
         for name, total, count in zip(self.pending, sums, counts):
-            if count:
+            if count and math.isfinite(total):
                 row[name] = total / count
+            elif count:
+                not_finite.append(name)
+                self.last.pop(name, None)              # an earlier value is not the newest
+        if not_finite:
+            row["not_finite"] = not_finite             # by name, because JSON has no NaN
         if skipped:
             row["skipped"] = skipped
         now = time.perf_counter()
@@ -69,7 +78,7 @@ class Metrics:
         self.row_time = now
         self.pending = {}
         self.pending_tokens = 0
-        self.last |= row
+        self.last |= {name: value for name, value in row.items() if name != "not_finite"}
         if "val_loss" in row:
             self.evaluated = step
         return row
@@ -95,17 +104,16 @@ class Metrics:
 
     def write(self, row: dict) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def drop_rows_from(self, step: int) -> None:
         """Cut metrics.jsonl before `step`: a resumed run will write those rows again."""
         if not self.file.exists():
             return
         rows = []
-        for line in self.file.read_text().splitlines(keepends=True):
-            whole = line.endswith("\n")            # a kill may leave half a line
-            if whole and json.loads(line)["step"] < step:
-                rows.append(line)
+        for row in read_metrics(self.file.parent):     # without the half line that a kill leaves
+            if row["step"] < step:
+                rows.append(json.dumps(row) + "\n")
         # written beside it and renamed, because a kill must leave one of the two whole
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(rows))

@@ -379,8 +379,8 @@ class Run:
             self.bar.set_postfix(shown, refresh=False)
 
     def last(self, *names: str) -> dict[str, float]:
-        """The newest values of these figures."""
-        return {name: self.metrics.last[name] for name in names}
+        """The newest values of these figures; None for one that was not finite."""
+        return {name: self.metrics.last.get(name) for name in names}
 
     def last_with(self, *prefixes: str) -> dict[str, float]:
         """The newest values of all figures whose names begin like this."""
@@ -464,10 +464,11 @@ class Run:
         gpu_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         # a loss of an earlier step says nothing about these weights
         evaluated_now = self.metrics.evaluated == steps_done - 1
+        val_loss = self.metrics.last.get("val_loss") if evaluated_now else None
         return {"step": steps_done, "tokens": self.metrics.tokens, "last": self.metrics.last,
                 "threads": torch.get_num_threads(), "pending": pending,
                 "rng": torch.get_rng_state(), "gpu_rng": gpu_rng,
-                "val_loss": self.metrics.last["val_loss"] if evaluated_now else None,
+                "val_loss": val_loss,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
                 **self.guard.state_dict()}
 
@@ -515,9 +516,11 @@ class Run:
     def finish(self, model: nn.Module, tokenizer, result: dict | None = None) -> dict:
         """Write the model folder and curves.png. Returns `result` with minutes and tokens_per_s.
 
-        Raises OSError when the disk is full, and what wait_for_checkpoint() raises.
+        Raises OSError when the disk is full, FloatingPointError when hardly any update was good,
+        and what wait_for_checkpoint() raises.
         """
         self.wait_for_checkpoint()
+        self.guard.refuse_idle_run(self.out)
         rows = read_metrics(self.out)                  # also those from before a resume
         # the median, because rows with a validation or a checkpoint in them are slower
         speeds = sorted(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)

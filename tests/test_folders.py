@@ -178,6 +178,7 @@ def as_before(folder, model, likelihood=0.0) -> None:
     save_model(folder, model, TOKENIZER, stage="test")
     weights = model.state_dict()
     config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
     if isinstance(model, WithHead):
         scalar = config["model"]["head"] == "scalar"
         head = "scalar_head." if scalar else "next_sentence_head."
@@ -233,3 +234,68 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="architecture is 'T5'.*'encoder_decoder'"):
         load_any_model(tmp_path)
+
+
+# ---------------------------------------------------------------------- what the run wrote, or not
+
+def flip_a_bit(folder):
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+
+
+def transpose(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "blocks.0.attention.wo.weight"              # as wide as high
+    weights[name] = weights[name].T.contiguous()
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def edit_heads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"] |= {"n_heads": 2, "n_kv_heads": 1}         # the matrices are as large as before
+    config["model"]["rope_theta"] = 100.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def permute_ranks(folder):
+    ranks = sorted(TOKENIZER.ranks, key=TOKENIZER.ranks.get)[::-1]
+    Tokenizer({token: i for i, token in enumerate(ranks)}).save(folder)
+
+
+@pytest.mark.parametrize("change, named", [
+    (flip_a_bit, "model.safetensors is not what"), (transpose, "model.safetensors is not what"),
+    (edit_heads, 'the "model" of config.json is not what'),
+    (permute_ranks, "tokenizer.json is not what")])
+def test_a_changed_folder_is_refused_and_may_be_accepted(tmp_path, capsys, change, named):
+    saved(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=f'{named} the run wrote.*remove "sha256" from config'):
+        load_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_model(tmp_path)
+    assert "no checksums in its config.json; taken as it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, named", [
+    (torch.nan, "norm.weight in model.safetensors is not finite"),
+    (torch.inf, "norm.weight in model.safetensors is not finite")])
+def test_weights_that_are_not_finite_are_neither_read_nor_written(tmp_path, value, named):
+    model = saved(tmp_path)
+    weights = model.state_dict()
+    weights["norm.weight"][3] = value
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=named):
+        load_model(tmp_path)
+    with pytest.raises(FloatingPointError, match="norm.weight is not finite; no model is written"):
+        save_model(tmp_path / "new", model, TOKENIZER)
+
+
+def test_weights_are_floating_point_numbers(tmp_path):
+    weights = saved(tmp_path).state_dict()
+    weights["norm.weight"] = weights["norm.weight"].long()
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="norm.weight in model.safetensors is torch.int64"):
+        load_model(tmp_path)

@@ -261,3 +261,16 @@ def test_two_optimizers_of_one_backward_pass_unscale_by_the_same_factor(tmp_path
     assert update(1.0, 3.0, lr=0.1, overflow=True).item() == pytest.approx(3)
     assert line.weight.item() == 1 and critic.item() < 1
     assert line.run.guard.scale == 2.0 ** 15
+
+
+def test_a_run_of_which_hardly_any_update_was_good_leaves_no_model(tmp_path):
+    watch = Guard(float16=False)
+    for loss in [1.0, math.nan, math.nan] * 3:             # never MAX_SKIPPED in a row
+        watch.fault("optimizer", loss, 1.0)
+    with pytest.raises(FloatingPointError, match="6 of 9 updates were skipped, so .*no model"):
+        watch.refuse_idle_run(tmp_path)
+    again = Guard(float16=False)
+    again.load_state_dict(watch.state_dict())              # after a resume, too
+    for loss in [1.0] * 3:
+        again.fault("optimizer", loss, 1.0)
+    again.refuse_idle_run(tmp_path)

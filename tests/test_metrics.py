@@ -37,11 +37,28 @@ def test_a_row_counts_what_was_skipped_and_leaves_it_out_of_the_means(tmp_path):
     assert [row["lr"] for row in rows] == [0.5] * 5 and rows[-1]["tokens"] == 80
 
 
-def test_a_figure_that_is_not_finite_without_a_skipped_update_is_shown(tmp_path):
+def test_a_figure_that_is_not_finite_without_a_skipped_update_is_named(tmp_path):
     run = start(tmp_path, log_every=2)
-    for step in run.steps(2):
-        run.log(step, loss=1.0, val_loss=math.nan)
-    assert math.isnan(read_metrics(run.out)[0]["val_loss"])
+    for step in run.steps(4):
+        run.log(step, loss=1.0, val_loss=[3.0, 2.0, math.nan, math.inf][step])
+    assert [row.get("not_finite") for row in read_metrics(run.out)] == [None, None] + 2 * [
+        ["val_loss"]]
+    assert "NaN" not in (run.out / "metrics.jsonl").read_text()
+    assert run.last("loss", "val_loss") == {"loss": 1.0, "val_loss": None}     # 2.0 is not newest
+    run.save_checkpoint(4)
+
+
+def test_lines_that_are_broken_are_left_out_and_counted(tmp_path, capsys):
+    run = start(tmp_path, log_every=1)
+    for step in run.steps(3):
+        run.log(step, loss=1.0)
+    for broken in (b"\xff\xfe\n", b"[3]\n", b'{"loss": 2}\n', b'{"step": "x"}\n', b'{"step": 3'):
+        with open(run.out / "metrics.jsonl", "ab") as file:
+            file.write(broken)
+    assert [row["step"] for row in read_metrics(run.out)] == [0, 1, 2]
+    assert "metrics.jsonl: left out 5 broken lines (first: line 4)" in capsys.readouterr().err
+    run.metrics.drop_rows_from(2)
+    assert [row["step"] for row in read_metrics(run.out)] == [0, 1]
 
 
 def test_another_number_of_ranks_goes_on_with_the_means_over_all_former_ones(tmp_path):

@@ -16,6 +16,7 @@ from scoring import (
     kl_k3,
     last_value,
     masked_mean,
+    ranked_right,
     response_logps,
     response_rewards,
     score_pairs,
@@ -301,3 +302,8 @@ def test_k3_varies_less_than_k1_between_policies_that_are_close():
         mean = (pi.exp() * estimates).sum()
         return (pi.exp() * (estimates - mean) ** 2).sum()
     assert variance(kl_k3(pi, ref)) < 0.02 * variance(kl_k1(pi, ref))
+
+
+def test_ties_count_half():
+    assert ranked_right(torch.tensor([2.0, 0.0, -1.0, 0.5])) == 0.625
+    assert ranked_right(torch.zeros(5)) == 0.5

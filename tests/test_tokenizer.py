@@ -303,7 +303,9 @@ def test_a_save_that_fails_leaves_the_former_file_whole(bears, tmp_path, monkeyp
     (lambda saved: {**saved, "ranks": saved["ranks"][1:]}, "the ranks lack the single byte 0"),
     (lambda saved: {**saved, "special_tokens": ["<|end|>"]}, "<|endoftext|> <|pad|> <|system|>"),
     (lambda saved: {**saved, "special_tokens": [*SPECIAL_TOKENS, "<|end|>"]}, "must stand once"),
-    (lambda saved: {**saved, "pattern": "("}, "parenthesis")])
+    (lambda saved: {**saved, "pattern": "("}, "parenthesis"),
+    (lambda saved: {**saved, "pattern": "[a-z]+"}, "which would be lost from every text"),
+    (lambda saved: {**saved, "pattern": r"\S+"}, "the pattern does not match ' '")])
 def test_a_broken_file_says_what_is_broken_and_where(bears, tmp_path, change, complaint):
     bears.save(tmp_path)
     path = tmp_path / "tokenizer.json"
