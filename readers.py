@@ -11,14 +11,17 @@ row. A bad row is an error with file, line and remedy; bad_rows="skip" leaves it
 """
 import hashlib
 import json
+import os
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from tokenizer import check_blanks
 from world.world import World
 
 ROLES = ("system", "user", "assistant")
@@ -59,7 +62,9 @@ def decoded(raw: bytes, offset: int = 0) -> str:
 def json_row(raw: bytes, offset: int) -> dict:
     """A line of JSONL that begins `offset` bytes into its file -> its object."""
     try:
-        row = json.loads(decoded(raw, offset))
+        row = json.loads(decoded(raw, offset), object_pairs_hook=without_repeats)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply to be read") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON at column {error.colno}: {error.msg}; every line must be "
                          "one whole object") from None
@@ -67,6 +72,17 @@ def json_row(raw: bytes, offset: int) -> dict:
     if type(row) is not dict:
         raise ValueError(f"found {excerpt(row)}; every line must be an object {{...}}")
     return row
+
+
+def without_repeats(fields: list[tuple[str, object]]) -> dict:
+    """A JSON object; raises ValueError for a field that stands twice, of which json.loads would
+    keep the last without a word."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'field "{twice}" stands twice in one object; which of them is meant?')
+    return found
 
 
 def json_lines(path: Path) -> Iterator[UnreadRow]:
@@ -94,7 +110,10 @@ def file_rows(data: str | Path, suffixes: tuple[str, ...]) -> Iterator[UnreadRow
     known = ", ".join(suffixes)
     if not root.exists():
         raise ValueError(f'{data}: not found; give a {known} file, a folder of them or "world"')
-    files = files_below(root, suffixes) if root.is_dir() else [root]
+    # A pipe, for example, which would be waited for without end.
+    if not root.is_dir() and not root.is_file():
+        raise ValueError(f"{data}: neither a file nor a folder; give a {known} file")
+    files = files_below(root, suffixes, say_what_is_left_out) if root.is_dir() else [root]
     if not files:
         raise ValueError(f"{data}: no {known} file in this folder")
 
@@ -112,13 +131,42 @@ def file_rows(data: str | Path, suffixes: tuple[str, ...]) -> Iterator[UnreadRow
             raise ValueError(f"{path}: the file is empty")
 
 
-def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """All files with these suffixes, in subfolders as well; hidden ones (.name) are left out."""
+def files_below(folder: Path, suffixes: tuple[str, ...],
+                left_out: Callable[[Path, dict], None] = lambda folder, left: None) -> list[Path]:
+    """All files with these suffixes, in subfolders as well. left_out(folder, {why: paths}) is told
+    of all others: hidden ones (.name), of other kinds, links to nothing or to folders, folders
+    that cannot be read."""
     files = []
-    for path in folder.rglob("[!.]*"):
-        if path.suffix.lower() in suffixes and path.is_file():
-            files.append(path)
+    left = defaultdict(list)
+    unreadable = "that cannot be read"
+    for place, folders, names in os.walk(folder, onerror=lambda error: left[unreadable].append(
+            Path(error.filename))):
+        for name in sorted(folders):
+            path = Path(place) / name
+            if name.startswith("."):
+                left["hidden"].append(path)
+                folders.remove(name)                      # os.walk then leaves it out
+            elif path.is_symlink():
+                left["links to folders"].append(path)
+        for name in names:
+            path = Path(place) / name
+            if name.startswith("."):
+                left["hidden"].append(path)
+            elif path.suffix.lower() not in suffixes:
+                left["of other kinds"].append(path)
+            elif not path.is_file():
+                left["links to nothing or no files"].append(path)
+            else:
+                files.append(path)
+    left_out(folder, left)
     return sorted(files)
+
+
+def say_what_is_left_out(folder: Path, left: dict[str, list[Path]]) -> None:
+    if left:
+        kinds = [f"{len(paths)} {why} ({min(paths).name}{', ...' if len(paths) > 1 else ''})"
+                 for why, paths in sorted(left.items())]
+        print(f"{folder}: left out {'; '.join(kinds)}", file=sys.stderr)
 
 
 def good_rows(rows: Iterable[UnreadRow], parse: Callable[[dict], dict], data: str | Path,
@@ -178,6 +226,10 @@ def checked_characters(value: object, field: str) -> str:
     # isascii first spares most texts the slow loop over their characters
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f'field "{field}" holds half a surrogate pair, which is not a character')
+    try:
+        check_blanks(value)
+    except ValueError as error:
+        raise ValueError(f'field "{field}" holds {error}') from None
     return value
 
 
@@ -269,9 +321,19 @@ def parse_document(row: dict) -> dict:
     return {"text": text, "whole_file": row.get("whole_file") is True}
 
 
+def is_rated_good(row: dict) -> bool:
+    """What the row's "label" says; without one its answer counts as good."""
+    label = row.get("label", True)
+    # True and 1 are equal in Python, as are False and 0
+    for word, values in ((True, (1, "1", "true")), (False, (0, "0", "false"))):
+        if (label.lower() if isinstance(label, str) else label) in values:
+            return word
+    raise ValueError(f'field "label" is {excerpt(label)}; it must be true or false')
+
+
 def parse_example(row: dict) -> dict:
     names = format_of(row, FORMATS)
-    if names == ("prompt", "completion") and row.get("label") is False:
+    if names == ("prompt", "completion") and not is_rated_good(row):
         raise ValueError('"label" is false: an answer rated bad is nothing to imitate')
     # the world names a task and the cluster of tasks around it; public files one or neither
     task = str(row.get("task") or row.get("cluster") or "")
@@ -403,7 +465,8 @@ def without_empty(documents: Iterable[str]) -> Iterator[str]:
 
 
 def read_examples(data: str | Path, n: int | None = None, **options) -> list[dict]:
-    """Conversations to imitate: [{"messages", "task", "example": the raw row, "where"}, ...]."""
+    """Conversations to imitate: [{"messages", "task", "example", "where"}, ...]. "example": a
+    world's own row, with the answer key; {} of a file's, whatever its columns are called."""
     return read_rows(data, "examples", parse_example, n, **options)
 
 
@@ -444,7 +507,7 @@ def read_rows(data: str | Path, method: str, parse: Callable[[dict], dict], n: i
         raise ValueError(f"{data}: {', '.join(world_options)} can be set for a world only")
 
     rows = list(good_rows(file_rows(data, (".jsonl",)), parse, data, bad_rows))
-    rows = [row for row in rows if in_split(user_text(row), split)]
+    rows = [row | {"example": {}} for row in rows if in_split(user_text(row), split)]
     if not rows:
         raise ValueError(f'{data}: too few prompts to split; none fell into "{split}"')
     if n is None or n >= len(rows):

@@ -40,6 +40,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+MAX_BLANKS = 500_000                          # tiktoken's stack holds between 700,000 and 1,000,000
 # GPT-4's: contractions, words with one leading space or sign, numbers of up to three digits,
 # punctuation, line breaks, spaces. Every character falls into exactly one word.
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -292,7 +293,9 @@ class Tokenizer:
         return cls({bytes([byte]): byte for byte in range(256)})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Never a special one, whatever the text spells."""
+        """Ids of a text. Never a special one, whatever the text spells. Raises ValueError for more
+        than MAX_BLANKS blanks in a row."""
+        check_blanks(text)
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -406,6 +409,16 @@ def one_of_each_kind() -> list[str]:
         found.setdefault(unicodedata.category(chr(number)), chr(number))
     found.pop("Cs", None)                         # halves of surrogate pairs are no text
     return [*found.values(), "\n", "\r\n", "\t", "  ", "'", "7"]
+
+
+def check_blanks(text: str) -> None:
+    """Raises ValueError for more than MAX_BLANKS blanks in a row, on which tiktoken dies."""
+    if len(text) > MAX_BLANKS:
+        # of 1,000 and more, because to look at every word would take long
+        longest = max((len(run[0]) for run in regex.finditer(r"\s{1000,}", text)), default=0)
+        if longest > MAX_BLANKS:
+            raise ValueError(f"{longest:,} blanks in a row; at most {MAX_BLANKS:,} can be "
+                             "tokenized")
 
 
 def check_messages(messages: Sequence[dict]) -> None:

@@ -1,10 +1,13 @@
 """readers.py: the public formats, their errors, worlds by name, and what is held out."""
 import json
+import os
 import re
 
 import pytest
 
+import evaluate
 import readers
+from tokenizer import Tokenizer
 from world.world import World
 
 QUESTION, ANSWER = "Who baked the bread?", "Old Bruno did."
@@ -38,9 +41,9 @@ def write(path, rows):
 def test_every_public_format_becomes_the_same_conversation(row, tmp_path):
     path = write(tmp_path / "rows.jsonl", [row])
     [example] = readers.read_examples(path)
-    assert example == {"messages": TALK, "task": "", "example": row, "where": f"{path}:1"}
+    assert example == {"messages": TALK, "task": "", "example": {}, "where": f"{path}:1"}
     [prompt] = readers.read_prompts(path)
-    assert prompt == {"messages": ASKED, "example": row, "where": f"{path}:1"}
+    assert prompt == {"messages": ASKED, "example": {}, "where": f"{path}:1"}
 
 
 def test_alpaca_input_follows_its_instruction_on_a_new_line(tmp_path):
@@ -80,7 +83,7 @@ def test_preferences_may_be_text_messages_or_whole_conversations(tmp_path):
     path = write(tmp_path / "pairs.jsonl", rows)
     for i, pair in enumerate(readers.read_preferences(path)):
         assert pair == {"prompt": ASKED, "chosen": ANSWER, "rejected": "Nobody.",
-                        "example": rows[i], "where": f"{path}:{i + 1}"}
+                        "example": {}, "where": f"{path}:{i + 1}"}
 
 
 def test_documents_come_from_a_file_a_folder_or_jsonl(tmp_path):
@@ -256,3 +259,73 @@ def test_a_text_is_split_at_its_last_tenth_and_jsonl_documents_are_split_whole(t
     parts = [list(readers.read_documents(path, split=split)) for split in ("train", "heldout")]
     assert sorted(parts[0] + parts[1]) == sorted(readers.read_documents(path))
     assert 10 <= len(parts[1]) <= 50
+
+
+# ---------------------------------------------------------------------- nothing in silence
+
+def test_what_is_left_out_of_a_folder_is_counted_and_said(tmp_path, capsys):
+    for name in ("a.txt", "notes.csv", "b.pdf", ".hidden.txt", ".git/c.txt", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "again").symlink_to(tmp_path / "sub")
+    assert list(readers.read_documents(tmp_path)) == ["a.txt", "sub/d.txt"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path}: left out ") and "2 hidden (.git, ...)" in said
+    assert "2 of other kinds (b.pdf, ...)" in said and "1 links to folders (again)" in said
+    assert "1 links to nothing or no files (gone.txt)" in said
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "secret").mkdir()
+    scan = os.scandir
+
+    def refusing(path):                        # as for another user than root
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert list(readers.read_documents(tmp_path)) == ["a"]
+    assert "1 that cannot be read (secret)" in capsys.readouterr().err
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl: neither a file nor a folder"):
+        readers.read_examples(tmp_path / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("label, good", [(True, True), (1, True), ("true", True), ("True", True),
+                                         (False, False), (0, False), ("0", False),
+                                         ("False", False), (0.0, False)])
+def test_a_label_means_what_it_says(tmp_path, label, good):
+    row = {"prompt": QUESTION, "completion": ANSWER, "label": label}
+    path = write(tmp_path / "rows.jsonl", [row, {"prompt": QUESTION, "completion": ANSWER}])
+    if good:
+        assert len(readers.read_examples(path)) == 2
+    else:
+        with pytest.raises(ValueError, match='rows.jsonl:1: "label" is false'):
+            readers.read_examples(path)
+
+
+@pytest.mark.parametrize("line, named", [
+    ('{"prompt": "a", "response": "b", "prompt": "c"}', 'field "prompt" stands twice'),
+    ('{"messages": [{"role": "user", "role": "user"}]}', 'field "role" stands twice'),
+    ("[" * 5000 + "]" * 5000, "nested too deeply"),
+    ('{"prompt": "a", "completion": "b", "label": "maybe"}', 'field "label" is "maybe"; it must'),
+    ('{"prompt": "a", "completion": "b", "label": null}', 'field "label" is null; it must'),
+    ('{"prompt": "a' + " " * 600_000 + '", "response": "b"}', '"prompt" holds 600,000 blanks'),
+])
+def test_a_row_that_can_be_read_in_two_ways_or_not_at_all_is_named(tmp_path, line, named):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + '\n{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{named}"):
+        readers.read_examples(path)
+    assert len(readers.read_examples(path, bad_rows="skip")) == 1
+
+
+def test_columns_called_like_the_worlds_are_no_answer_key(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": QUESTION, "family": "reading", "key": 3}])
+    prompts = readers.read_prompts(path)
+    assert evaluate.rollout_truth(prompts, [[65]], Tokenizer.bytes()) == {}
