@@ -12,7 +12,6 @@ what is finished with the same settings and goes on with what was interrupted; a
 settings have changed runs afresh, its earlier folder is kept as out/STAGE.1, .2, ...
 """
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +30,9 @@ import train_rm
 import train_sft
 from model import parameter_count
 from plumbing import claim
-from plumbing.checkpoints import newest_checkpoint
+from plumbing.checkpoints import newest_checkpoint, read_meta
 from plumbing.device import pick_device, pick_dtype
-from plumbing.folders import load_model, parents
+from plumbing.folders import load_model, parents, read_record
 from plumbing.options import build, command_line, flat
 from report import (
     ALIGNED,
@@ -133,14 +132,14 @@ def run_stage(main: Callable, cfg) -> dict:
     record_file = out / "config.json"                      # written last: there when finished
     goes_on = False
     if record_file.exists():
-        record = json.loads(record_file.read_text())
+        record = read_record(out)
         if is_same_run(record, cfg):
             print(f"{record['stage']}: finished before, skipped ({cfg.out})", file=sys.stderr)
             return record["result"]
     else:
         checkpoint = newest_checkpoint(out)                # None before the first
         if checkpoint is not None:
-            record = json.loads((checkpoint / "meta.json").read_text())
+            record = read_meta(checkpoint)
             goes_on = is_same_run(record, cfg)
     # Set aside and not overwritten, because it may have taken someone's hours.
     if out.is_dir() and not goes_on:
@@ -153,10 +152,10 @@ def is_same_run(record: dict, cfg) -> bool:
     parents of now."""
     # --resume and the like say what to do with a folder, and nothing about what comes out.
     ignored = {"resume": False, "insist": False, "overwrite": False}
-    recorded = record["config"] | ignored
+    recorded = record.get("config", {}) | ignored
     wanted = flat(cfg) | ignored
     # Checksums of the parents' weights too, because a folder may have been trained again.
-    return recorded == wanted and record["parents"] == parents(cfg)
+    return recorded == wanted and record.get("parents") == parents(cfg)
 
 
 def set_aside(out: Path) -> None:

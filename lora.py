@@ -192,6 +192,11 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     except Exception as error:
         raise ValueError(f"{folder}: adapter.json or adapter.safetensors is damaged ({error}); "
                          "train the adapter again") from error
+    kinds = {"rank": int, "alpha": (int, float), "targets": str}
+    if not isinstance(shape, dict) or shape.keys() != kinds.keys() or not all(
+            isinstance(shape[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"{folder}/adapter.json is damaged: it must hold a rank, an alpha and "
+                         "targets")
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"{folder}/adapter.safetensors: {name} is not finite; train the "

@@ -415,7 +415,19 @@ def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator)
         while len(prompt) > room and len(turns) > 2:
             turns = turns[2:]
             prompt = tokenizer.prompt(system + turns)
-        reply = print_stream(model, tokenizer, prompt, cfg, generator)
+        if len(prompt) > room:
+            message = f"that is {len(prompt):,} tokens long, and {room:,} fit; say it shorter"
+            if cfg.prompt:
+                raise ValueError(f"--prompt: {message}")
+            print(message)
+            turns.pop()
+            continue
+        try:
+            reply = print_stream(model, tokenizer, prompt, cfg, generator)
+        except KeyboardInterrupt:
+            print("\n(stopped; Ctrl-D ends the chat)")
+            turns.pop()
+            continue
         turns.append({"role": "assistant", "content": reply})
         if cfg.prompt:
             return
@@ -427,6 +439,9 @@ def read_line() -> str:
         if sys.stdin.isatty():
             return input("you> ")
         return sys.stdin.readline().strip()
+    except UnicodeDecodeError:
+        print("that line is not UTF-8; type it again")
+        return read_line()
     except (EOFError, KeyboardInterrupt):
         print()
         return ""

@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -403,7 +404,15 @@ def read_index(folder: Path) -> dict:
             n_tokens = sum(shard["tokens"] for shard in entry["shards"])
             if n_tokens <= 0 or n_tokens != entry["tokens"]:
                 raise ValueError("its shards do not add up to its tokens")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for shard in entry["shards"]:
+                # so that no file elsewhere is read, whatever a damaged index says
+                if not re.fullmatch(rf"{split}_\d{{5,}}\.bin", shard["file"]):
+                    raise ValueError(f"{shard['file']} is not the name of a shard")
+                if shard["tokens"] < 1 or not isinstance(shard["sha256"], str):
+                    raise ValueError(f"the entry of {shard['file']} is not whole")
+        if index["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {index['dtype']!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); write the shards "
                          "again") from None
     return index

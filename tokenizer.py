@@ -393,8 +393,8 @@ class Tokenizer:
         except OSError as error:
             raise ValueError(f"{path}: no tokenizer there ({error.strerror}); train one with "
                              "python tokenizer.py") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON ({str(error)[:100]})") from None
         try:
             return cls(*parse_saved(saved))
         except ValueError as error:

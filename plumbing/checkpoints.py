@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from plumbing import claim
-from plumbing.folders import current_names, sha256
+from plumbing.folders import current_names, read_json, sha256
 
 KEEP = 2
 
@@ -44,11 +44,15 @@ def checkpoints(out: str | Path) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint; {} when it cannot be read."""
+    """meta.json of a checkpoint; {} when it cannot be read, or is no such record."""
     try:
-        return json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
         return {}
+    kinds = {"step": int, "config": dict, "sha256": dict, "parents": dict}
+    if all(isinstance(meta.get(name), kind) for name, kind in kinds.items()):
+        return meta
+    return {}
 
 
 def newest_checkpoint(out: str | Path) -> Path | None:

@@ -27,6 +27,7 @@ from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
 from plumbing import claim
+from plumbing.options import check_numbers
 from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
@@ -147,6 +148,31 @@ def load_reward_model(folder: str | Path, device: torch.device | str = "cpu",
     return build(folder, saved, weights, tokenizer, dtype).to(device), tokenizer
 
 
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else in it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise ValueError(f"{file} is damaged ({reason})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(found).__name__} and no object")
+    return found
+
+
+def read_record(folder: str | Path) -> dict:
+    """config.json of a finished stage. Raises ValueError for one that is no such record."""
+    file = Path(folder) / "config.json"
+    record = read_json(file)
+    kinds = {"model": dict, "parents": dict, "parent": dict, "config": dict, "result": dict,
+             "stage": str}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f'{file} is damaged: its "{name}" is {type(record[name]).__name__} '
+                             f"and not {kind.__name__}")
+    return record
+
+
 def lineage(folder: str | Path) -> list[dict]:
     """config.json of a model folder and of those that its stage and the stages before it started
     from, the nearest first. A folder that is not there any more is left out."""
@@ -159,7 +185,7 @@ def lineage(folder: str | Path) -> list[dict]:
         if nearest in seen or not file.is_file():
             continue
         seen.add(nearest)
-        record = json.loads(file.read_text())
+        record = read_record(nearest)
         records.append(record)
         waiting += record.get("parents", {})
         waiting += record.get("parent", {}).values()       # of lora.py: the base and the adapter
@@ -182,12 +208,15 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]
                 problem = f"there is no {name}: the run that writes it has not finished"
             raise ValueError(f"{folder}: {problem}; give the --out folder of a finished stage")
     tokenizer = Tokenizer.load(folder)                 # raises ValueError for a damaged one
+    record = read_record(folder)
+    if "model" not in record:
+        raise ValueError(f'{folder}/config.json is damaged: it has no "model"')
+    saved = record["model"]
     try:
-        saved = json.loads((folder / "config.json").read_text())["model"]
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-    except Exception as error:
-        raise ValueError(f"{folder}: config.json or model.safetensors is damaged ({error}); "
-                         "run the stage again or use a checkpoint of it") from error
+    except Exception as error:                         # safetensors has errors of its own
+        raise ValueError(f"{folder}/model.safetensors is damaged ({error}); run the stage again or "
+                         "use a checkpoint of it") from error
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ValueError(f"{folder}: {name} in model.safetensors is {weight.dtype}; weights "
@@ -197,7 +226,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]
                          "stage again or use a checkpoint of it")
     # folders of former versions that predate these fields hold decoders
     saved = {"head": "lm", "architecture": "decoder", "n_segments": 0} | saved
-    if saved["architecture"] not in ARCHITECTURES:
+    if saved["architecture"] not in tuple(ARCHITECTURES):     # which may be asked for a list
         raise ValueError(f"{folder}: architecture is {saved['architecture']!r}; it must be one of "
                          f"{tuple(ARCHITECTURES)}")
     if "next_sentence_head.weight" in weights:
@@ -218,7 +247,13 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     head = sizes.pop("head")
     if context_length:                                 # RoPE's table is made anew, weights stay
         sizes["context_length"] = context_length
-    config = ModelConfig(**sizes)
+    config = sizes_of(folder, sizes)
+    n_saved = sum(weight.numel() for weight in weights.values())
+    # Before the model is made, because a file of a kilobyte may ask for a million layers.
+    if config.block_parameters() > n_saved:
+        raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
+                         f"one run ({n_saved:,} parameters are there, the blocks alone have "
+                         f"{config.block_parameters():,})")
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
                          f"{tokenizer.vocab_size}; they are not of one run")
@@ -238,10 +273,29 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     return model
 
 
+def sizes_of(folder: str | Path, sizes: dict) -> ModelConfig:
+    """The "model" of config.json as a ModelConfig. Raises ValueError, naming the folder, for
+    fields that are not there, unknown, of another type or that do not fit together."""
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    for name, value in sizes.items():
+        if name not in fields:
+            raise ValueError(f"{folder}/config.json: the model has no size called {name!r}")
+        kind = fields[name].type
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            raise ValueError(f"{folder}/config.json: {name} is {value!r}; it must be of type "
+                             f"{kind.__name__}")
+    try:
+        check_numbers(ModelConfig, sizes)
+        return ModelConfig(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+
+
 def verify(folder: Path) -> None:
     """Raises ValueError when a folder's content is not what the run wrote. Without checksums, in
     folders of former versions, that is said."""
-    record = json.loads((folder / "config.json").read_text())
+    record = read_record(folder)
     sums = record.get("sha256")
     if not isinstance(sums, dict):
         print(f"{folder}: no checksums in its config.json; taken as it is", file=sys.stderr)

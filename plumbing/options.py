@@ -43,6 +43,7 @@ class Options:
     overwrite: bool = False           # remove what a run left in --out, at the end
 
 
+INTERRUPTED = 130                     # exit code after Ctrl-C, as shells have it
 NUMBERS = "Numbers are finite and at least 0 where nothing else is said."
 # At the end of a comment: > 0 | >= 1 | in [0, 1) | any number
 RANGE = re.compile(r", (?:(?P<sign>>=?) (?P<bound>\S+)|in (?P<open>[\[(])(?P<low>\S+), "
@@ -172,7 +173,10 @@ def nearest_option(argument: str, options: list[Option]) -> str:
 
 def command_line(main: Callable, Config: type, description: str,
                  presets: dict[str, dict] | None = None) -> None:
-    """Run a script: a user's mistake ends in one clear line, not in a traceback."""
+    """Run a script: a user's mistake ends in one clear line, not in a traceback.
+
+    Exit codes: 0 done (or saved after SIGTERM), 1 refused, 2 unknown options, 130 Ctrl-C.
+    """
     try:
         cfg = parse(Config, description=description, presets=presets)
         main(cfg)
@@ -180,6 +184,10 @@ def command_line(main: Callable, Config: type, description: str,
     # ours and keeps its traceback, because that is how it gets reported.
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted before there was anything to save",
+              file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 # ---------------------------------------------------------------------- a Config and its options

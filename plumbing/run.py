@@ -46,7 +46,7 @@ from plumbing.device import (
 )
 from plumbing.guard import MAX_SKIPPED, Guard
 from plumbing.metrics import Metrics
-from plumbing.options import flat
+from plumbing.options import INTERRUPTED, flat
 
 # what every run writes; more with run.also_writes()
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png")
@@ -250,7 +250,7 @@ class Run:
                                    getattr(self.cfg, "tensor_parallel", 1)))
 
     def steps(self, total: int) -> Iterator[int]:
-        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, exit (1 or 0).
+        """Yield the steps still to do. Ctrl-C or SIGTERM: finish the step, save, leave().
 
         Raises the error of a checkpoint that could not be written, at the end of a step.
         """
@@ -287,15 +287,14 @@ class Run:
                 signal.signal(signum, handler)
 
     def leave(self, step: int, signals: list[int]) -> None:
-        """Exit with code 1 after Ctrl-C, and with 0 after a scheduler's SIGTERM."""
+        """Exit with code 130 after Ctrl-C, and with 0 after a scheduler's SIGTERM."""
         if self.rank == 0:
             claim.unlock(self.out)
         message = (f"stopped after step {step}; everything is saved in {self.out}, "
                    "--resume goes on from there")
-        if signals and signals[0] == signal.SIGINT:
-            raise SystemExit(f"{self.name}: {message}")
         self.say(message)
-        raise SystemExit(0)
+        interrupted = signals and signals[0] == signal.SIGINT
+        raise SystemExit(INTERRUPTED if interrupted else 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; in float16 those of the loss times the loss scale."""
