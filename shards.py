@@ -46,6 +46,7 @@ from plumbing import claim
 from tokenizer import Tokenizer
 
 SPLITS = ("heldout", "train")           # the short one first: if it is empty, that shows early
+CHECKED = 10 ** 9                       # bytes of a split whose checksums opening it compares
 CHUNK = 1 << 20                       # characters that a worker is given at a time, at least
 
 
@@ -412,6 +413,8 @@ def read_index(folder: Path) -> dict:
                     raise ValueError(f"the entry of {shard['file']} is not whole")
         if index["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype is {index['dtype']!r}")
+        if type(index["vocab_size"]) is not int:
+            raise ValueError(f"vocab_size is {index['vocab_size']!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); write the shards "
                          "again") from None
@@ -420,7 +423,8 @@ def read_index(folder: Path) -> dict:
 
 def open_tokens(folder: str | Path, split: str,
                 tokenizer: Tokenizer | None = None) -> ShardedTokens:
-    """A split of a folder of shards; sizes are checked here, checksums by verify() alone.
+    """A split of a folder of shards. Sizes are checked, and checksums of a split of at most
+    CHECKED bytes; of larger ones by verify() alone, because that reads every byte.
 
     tokenizer: the one of the model that is to read them. Raises ValueError for a folder that is
     not complete, a shard that is missing or of another size, and a vocabulary that differs.
@@ -440,6 +444,9 @@ def open_tokens(folder: str | Path, split: str,
     token_bytes = np.dtype(index["dtype"]).itemsize
     for shard in index["splits"][split]["shards"]:
         check_size(folder / shard["file"], shard["tokens"], token_bytes)
+    if index["splits"][split]["tokens"] * token_bytes <= CHECKED:
+        for shard in index["splits"][split]["shards"]:
+            check_content(folder / shard["file"], shard["sha256"])
     return ShardedTokens(folder, index, split)
 
 
@@ -460,6 +467,11 @@ def check_size(file: Path, n_tokens: int, token_bytes: int) -> None:
                          f"{expected_size:,}: it is damaged, write the shards again")
 
 
+def check_content(file: Path, checksum: str) -> None:
+    if sha256(file) != checksum:
+        raise ValueError(f"{file} is damaged (its checksum differs); write the shards again")
+
+
 def verify(folder: str | Path) -> dict:
     """Read every shard and compare its checksum; returns the index. Raises ValueError."""
     folder = Path(folder)
@@ -468,10 +480,7 @@ def verify(folder: str | Path) -> dict:
         # sizes first: a shard that is missing or cut short shows without reading gigabytes
         open_tokens(folder, split)
         for shard in tqdm(index["splits"][split]["shards"], split, unit=" shards"):
-            file = folder / shard["file"]
-            if sha256(file) != shard["sha256"]:
-                raise ValueError(f"{file} is damaged (its checksum differs); write the shards "
-                                 "again")
+            check_content(folder / shard["file"], shard["sha256"])
     return index
 
 

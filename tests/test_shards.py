@@ -281,9 +281,13 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, name, change, said):
         shards.open_tokens(folder, "train")
 
 
-def test_flipped_bits_are_found_by_verify_and_impossible_ids_by_reading(tmp_path):
+def test_flipped_bits_are_found_by_their_checksum_and_impossible_ids_by_reading(tmp_path,
+                                                                               monkeypatch):
     folder, _ = written(tmp_path)
     damaged(folder, "train_00001.bin", lambda raw: raw[:8] + bytes([raw[8] ^ 1]) + raw[9:])
+    with pytest.raises(ValueError, match="train_00001.bin is damaged .its checksum differs"):
+        shards.open_tokens(folder, "train")
+    monkeypatch.setattr(shards, "CHECKED", 1000)           # as if they were gigabytes
     tokens = shards.open_tokens(folder, "train")
     assert tokens[1000:1010].max() < TOKENIZER.vocab_size
     with pytest.raises(ValueError, match="train_00001.bin is damaged .its checksum differs"):
