@@ -436,10 +436,10 @@ def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator)
 def read_line() -> str:
     """A typed line, "" at the end; from a pipe without the question you>."""
     try:
-        if sys.stdin.isatty():
-            return input("you> ")
-        return sys.stdin.readline().strip()
-    except UnicodeDecodeError:
+        line = input("you> ") if sys.stdin.isatty() else sys.stdin.readline().strip()
+        line.encode()                      # where the locale lets broken bytes through
+        return line
+    except UnicodeError:
         print("that line is not UTF-8; type it again")
         return read_line()
     except (EOFError, KeyboardInterrupt):

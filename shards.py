@@ -32,6 +32,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -309,11 +310,15 @@ def write_splits(cfg: Config, folder: Path) -> dict[str, dict]:
             splits[split] = write_split(folder, split, encoded, cfg.shard_tokens)
         return splits
     # "spawn", because a forked copy of a process with torch's threads in it could hang
-    with ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent) as pool:
-        for split in SPLITS:
-            chunks = chunked(read(cfg, split))
-            encoded = in_order(pool, str(folder), chunks, ahead=2 * cfg.workers)
-            splits[split] = write_split(folder, split, encoded, cfg.shard_tokens)
+    try:
+        with ProcessPoolExecutor(cfg.workers, get_context("spawn"), end_with_parent) as pool:
+            for split in SPLITS:
+                chunks = chunked(read(cfg, split))
+                encoded = in_order(pool, str(folder), chunks, ahead=2 * cfg.workers)
+                splits[split] = write_split(folder, split, encoded, cfg.shard_tokens)
+    except BrokenProcessPool:
+        raise OSError("a worker was killed, perhaps because memory was short; give fewer "
+                      "--workers, and the same command begins again") from None
     return splits
 
 

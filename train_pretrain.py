@@ -184,6 +184,7 @@ def main(cfg: Config) -> dict:
     # 2.1 theta <- theta_0
     if model is None:
         sizes = replace(cfg.model, vocab_size=tokenizer.vocab_size, context_length=length)
+        run.refuse_too_large(sizes)
         model = Transformer(sizes, run.dtype).to(run.device)
     elif tokenizer != init_tokenizer:
         model = extend_vocabulary(model, init_tokenizer, tokenizer)

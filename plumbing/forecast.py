@@ -85,6 +85,21 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
             f"{total / 1e9:.2f} of {memory / 1e9:.0f} GB for weights, optimizer and activations")
 
 
+def refuse_too_large(config: ModelConfig, device: torch.device, ranks: int) -> None:
+    """Raises ValueError, before it is made, for a model that cannot be trained on `device` even
+    without activations. ranks: that share its weights."""
+    n = config.block_parameters() + config.vocab_size * config.d_model
+    # weights, gradients and two moments in fp32; Python's objects of a block take 50 kB
+    needed = 16 * n / ranks + 50_000 * config.n_layers
+    memory = memory_of(device)
+    if needed > memory:
+        raise ValueError(f"a model of {config.n_layers:,} layers of width {config.d_model:,} has "
+                         f"at least {n / 1e9:,.1f} billion parameters and needs "
+                         f"{needed / 1e9:,.0f} GB to be trained, but there are "
+                         f"{memory / 1e9:.0f} GB: give smaller --n_layers, --d_model, --d_ff or "
+                         "--vocab_size")
+
+
 def advice(state: int, with_checkpointing: int, memory: int, options: Iterable[str]) -> str:
     """The options that make a run fit: of those that the script has, the ones that cost least.
 

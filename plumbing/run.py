@@ -231,6 +231,11 @@ class Run:
 
     # ---- the loop
 
+    def refuse_too_large(self, config) -> None:
+        """Raises ValueError, before it is made, for a model that no memory here could train."""
+        # with --shard fsdp all ranks share the weights
+        forecast.refuse_too_large(config, self.device, self.world_size)
+
     def forecast(self, *models: nn.Module, rows: int = 0, length: float = 0,
                  tokens: float = 0, log_mfu: bool = True) -> None:
         """Say what the run will take (plumbing/forecast.py), and log the MFU of the first model.

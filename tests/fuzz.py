@@ -365,8 +365,9 @@ def one_try(rng: random.Random, base: Path, weights: dict[str, bytes]) -> tuple[
 
 
 def names(said: str, what: str) -> bool:
-    """Whether a line names the damage: the file, the folder of a checkpoint, or the option."""
-    return what in said or "damaged" in said or "skipped" in said
+    """Whether a line names the damage: the file, the folder of a checkpoint, or the option; or says
+    that a folder of a former version has no checksums to know it by."""
+    return any(word in said for word in (what, "damaged", "skipped", "no checksums"))
 
 
 def main(seconds: float, seed: int, log: Path) -> Counter:
