@@ -14,7 +14,9 @@ the same base, and merged into the weights, after which inference costs nothing 
     python train_sft.py --peft lora --lora_rank 16 --lora_targets wq,wv
     python lora.py --init out/pretrain --adapter out/sft --out out/merged      # merge by hand
 """
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,15 +151,22 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(folder: str | Path, model: nn.Module, rank: int, alpha: float,
                  targets: str) -> None:
-    """Write adapter.safetensors and adapter.json (rank, alpha, targets) into `folder`."""
+    """Write adapter.safetensors and adapter.json (rank, alpha, targets, checksum) into `folder`."""
+    # imported here, because plumbing/ stands above this file
+    from plumbing.claim import write_whole
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in adapter_state(model).items()}
-    # replaced as a whole, because a kill must not leave half a file behind
-    safetensors.torch.save_file(weights, folder / "adapter.safetensors.tmp")
-    (folder / "adapter.safetensors.tmp").replace(folder / "adapter.safetensors")
-    shape = {"rank": rank, "alpha": alpha, "targets": targets}
-    (folder / "adapter.json").write_text(json.dumps(shape) + "\n")
+    write_whole(folder / "adapter.safetensors",
+                lambda temporary: safetensors.torch.save_file(weights, temporary))
+    shape = {"rank": rank, "alpha": alpha, "targets": targets,
+             "sha256": checksum(folder / "adapter.safetensors")}
+    write_whole(folder / "adapter.json",
+                lambda temporary: temporary.write_text(json.dumps(shape) + "\n"))
+
+
+def checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
@@ -193,10 +202,19 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{folder}: adapter.json or adapter.safetensors is damaged ({error}); "
                          "train the adapter again") from error
     kinds = {"rank": int, "alpha": (int, float), "targets": str}
+    known = None
+    if isinstance(shape, dict):
+        known = shape.pop("sha256", None)
     if not isinstance(shape, dict) or shape.keys() != kinds.keys() or not all(
             isinstance(shape[name], kind) for name, kind in kinds.items()):
         raise ValueError(f"{folder}/adapter.json is damaged: it must hold a rank, an alpha and "
                          "targets")
+    if known is None:
+        print(f"{folder}: no checksums in its adapter.json; taken as it is", file=sys.stderr)
+    elif known != checksum(folder / "adapter.safetensors"):
+        raise ValueError(f"{folder}: adapter.safetensors is not what the run wrote (its checksum "
+                         'differs); put that back, or, if the change is your own, remove "sha256" '
+                         "from adapter.json")
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"{folder}/adapter.safetensors: {name} is not finite; train the "

@@ -7,6 +7,8 @@ The machinery that every training script shares, so that a script can be about i
     guard.py        which updates would do harm; float16's loss scale
     metrics.py      logged figures become rows of metrics.jsonl
     checkpoints.py  a run's state on the disk: whole or absent, damaged ones named
+    claim.py        whose a folder is: one writer, nothing removed that no run wrote
+    inputs.py       what a run reads, and whether it is the same after a stop
     folders.py      model folders: written at the end of a stage, read at the start of the next
     optimizers.py   learning rates, AdamW, Adam, Muon
     forecast.py     a run's tokens, FLOPs, memory and time, before it starts
