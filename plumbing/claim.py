@@ -160,7 +160,8 @@ def set_aside_by(out: Path) -> str:
 # ---------------------------------------------------------------------- --overwrite
 
 def old_folder(out: Path) -> Path:
-    return out.with_name(out.name + ".old")
+    # resolved, because "." has no name
+    return Path(f"{out.resolve()}.old")
 
 
 def check_overwrite(out: Path) -> None:

@@ -1,5 +1,6 @@
 """lora.py: what stands still, what moves, and that merged, saved and swapped mean the same."""
 import copy
+import hashlib
 import json
 
 import pytest
@@ -199,9 +200,15 @@ def test_an_adapter_file_holds_A_and_B_and_nothing_of_the_base(tmp_path):
     lora.save_adapter(tmp_path, adapted(), 4, 8.0, "wq,wv")
     weights = safetensors.torch.load_file(tmp_path / "adapter.safetensors")
     assert sum(w.numel() for w in weights.values()) == 2 * 4 * ((32 + 32) + (32 + 16))
-    assert json.loads((tmp_path / "adapter.json").read_text()) == {"rank": 4, "alpha": 8.0,
-                                                                   "targets": "wq,wv"}
+    shape = json.loads((tmp_path / "adapter.json").read_text())
+    known = shape.pop("sha256")
+    assert shape == {"rank": 4, "alpha": 8.0, "targets": "wq,wv"}
     assert not list(tmp_path.glob("*.tmp"))
+    raw = (tmp_path / "adapter.safetensors").read_bytes()
+    assert known == hashlib.sha256(raw).hexdigest()
+    (tmp_path / "adapter.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(ValueError, match="adapter.safetensors is not what the run wrote"):
+        lora.read_adapter(tmp_path)
 
 
 def test_two_adapters_are_swapped_over_one_base(tmp_path):
