@@ -4,7 +4,7 @@ Checkpoints: everything that a run needs to go on, written whole or not at all.
     out/checkpoints/step_000200/
       model.safetensors, ...   fp32 weights of each model; of weights shared among ranks the parts
       state.pt                 optimizers, random numbers, history (read with weights_only=True)
-      meta.json                step, options, parents, checksums of the files; written last
+      meta.json                step, options, parents, checksums of the files and of itself; last
 
 A folder is written under a temporary name, flushed to the disk (fsync) and renamed, so that a kill
 at any moment leaves the checkpoints before it as they were. The newest KEEP and the best stay.
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from plumbing import claim
-from plumbing.folders import current_names, read_json, sha256
+from plumbing.folders import current_names, read_json, sha256, sha256_of
 
 KEEP = 2
 
@@ -48,6 +48,9 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = read_json(folder / "meta.json")
     except (OSError, ValueError):
+        return {}
+    known = meta.pop("meta_sha256", None)              # None in checkpoints of former versions
+    if known is not None and known != sha256_of(meta):
         return {}
     kinds = {"step": int, "config": dict, "sha256": dict, "parents": dict}
     if all(isinstance(meta.get(name), kind) for name, kind in kinds.items()):
@@ -178,10 +181,15 @@ class Writer:
             torch.save(state, temporary / "state.pt")
             checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
             meta = meta | {"sha256": checksums}
+            meta["meta_sha256"] = sha256_of(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
-            # metrics.jsonl too: its rows are those that the checkpoint goes on from
-            for path in (*temporary.iterdir(), temporary, *self.out.glob("*.json*")):
+            for path in (*temporary.iterdir(), temporary):
                 claim.fsync(path)
+            # The rows that the checkpoint goes on from, too, and its tokenizer. By name, because
+            # the main thread may be writing other files of the folder.
+            for path in (self.out / "metrics.jsonl", self.out / "tokenizer.json"):
+                if path.exists():
+                    claim.fsync(path)
             claim.add(self.out, f"checkpoints/{final.name}")
         remove(final)                                         # a damaged one of the same step
         temporary.rename(final)

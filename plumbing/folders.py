@@ -97,8 +97,9 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_of(sizes: dict) -> str:
-    return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+def sha256_of(fields: dict) -> str:
+    """The checksum of an object as JSON has it, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def names_not_finite(weights: dict[str, Tensor]) -> list[str]:

@@ -63,6 +63,7 @@ def as_before(checkpoint: Path, likelihood: float = 0.0) -> None:
             del figures["tokens"]
     torch.save(state, checkpoint / "state.pt")
     meta = json.loads((checkpoint / "meta.json").read_text())
+    del meta["meta_sha256"]
     meta["config"] |= {"n_kv_heads": 0, "likelihood": False}
     meta["sha256"] = {file.name: sha256(file) for file in checkpoint.iterdir()
                       if file.name != "meta.json"}
