@@ -54,7 +54,7 @@ class Config(Options):
     lr: float = 3e-4                  # peak learning rate (document, large models: 1e-5)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only; adam: none
-    mean_coef: float = 0.0            # of the loss on mean values (in the lifecycle 1 gains nothing)
+    mean_coef: float = 0.0            # of the loss on mean values; in the lifecycle 1 gains nothing
     lm_coef: float = 0.0              # of the chosen answers' LM loss: 0.3 loses 0.4 points here
     max_norm: float = 1.0             # gradient clipping, > 0
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
