@@ -14,7 +14,6 @@ the same base, and merged into the weights, after which inference costs nothing 
     python train_sft.py --peft lora --lora_rank 16 --lora_targets wq,wv
     python lora.py --init out/pretrain --adapter out/sft --out out/merged      # merge by hand
 """
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -153,20 +152,16 @@ def save_adapter(folder: str | Path, model: nn.Module, rank: int, alpha: float,
                  targets: str) -> None:
     """Write adapter.safetensors and adapter.json (rank, alpha, targets, checksum) into `folder`."""
     # imported here, because plumbing/ stands above this file
-    from plumbing.claim import write_whole
+    from plumbing.claim import sha256, write_whole
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in adapter_state(model).items()}
     write_whole(folder / "adapter.safetensors",
                 lambda temporary: safetensors.torch.save_file(weights, temporary))
     shape = {"rank": rank, "alpha": alpha, "targets": targets,
-             "sha256": checksum(folder / "adapter.safetensors")}
+             "sha256": sha256(folder / "adapter.safetensors")}
     write_whole(folder / "adapter.json",
                 lambda temporary: temporary.write_text(json.dumps(shape) + "\n"))
-
-
-def checksum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
@@ -192,6 +187,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """adapter.json (rank, alpha, targets) and the weights by name."""
+    from plumbing.claim import sha256
     if not (folder / "adapter.json").is_file() or not (folder / "adapter.safetensors").is_file():
         raise ValueError(f"{folder}: no adapter.json and adapter.safetensors there; "
                          "train_sft.py --peft lora writes them")
@@ -211,7 +207,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
                          "targets")
     if known is None:
         print(f"{folder}: no checksums in its adapter.json; taken as it is", file=sys.stderr)
-    elif known != checksum(folder / "adapter.safetensors"):
+    elif known != sha256(folder / "adapter.safetensors"):
         raise ValueError(f"{folder}: adapter.safetensors is not what the run wrote (its checksum "
                          'differs); put that back, or, if the change is your own, remove "sha256" '
                          "from adapter.json")

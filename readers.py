@@ -24,6 +24,7 @@ import numpy as np
 from tokenizer import check_blanks
 from world.world import World
 
+SUFFIXES = (".txt", ".md", ".jsonl")          # of files with texts; rows are in .jsonl alone
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
@@ -408,7 +409,7 @@ def read_documents(data: str | Path, max_bytes: int | None = None, split: str | 
     elif world:
         documents = world.documents(seed=seed, split=split or "train")
     else:
-        rows = file_rows(data, (".txt", ".md", ".jsonl"))
+        rows = file_rows(data, SUFFIXES)
         rows = good_rows(rows, parse_document, data, bad_rows)
         documents = (split_document(row, split, max_bytes) for row in rows)
 

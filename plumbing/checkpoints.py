@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from plumbing import claim
-from plumbing.folders import current_names, read_json, sha256, sha256_of
+from plumbing.claim import sha256
+from plumbing.folders import current_names, read_json, sha256_of
 
 KEEP = 2
 

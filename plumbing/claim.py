@@ -8,6 +8,7 @@ Whose a folder is: one run at a time writes to it, and nothing is removed that n
 them when its own model is written. Until then the earlier one is whole, in out.old.
 """
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -277,6 +278,12 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     fsync(temporary)
     temporary.replace(file)
     fsync(file.parent)
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -27,6 +27,7 @@ from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
 from plumbing import claim
+from plumbing.claim import sha256
 from plumbing.options import check_numbers
 from tokenizer import Tokenizer
 
@@ -90,11 +91,6 @@ def parents(cfg) -> dict[str, str]:
         if folder:
             found[folder] = sha256(Path(folder) / "model.safetensors")
     return found
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of(fields: dict) -> str:

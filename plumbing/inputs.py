@@ -10,12 +10,10 @@ from pathlib import Path
 
 import readers
 import shards
-from plumbing.folders import sha256
+from plumbing.claim import sha256
 
 MODELS = ("init", "reward_model")              # options that name a model folder
 DATA = ("data", "anneal_data", "prompts")      # ... the world, a file, a folder, or several
-SUFFIXES = (".txt", ".md", ".jsonl")
-
 
 # Options that say nothing about how a run ends.
 FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
@@ -66,7 +64,7 @@ def files_of(data: str) -> list[Path | str]:
     if path.is_dir() and shards.found(data):
         return [path / "index.json", path / "tokenizer.json"]
     if path.is_dir():
-        return readers.files_below(path, SUFFIXES)
+        return readers.files_below(path, readers.SUFFIXES)
     return [path]
 
 

@@ -51,7 +51,7 @@ from plumbing.options import INTERRUPTED, flat
 # what every run writes; more with run.also_writes()
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png")
 # options that name what a stage reads
-INPUTS = ("init", "reward_model", "data", "anneal_data", "prompts", "tokenizer")
+INPUTS = (*inputs.MODELS, *inputs.DATA, "tokenizer")
 
 
 # ---------------------------------------------------------------------- one run of one stage
