@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from plumbing import claim
-from plumbing.claim import sha256
-from plumbing.folders import current_names, read_json, sha256_of
+from plumbing.claim import read_json, sha256
+from plumbing.folders import current_names, sha256_of
 
 KEEP = 2
 

@@ -118,10 +118,9 @@ def has_record(out: Path) -> bool:
     records = [out / "config.json", *out.glob("checkpoints/step_*/meta.json")]
     for file in records:
         try:
-            record = json.loads(file.read_text())
-            if {"config", "parents"} <= record.keys():
+            if {"config", "parents"} <= read_json(file).keys():
                 return True
-        except (OSError, ValueError, AttributeError, RecursionError):
+        except (OSError, ValueError):
             continue
     return False
 
@@ -278,6 +277,18 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     fsync(temporary)
     temporary.replace(file)
     fsync(file.parent)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else in it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise ValueError(f"{file} is damaged ({reason})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(found).__name__} and no object")
+    return found
 
 
 def sha256(file: Path) -> str:

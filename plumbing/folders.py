@@ -27,7 +27,7 @@ from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
 from plumbing import claim
-from plumbing.claim import sha256
+from plumbing.claim import read_json, sha256
 from plumbing.options import check_numbers
 from tokenizer import Tokenizer
 
@@ -143,18 +143,6 @@ def load_reward_model(folder: str | Path, device: torch.device | str = "cpu",
         raise ValueError(f"{folder}: this is a language model; give a reward model, the --out of "
                          "train_rm.py")
     return build(folder, saved, weights, tokenizer, dtype).to(device), tokenizer
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else in it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise ValueError(f"{file} is damaged ({reason})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds {type(found).__name__} and no object")
-    return found
 
 
 def read_record(folder: str | Path) -> dict:
