@@ -58,10 +58,10 @@ PRESETS = {
         "pretrain": {"optimizer": "muon", "common": 3.0, "n_heads": 2, "rope_theta": 1000.0},
         "sft": {"optimizer": "muon", "lr": 4e-3, "steps": 900, "eval_every": 300,
                 "eval_examples": 500},
-        "rm": {"optimizer": "muon", "lr": 1e-3, "mean_coef": 1.0, "n_pairs": 16_000,
-               "steps": 1000, "eval_every": 500},
+        "rm": {"optimizer": "muon", "lr": 1e-3, "n_pairs": 16_000, "steps": 1000,
+               "eval_every": 500},
         "chosen": {"n_examples": 8000, "steps": 100, "lr": 5e-4},
-        "dpo": {"beta": 1.0, "lr": 1.5e-4},
+        "dpo": {"beta": 1.0, "lr": 1e-4},
         "ppo": {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0},
     },
     "smoke": {

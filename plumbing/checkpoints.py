@@ -39,9 +39,14 @@ def checkpoints(out: str | Path) -> list[Path]:
     folders = {}
     for folder in Path(out).glob("checkpoints/step_*"):
         step = folder.name.removeprefix("step_")
-        if step.isdecimal():
+        if step.isdecimal() and not is_foreign(folder):
             folders[int(step)] = folder
     return [folders[step] for step in sorted(folders)]
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether somebody else's files are all that a folder holds, as --overwrite may leave one."""
+    return folder.is_dir() and any(folder.iterdir()) and not claim.checkpoint_files(folder)
 
 
 def read_meta(folder: Path) -> dict:

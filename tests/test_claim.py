@@ -77,13 +77,17 @@ def test_a_run_that_cannot_begin_leaves_the_earlier_one_as_it_was(tmp_path, stag
     assert content(tmp_path / "out") == before
 
 
-def test_an_earlier_run_is_kept_whole_until_the_new_one_is_written(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("die_at", [2, 6])                 # before the first checkpoint, and after
+def test_an_earlier_run_is_kept_whole_until_the_new_one_is_written(finished, tmp_path, monkeypatch,
+                                                                   die_at):
     shutil.copytree(finished, tmp_path / "copy")
     log = Run.log
 
     def killed(self, step, **figures):
         log(self, step, **figures)
-        if step == 6:
+        if step == die_at:
+            if self.writer.writing:
+                self.writer.error(wait=True)               # a kill would end the thread, too
             raise KeyboardInterrupt                        # which nothing saves
     monkeypatch.setattr(Run, "log", killed)
     cfg = tiny_run(finished, tmp_path / "corpus.txt", seed=1)
