@@ -37,7 +37,7 @@ from model import ModelConfig, Transformer
 from plumbing.device import DTYPES, cpu_multiplies_bfloat16, pick_device, pick_dtype
 from plumbing.forecast import matmul_peak
 from plumbing.optimizers import adamw
-from plumbing.options import parse
+from plumbing.options import command_line
 from sample import generate
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
@@ -60,7 +60,7 @@ class Config:
     batch_size: int = 0               # rows; 0: 16 for train, both 1 and 16 for generate
     new_tokens: int = 256             # generate: tokens after a prompt of 16, >= 1
     dtype: str = "auto"               # auto (what is fast here) | bfloat16 | float32 | float16
-    device: str = "auto"              # auto | cpu | cuda
+    device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     modes: str = "eager,compile"      # train: comma-separated; generate is eager
     contenders: str = "all"           # comma-separated: hf_llama, nanogpt, nanochat, lifecycle ...
     data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
@@ -459,15 +459,22 @@ def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
 # ---------------------------------------------------------------------- the table
 
 def main(bench: str, cfg: Config) -> list[dict]:
-    """Measure every row `rounds` times, alternating; print the table and the JSON lines."""
+    """Measure every row `rounds` times, alternating; print the table and the JSON lines.
+
+    Raises ValueError for contenders, modes and data that are not there.
+    """
     device = pick_device(cfg.device)
     dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
     cfg = dataclasses.replace(cfg, dtype=dtype)
     if cfg.quick:
         cfg = dataclasses.replace(cfg, rounds=1, steps=5)
     names = pick_contenders(bench, cfg)
-    print(machine(device), flush=True)
     modes = cfg.modes.split(",") if bench == "train" else ["eager"]
+    if not {*modes} <= {"eager", "compile"}:
+        raise ValueError(f"--modes {cfg.modes}: give eager, compile or both with a comma")
+    if bench == "tokenizer":
+        next(readers.read_documents(cfg.data, 1))          # raises for what cannot be read
+    print(machine(device), flush=True)
     sizes = [cfg.batch_size] if cfg.batch_size else BATCH_SIZES[bench]
     conditions = [(name, mode, size) for size in sizes for mode in modes for name in names]
     speed = FIGURES[bench][0]
@@ -549,15 +556,15 @@ def print_table(bench: str, rows: list[dict]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*json.loads(sys.argv[2]))
-    elif sys.argv[1:2] and sys.argv[1] in (*CONTENDERS, "kernels"):
+    elif sys.argv[1:2] == ["kernels"]:
+        import kernels.bench
         try:
-            if sys.argv[1] == "kernels":
-                import kernels.bench
-                kernels.bench.main(kernels.bench.parse(sys.argv[2:]))
-            else:
-                main(sys.argv[1], parse(Config, sys.argv[2:], __doc__))
-        except ValueError as error:
+            kernels.bench.main(kernels.bench.parse(sys.argv[2:]))
+        except (ValueError, OSError) as error:
             sys.exit(f"bench.py: {error}")
+    elif sys.argv[1:2] and sys.argv[1] in CONTENDERS:
+        bench = sys.argv.pop(1)
+        command_line(lambda cfg: main(bench, cfg), Config, __doc__)
     elif sys.argv[1:2] in (["--help"], ["-h"]):
         print(f"{__doc__}\nfirst argument: {', '.join(CONTENDERS)} or kernels; each has a --help")
     else:

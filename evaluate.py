@@ -59,7 +59,7 @@ class Config:
     n_tasks: int = 1000               # task instances for accuracy, >= 1
     seed: int = 0                     # of the samples, in [0, 4e9]
     json: str = ""                    # write the figures to this new file too
-    device: str = "auto"              # auto | cpu | cuda | mps
+    device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
 
 
@@ -518,11 +518,21 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
 # ---------------------------------------------------------------------- the table
 
 def print_figures(figures: dict) -> None:
-    """A line for each figure; those of the families, the reward's parts and the manners last."""
+    """A line for each figure; those of the families, the reward's parts and the manners last.
+
+    Raises FloatingPointError when one is not finite, before any line is printed.
+    """
     tables = figures["families"] | figures["parts"] | figures["manners"]
+    numbers = {}
     for name, value in {**figures, **tables}.items():
         if isinstance(value, float):                       # not the interval, and not "families"
-            print(f"{name:24s} {value:8.3f}")
+            numbers[name] = value
+    lost = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if lost:
+        raise FloatingPointError(f"{', '.join(lost)}: not finite, so no figure can be trusted; try "
+                                 "--dtype float32")
+    for name, value in numbers.items():
+        print(f"{name:24s} {value:8.3f}")
 
 
 def main(cfg: Config) -> dict:

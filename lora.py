@@ -233,14 +233,17 @@ class Config:
 
 def main(cfg: Config) -> None:
     # imported here, because plumbing/ stands above this file, and only this command needs it
+    from plumbing import claim
     from plumbing.folders import load_model, save_model
     if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
         raise ValueError(f"--out {cfg.out} is not empty; give another folder to write")
     model, tokenizer = load_model(cfg.init)
     load_adapter(model, cfg.adapter)
     merge(model)
+    claim.lock(Path(cfg.out))
     save_model(cfg.out, model, tokenizer, stage="merge",
                parent={"folder": cfg.init, "adapter": cfg.adapter})
+    claim.unlock(Path(cfg.out))
     print(f"{cfg.init} with the adapter of {cfg.adapter} merged: {cfg.out}")
 
 

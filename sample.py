@@ -47,7 +47,7 @@ class Config:
     top_k: int = 0                    # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0                # sample among the likeliest of this probability, in (0, 1]
     seed: int = 0                     # of the random numbers, in [0, 4e9]
-    device: str = "auto"              # auto | cpu | cuda | mps
+    device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
 
 

@@ -227,8 +227,6 @@ def place_to_write(out: Path, overwrite: bool) -> Path:
 
 def make_room(folder: Path) -> None:
     """Remove what an interrupted run left, and nothing else ever."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; --out names a folder")
     claim.lock(folder)
     refuse_others(folder)
     claim.remove_written(folder)

@@ -48,7 +48,7 @@ class Config(Options):
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
     steps: int = 500                  # optimizer steps (T_DPO), >= 1
     batch_size: int = 16              # pairs per step and rank, >= 1
-    optimizer: str = "adamw"          # adamw | muon (gains 1 point of held-out accuracy)
+    optimizer: str = "adamw"          # adamw | adam | muon: gains .4 points held out
     lr: float = 2e-4                  # peak learning rate
     warmup: int = 20                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only

@@ -219,11 +219,9 @@ def load_critic(reward_model: WithHead, cfg: Config, run) -> WithHead:
         critic = copy.deepcopy(reward_model)
         if not critic.config.tied:
             critic.trunk.lm_head.requires_grad_(False)     # values do not depend on it
-    elif cfg.critic_init == "sft":
+    else:
         trunk, _ = load_model(cfg.init, run.device, run.dtype)
         critic = WithHead(trunk, 1)
-    else:
-        raise ValueError(f"--critic_init {cfg.critic_init}: give rm or sft")
     return critic
 
 

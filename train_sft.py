@@ -61,7 +61,7 @@ class Config(Options):
     steps: int = 1000                 # optimizer steps (T_ft), >= 1
     batch_size: int = 16              # rows per micro-batch and rank, >= 1
     grad_accum: int = 1               # micro-batches per optimizer step, >= 1
-    optimizer: str = "adamw"          # adamw | muon (inner matrices; lifecycle.py: --lr 4e-3)
+    optimizer: str = "adamw"          # adamw | adam | muon (with --lr 4e-3)
     lr: float = 2e-3                  # peak learning rate (document: 1e-4 to 3e-4)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only
@@ -115,8 +115,6 @@ def main(cfg: Config) -> dict:
 
     # 1. INITIALIZE
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
-    if cfg.peft not in ("none", "lora"):
-        raise ValueError(f"--peft {cfg.peft}: give none or lora")
     if cfg.peft == "lora":
         run.also_writes("adapter.json", "adapter.safetensors")
         add_lora(model, cfg)

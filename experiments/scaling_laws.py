@@ -99,7 +99,7 @@ class Config:
     out: str = "out/scaling_laws"     # one model folder below it for each run
     figure: str = "results/scaling_laws.png"   # the picture; the table goes beside it, as .json
     seed: int = 0                     # of weights, batches and resamples
-    device: str = "auto"              # auto | cpu | cuda | mps
+    device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
 
 

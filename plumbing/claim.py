@@ -38,8 +38,11 @@ locks: dict[Path, IO] = {}                     # held by this process, by the fo
 def lock(out: Path) -> None:
     """Keep all other processes from writing to `out`, which is made if it is not there.
 
-    Raises ValueError when another process holds it.
+    Raises ValueError when another process holds it, and when there is a file of that name.
     """
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {out}: {path} is a file; give a folder to write")
     out.mkdir(parents=True, exist_ok=True)
     file = out / LOCK
     mine = locks.get(out.resolve())

@@ -28,7 +28,7 @@ from heads import WithHead
 from model import ModelConfig, Transformer
 from plumbing import claim
 from plumbing.claim import read_json, sha256
-from plumbing.options import check_numbers
+from plumbing.options import check_values
 from tokenizer import Tokenizer
 
 FILES = "config.json", "model.safetensors", "tokenizer.json"
@@ -271,7 +271,7 @@ def sizes_of(folder: str | Path, sizes: dict) -> ModelConfig:
             raise ValueError(f"{folder}/config.json: {name} is {value!r}; it must be of type "
                              f"{kind.__name__}")
     try:
-        check_numbers(ModelConfig, sizes)
+        check_values(ModelConfig, sizes)
         return ModelConfig(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None

@@ -10,10 +10,10 @@ The command line: a stage's Config, a dataclass, and the comments behind its fie
     cfg = parse(Config)               # --out out/x --n_layers 2 --seed 3
 
 A field is an option: its default is the option's default and says of which type a value is; its
-comment is the help text, and ends with a number's range: > 0, >= 1, in [0, 1). The fields of a
-nested dataclass are options too, under their own names (--n_layers), and arrive in it
-(cfg.model.n_layers). --help shows the script's own options first, then those of nested dataclasses,
-then those of every stage.
+comment is the help text, ends with a number's range: > 0, >= 1, in [0, 1), and lists the words
+that may be given: error | left | drop. The fields of a nested dataclass are options too, under
+their own names (--n_layers), and arrive in it (cfg.model.n_layers). --help shows the script's own
+options first, then those of nested dataclasses, then those of every stage.
 """
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ from typing import NamedTuple
 class Options:
     """The options of every training stage; a Config that has another default repeats the field."""
     seed: int = 0                     # of weights, batches, samples, in [0, 4e9]
-    device: str = "auto"              # auto | cpu | cuda | mps
+    device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
     log_every: int = 10               # steps between rows of metrics.jsonl
@@ -48,6 +48,9 @@ NUMBERS = "Numbers are finite and at least 0 where nothing else is said."
 # At the end of a comment: > 0 | >= 1 | in [0, 1) | any number
 RANGE = re.compile(r", (?:(?P<sign>>=?) (?P<bound>\S+)|in (?P<open>[\[(])(?P<low>\S+), "
                    r"(?P<high>\S+)(?P<close>[\])])|any number)$")
+# error | left | drop, after the comment's beginning or a colon. No list of words is one that goes
+# on with something else: bpe | bytes | a folder
+CHOICES = re.compile(r"(?:^|: )(\w+(?: \| \w+)+)(?=$|[,:;] )")
 
 
 class Option(NamedTuple):
@@ -75,7 +78,8 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "",
 
     presets: other defaults, flat, by the names that --preset takes. Exits with a message for a
     value of the wrong type, an unknown preset and an unknown option, naming the nearest known one.
-    Raises ValueError for a number outside its range and for values that do not fit together.
+    Raises ValueError for a number outside its range, a word that is none of an option's, and for
+    values that do not fit together.
     """
     # No abbreviations, because --warm would quietly mean another option once a second fits it.
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, epilog=NUMBERS,
@@ -127,16 +131,26 @@ def parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def check_numbers(Config: type, values: dict) -> None:
-    """Raises ValueError for a number that is not in the range at the end of its option's comment;
-    where none stands, it must be finite and at least 0."""
+def check_values(Config: type, values: dict) -> None:
+    """Raises ValueError for a word that is not among those of its option's comment, and for a
+    number that is not in the range at the comment's end; where none stands, it must be finite and
+    at least 0."""
     texts = help_texts(Config)
     for name, value in values.items():
+        words = choices(texts.get(name, ""))
+        if isinstance(value, str) and words and value not in words:
+            raise ValueError(f"--{name} {value}: give {', '.join(words[:-1])} or {words[-1]}")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not is_within(value, texts.get(name, "")):
             found = RANGE.search(texts.get(name, ""))
             wanted = found[0].removeprefix(", ") if found else ">= 0"
             raise ValueError(f"--{name} {value}: give a number {wanted}")
+
+
+def choices(text: str) -> list[str]:
+    """The words that a comment lists, remarks in brackets aside; [] where others may be given."""
+    found = CHOICES.search(re.sub(r" \([^)]*\)", "", text))
+    return found[1].split(" | ") if found else []
 
 
 def is_within(value: float, text: str) -> bool:
@@ -232,14 +246,14 @@ def common_names(Config: type) -> list[str]:
 def build(Config: type, values: dict):
     """A Config with these values, flat, by the options' names; the others keep their defaults.
 
-    Raises TypeError for a name that is no option, ValueError for a number outside its range, and
-    what a nested dataclass raises.
+    Raises TypeError for a name that is no option, ValueError for a value that check_values()
+    refuses, and what a nested dataclass raises.
     """
     known = [option.name for option in options_of(Config)]
     for name in values:
         if name not in known:
             raise TypeError(f"{Config.__qualname__} has no option {name}")
-    check_numbers(Config, values)
+    check_values(Config, values)
     arguments = {}
     for field in dataclasses.fields(Config):
         if "kind" in field.metadata:

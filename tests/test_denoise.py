@@ -189,7 +189,6 @@ def test_a_decoder_becomes_both_stacks_of_an_encoder_decoder_that_learns(tmp_pat
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"objective": "bert"}, "--objective bert: give causal, mlm, span, ul2"),
     ({"objective": "mlm", "architecture": "decoder"}, "decoder does not go with .*mlm; give encod"),
     ({"objective": "causal", "architecture": "encoder"}, "encoder does not go with .*causal"),
     ({"objective": "causal", "next_sentence": True}, "--next_sentence goes with --objective mlm")])

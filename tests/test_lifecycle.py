@@ -1,6 +1,7 @@
 """lifecycle.py from end to end on a very small preset, what it repeats, and bad command lines."""
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,12 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_claim import content
 from tiny import folder_of, tiny_model, write_rows
 
+import bench
 import evaluate
 import lifecycle
+import lora
 import readers
 import report as report_module
+import sample
+import shards
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -356,17 +362,34 @@ def test_a_wrong_command_ends_in_one_clear_line_and_no_traceback(complaints, cas
     (train_rm, "--init base --data text.txt", 'text.txt: ".txt" files are not read here'),
     (train_pretrain, "--data text.txt --tokenizer bytes --context_length 64 --n_heads 3",
      "d_model 128 is not a multiple of n_heads 3"),
-    (lifecycle, "--preset huge", "--preset huge: give tiny, smoke, gpu"),
+    (lifecycle, "--preset huge", "--preset huge: give tiny, smoke or gpu"),
+    (lifecycle, "--out text.txt", "--out text.txt: text.txt is a file; give a folder to write"),
     (evaluate, "--init nowhere", "nowhere: there is no such folder"),
+    (evaluate, "--init base --data text.txt", "--data text.txt: only a world has an answer key"),
+    (evaluate, "--init base --json text.txt", "--json text.txt is there already"),
+    (evaluate, "--init base --json lost/x.json", "--json lost/x.json: there is no folder lost"),
+    (evaluate, "--init base --reference nowhere", "nowhere: there is no such folder"),
+    (evaluate, "--init base --device tpu", "--device tpu: "),
+    (sample, "--init text.txt", "text.txt: there is no such folder"),
+    (sample, "--init base --prompt hi --device tpu", "--device tpu: "),
+    (lora, "--init base --adapter base --out x", "base: no adapter.json and adapter.safetensors"),
+    (lora, "--init base --adapter base --out base", "--out base is not empty"),
+    (shards, "--data text.txt --tokenizer bytes --out text.txt", "text.txt is a file"),
+    (shards, "--data nowhere.txt --out new", "nowhere.txt: not found"),
+    (bench, "--contenders gpt5", "--contenders gpt5: train knows hf_llama, nanogpt"),
+    (bench, "--modes fast", "--modes fast: give eager, compile or both"),
 ])
 def test_each_script_says_what_is_wrong_with_its_options(monkeypatch, bad, script, options,
                                                          message):
     monkeypatch.chdir(bad)
     name = f"{script.__name__}.py"
     monkeypatch.setattr(sys, "argv", [name, *options.split()])
-    if script is not lifecycle and script is not evaluate:
+    if script.__name__.startswith("train_"):
         sys.argv += ["--out", "new", "--overwrite"]
+    main = functools.partial(bench.main, "train") if script is bench else script.main
+    before = content(bad)
     with pytest.raises(SystemExit) as stopped:
-        command_line(script.main, script.Config, script.__doc__)
+        command_line(main, script.Config, script.__doc__)
+    assert content(bad) == before
     assert stopped.value.code.startswith(f"{name}: ") and message in stopped.value.code
     assert "\n" not in stopped.value.code and not Path("new/metrics.jsonl").exists()

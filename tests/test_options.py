@@ -340,6 +340,32 @@ def test_what_is_infinite_or_not_a_number_is_no_number(script):
     assert n_tried or script in (shards, evaluate, lifecycle, bench)
 
 
+WORDS = [
+    (train_pretrain, "schedule", "cosine or wsd"), (train_pretrain, "shard", "none or fsdp"),
+    (train_pretrain, "balance", "loss, bias or none"),
+    (train_pretrain, "router", "token_choice or expert_choice"),
+    (train_denoise, "objective", "mlm, span, ul2 or causal"), (train_sft, "peft", "none or lora"),
+    (train_sft, "truncate", "error, left or drop"), (train_rm, "optimizer", "adam, adamw or muon"),
+    (train_dpo, "bad_rows", "error or skip"), (train_ppo, "critic_init", "rm or sft"),
+    (lifecycle, "preset", "tiny, smoke or gpu"), (shards, "bad_rows", "error or skip"),
+    *[(script, "dtype", "auto, ") for script in SCRIPTS if script is not shards]]
+
+
+@pytest.mark.parametrize("script, name, wanted", WORDS)
+def test_a_word_that_means_nothing_is_refused_and_those_that_do_are_named(script, name, wanted):
+    with pytest.raises(ValueError, match=f"--{name} left-over: give {wanted}"):
+        options.parse(script.Config, [f"--{name}", "left-over"])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("error | left | drop", ["error", "left", "drop"]), ("rows: left | drop", ["left", "drop"]),
+    ("bias (nudged, later) | none", ["bias", "none"]), ("a | b: a is new", ["a", "b"]),
+    ("a | b, which is old", ["a", "b"]), ("bpe | bytes | a folder with one", []),
+    ("auto | cuda | cuda:1 | mps", []), ("one of a | b", []), ("", [])])
+def test_a_comment_lists_the_words_that_may_be_given(text, words):
+    assert options.choices(text) == words
+
+
 @pytest.mark.parametrize("text, inside, outside", [
     ("x, > 0", (1e-9, 3), (0, -1)), ("x, >= 1", (1, 9), (0, 0.5)),
     ("x, in [0, 1)", (0, 0.9), (1, -0.1)), ("x, in (0, inf]", (math.inf, 1), (0, -math.inf)),

@@ -568,7 +568,6 @@ def test_optimizers_are_those_of_the_n_plus_paper(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"reward_model": "sft"}, "sft: this is a language model; give a reward model, the --out of"),
-    ({"critic_init": "ppo"}, "--critic_init ppo: give rm or sft"),
     ({"max_new_tokens": 60}, r"prompts.jsonl:\d+: .*--truncate left"),
 ])
 def test_what_cannot_work_stops_before_the_first_rollout(tmp_path, changes, message):

@@ -235,7 +235,7 @@ def test_going_on_from_a_model_keeps_its_context(tmp_path):
     ({"data": "nowhere.txt"}, "nowhere.txt: not found"),
     ({"tokenizer": "nowhere"}, "nowhere"),
     ({"init": "nowhere"}, "nowhere: there is no such folder"),
-    ({"dtype": "float8"}, "--dtype float8: give auto, float32, bfloat16, float16"),
+    ({"dtype": "float8"}, "--dtype float8: give auto, float32, bfloat16 or float16"),
 ])
 def test_what_cannot_work_stops_before_training(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -236,7 +236,6 @@ def test_full_fine_tuning_moves_every_weight(tmp_path):
 # ---------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("changes, message", [
-    ({"peft": "prefix"}, "--peft prefix: give none or lora"),
     ({"peft": "lora", "lora_targets": "wq,query"}, "query.*the model has w13, w2, wk, wo, wq, wv"),
     ({"peft": "lora", "lora_rank": 0}, "--lora_rank is 0"),
     ({"context_length": 8}, r"tasks.jsonl:\d+: \d+ tokens with the template, 9 fit"),

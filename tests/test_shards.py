@@ -192,6 +192,26 @@ def alive(pid):
         return False
 
 
+def test_a_killed_worker_is_one_line_and_earlier_shards_stay(tmp_path, monkeypatch):
+    folder, index = written(tmp_path)
+    in_order = shards.in_order
+
+    def killed(pool, *args, **options):
+        results = in_order(pool, *args, **options)
+        yield next(results)
+        for worker in list(pool._processes.values()):
+            worker.kill()
+            worker.join()
+        yield from results
+    monkeypatch.setattr(shards, "in_order", killed)
+    monkeypatch.setattr(shards, "CHUNK", 500)                       # many chunks for each worker
+    with pytest.raises(OSError, match="a worker was killed.*fewer --workers"):
+        written(tmp_path, workers=2, overwrite=True)
+    assert shards.verify(folder) == index
+    monkeypatch.setattr(shards, "in_order", in_order)
+    assert written(tmp_path, workers=2, overwrite=True)[1]["splits"] == index["splits"]
+
+
 def test_a_bad_row_stops_before_training_shards_are_written(tmp_path):
     source = Path(write_corpus(tmp_path / "rows.jsonl"))
     source.write_text(source.read_text() + "{broken\n")
