@@ -3,6 +3,9 @@
     read_documents      texts to pretrain on (001 section 1.6)          .txt, .md, JSONL with `text`
     read_examples       conversations to imitate (3.4)                  JSONL, see FORMATS
     read_preferences    pairs: a prompt, a better and a worse answer    prompt / chosen / rejected
+    read_ratings        answers, each rated on a scale                  prompt / completion / rating
+    read_labelled       answers, each good or bad                       prompt / completion / label
+    read_rankings       several answers to a prompt, best first         see RANKED
     read_chosen         the better answers of pairs, to imitate
     read_prompts        conversations to be answered (4.5)              FORMATS, or `prompt` alone
 
@@ -17,6 +20,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,18 @@ SUFFIXES = (".txt", ".md", ".jsonl")          # of files with texts; rows are in
 ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
+
+# Preferences: pairs, single answers with a rating or a thumb up or down, several answers with
+# ranks (1: the best) or ratings. The world's rows say "response" for "completion".
+PAIR = ("prompt", "chosen", "rejected")
+RATED = (("prompt", "completion", "rating"), ("prompt", "response", "rating"))
+LABELLED = (("prompt", "completion", "label"), ("prompt", "response", "label"))
+ULTRAFEEDBACK = ("instruction", "completions")
+RANKED = (("prompt", "completions", "ranks"), ("prompt", "completions", "ratings"),
+          ("prompt", "responses", "ratings"), ULTRAFEEDBACK)
+
+# Of a number in a file at most, because arithmetic with 1e308 or Infinity ends in NaN.
+LARGEST = 1e9
 
 # A row that is not parsed yet: (where it stands, load). load() is called by good_rows() and not
 # before, because broken JSON must raise there, where bad rows are named and counted.
@@ -211,6 +227,11 @@ def excerpt(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def must_be(needed: str, field: str, value: object) -> ValueError:
+    """The error that a field with this value deserves."""
+    return ValueError(f'field "{field}" is {excerpt(value)}; it must be {needed}')
+
+
 def checked_text(value: object, field: str) -> str:
     """The value itself, if it is a non-empty string of real characters."""
     checked_characters(value, field)
@@ -222,7 +243,7 @@ def checked_text(value: object, field: str) -> str:
 def checked_characters(value: object, field: str) -> str:
     """The value itself, if it is a string of real characters."""
     if type(value) is not str:
-        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string')
+        raise must_be("a string", field, value)
     # JSON can spell half of a surrogate pair (U+D800 to U+DFFF), which has no UTF-8; asking
     # isascii first spares most texts the slow loop over their characters
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
@@ -242,8 +263,8 @@ def checked_turns(value: object, field: str, last: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": last, "content": checked_text(value, field)}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError(f'field "{field}" is {excerpt(value)}; it must be a string or a list of '
-                         'messages {"role": "user", "content": "..."}')
+        raise must_be('a string or a list of messages {"role": "user", "content": "..."}', field,
+                      value)
     # the roles are checked before the texts: a wrong order makes a row useless as a whole
     roles = [turn.get("role") for turn in value]
     for i, role in enumerate(roles):
@@ -271,6 +292,62 @@ def response_of(value: object, field: str, prompt: list[dict]) -> str:
     return answer["content"]
 
 
+def responses_of(row: dict, field: str, answers: dict[str, object]) -> tuple[list[dict], list[str]]:
+    """The prompt in a field of the row, and the text of each of its answers.
+
+    answers: {"chosen": text, or messages that end in the answer, ...}. Messages may repeat the
+    prompt with turns before it, which then belong to the prompt: some files have the bare question
+    in "prompt", and the system turn in "chosen" and "rejected".
+    """
+    prompt = checked_turns(row[field], field, "user")
+    for name, value in answers.items():
+        *before, _ = checked_turns(value, name, "assistant")
+        # the fuller conversation counts, because it is what was answered
+        if before[-len(prompt):] == prompt:
+            prompt = before
+    return prompt, [response_of(value, name, prompt) for name, value in answers.items()]
+
+
+def listed(row: dict, field: str) -> dict[str, object]:
+    """A list in a row by the names of its places: {"ratings[0]": 3, "ratings[1]": 5}."""
+    value = row[field]
+    if type(value) is not list:
+        raise must_be("a list", field, value)
+    return {f"{field}[{i}]": item for i, item in enumerate(value)}
+
+
+def checked_number(value: object, field: str, low: float, high: float, remedy: str = "") -> float:
+    """The value itself, if it is a number from low to high; NaN is not, nor is true."""
+    # isinstance would do for True, too, because a bool is an int in Python
+    is_number = type(value) in (int, float)
+    if not is_number or not low <= value <= high:
+        raise must_be(f"a number from {low:g} to {high:g}{remedy}", field, value)
+    return value
+
+
+def checked_scale(value: object) -> list[float]:
+    """[lowest, highest]: the ends of a scale for ratings."""
+    if type(value) is not list or len(value) != 2:
+        raise must_be("[lowest, highest]", "scale", value)
+    for end in value:
+        checked_number(end, "scale", -LARGEST, LARGEST)
+    if value[0] >= value[1]:
+        raise must_be("[lowest, highest]", "scale", value)
+    return value
+
+
+def rating_of(value: object, field: str, scale: object) -> float:
+    """A rating on its scale -> [0, 1]: 7 on [1, 10] -> 0.67. Without a scale (None) it must lie in
+    [0, 1] already, because a 1 may be the best on one scale and the worst on another."""
+    low = 0
+    high = 1
+    if scale is not None:
+        low, high = checked_scale(scale)
+    remedy = '; another scale stands in a field "scale", such as [1, 10]'
+    checked_number(value, field, low, high, remedy)
+    return (value - low) / (high - low)
+
+
 def formats_in(row: dict, formats: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
     """The formats of which the row has every field."""
     return [names for names in formats if row.keys() >= set(names)]
@@ -293,8 +370,7 @@ def prompt_of(row: dict, names: tuple[str, ...]) -> list[dict]:
     value = row[names[0]]
     if names == ("messages",):
         if value == [] or not isinstance(value, list):
-            raise ValueError(f'field "messages" is {excerpt(value)}; it must be a list of '
-                             'messages')
+            raise must_be("a list of messages", "messages", value)
         # a list may stop before the answer, because prompts need none
         last = value[-1]
         if isinstance(last, dict) and last.get("role") == "assistant":
@@ -329,7 +405,7 @@ def is_rated_good(row: dict) -> bool:
     for word, values in ((True, (1, "1", "true")), (False, (0, "0", "false"))):
         if (label.lower() if isinstance(label, str) else label) in values:
             return word
-    raise ValueError(f'field "label" is {excerpt(label)}; it must be true or false')
+    raise must_be("true or false", "label", label)
 
 
 def parse_example(row: dict) -> dict:
@@ -349,13 +425,124 @@ def parse_example(row: dict) -> dict:
 
 
 def parse_preference(row: dict) -> dict:
-    format_of(row, (("prompt", "chosen", "rejected"),))
-    prompt = checked_turns(row["prompt"], "prompt", "user")
-    chosen = response_of(row["chosen"], "chosen", prompt)
-    rejected = response_of(row["rejected"], "rejected", prompt)
+    if format_of(row, (PAIR, *RANKED)) != PAIR:
+        return extremes(parse_ranking(row))
+    answers = {name: row[name] for name in ("chosen", "rejected")}
+    prompt, (chosen, rejected) = responses_of(row, "prompt", answers)
     if chosen == rejected:
         raise ValueError('"chosen" and "rejected" are the same; the two must differ')
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "example": row}
+    margin = row.get("margin")
+    if margin is not None:
+        checked_number(margin, "margin", 0, LARGEST)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin,
+            "example": row}
+
+
+def extremes(ranking: dict) -> dict:
+    """A ranking as a pair: its best answer against its worst. A ranking of two loses nothing."""
+    best, *_, worst = ranking["responses"]
+    margin = None
+    if ranking["ratings"]:
+        highest, *_, lowest = ranking["ratings"]
+        margin = highest - lowest
+    return {"prompt": ranking["prompt"], "chosen": best, "rejected": worst, "margin": margin,
+            "example": ranking["example"]}
+
+
+def parse_single(row: dict, formats: tuple[tuple[str, ...], ...]) -> dict:
+    """A prompt and the one answer to it, without what somebody thinks of the answer."""
+    _, name, _ = format_of(row, formats)
+    answers = {name: row[name]}
+    prompt, [response] = responses_of(row, "prompt", answers)
+    return {"prompt": prompt, "response": response, "example": row}
+
+
+def parse_rating(row: dict) -> dict:
+    answered = parse_single(row, RATED)
+    rating = rating_of(row["rating"], "rating", row.get("scale"))
+    return answered | {"rating": rating}
+
+
+def parse_labelled(row: dict) -> dict:
+    answered = parse_single(row, LABELLED)
+    return answered | {"label": is_rated_good(row)}
+
+
+def parse_ranking(row: dict) -> dict:
+    names = format_of(row, RANKED)
+    if names == ULTRAFEEDBACK:
+        answers, ratings = ultrafeedback_answers(row)
+    else:
+        answers = listed(row, names[1])
+        ratings = listed_ratings(row, names[2], len(answers))
+    prompt, responses = responses_of(row, names[0], answers)
+    kept = best_first(ratings, responses)
+    if len(kept) < 2:
+        raise ValueError(f"{len(kept)} of {len(responses)} answers differ in text and rating; "
+                         "a ranking needs 2")
+    # ranks say which answer is better, and not how much
+    has_ratings = "ranks" not in names
+    return {"prompt": prompt, "responses": list(kept.values()),
+            "ratings": list(kept) if has_ratings else None,
+            "example": row, "n_equal": len(responses) - len(kept)}
+
+
+def best_first(ratings: list[float], responses: list[str]) -> dict[float, str]:
+    """{rating: response} from the best on: [0.2, 0.9, 0.2], [a, b, c] -> {0.9: b, 0.2: a}.
+
+    Equal ratings would be a tie, and a text that comes twice would be better than itself: of
+    either the first is kept.
+    """
+    rated = list(zip(ratings, responses))
+    # by the rating alone, because equal ratings then keep the order of the row
+    rated.sort(key=itemgetter(0), reverse=True)
+    kept = {}
+    for rating, response in rated:
+        is_new = response not in kept.values()
+        if is_new and rating not in kept:
+            kept[rating] = response
+    return kept
+
+
+def listed_ratings(row: dict, field: str, n: int) -> list[float]:
+    """What each of n answers is worth: its rating in [0, 1], or its rank with a minus."""
+    values = listed(row, field)
+    if len(values) != n:
+        raise must_be(f"a list of {n} numbers, one for each answer", field, row[field])
+    if field == "ranks":
+        return negated(row["ranks"])
+    scale = row.get("scale")
+    return [rating_of(value, place, scale) for place, value in values.items()]
+
+
+def negated(ranks: list) -> list[float]:
+    """Ranks as numbers of which the highest is the best: [2, 1, 3] -> [-2, -1, -3]."""
+    n = len(ranks)
+    # a gap, a rank that comes twice or a fraction leaves one of the n numbers missing
+    missing = [rank for rank in range(1, n + 1) if rank not in ranks]
+    if missing:
+        raise must_be(f"each of 1 (the best) to {n} once", "ranks", ranks)
+    return [-rank for rank in ranks]
+
+
+def ultrafeedback_answers(row: dict) -> tuple[dict[str, object], list[float]]:
+    """The answers of a row of UltraFeedback (Cui et al. 2023), and their ratings in [0, 1].
+
+    "overall_score" is on its own scale of 1 to 10. "custom_system_prompt" is left out, because
+    each completion of a row has another one.
+    """
+    scale = row.get("scale")
+    if scale is None:
+        scale = [1, 10]
+    answers = {}
+    ratings = []
+    for place, completion in listed(row, "completions").items():
+        if not isinstance(completion, dict):
+            raise must_be('an object with "response" and "overall_score"', place, completion)
+        answers[f"{place}.response"] = completion.get("response")
+        score = completion.get("overall_score")
+        ratings.append(rating_of(score, f"{place}.overall_score", scale))
+    return answers, ratings
 
 
 def parse_chosen(row: dict) -> dict:
@@ -369,7 +556,22 @@ def parse_prompt(row: dict) -> dict:
     # `prompt` alone counts only if nothing else fits: prompt/response would be two formats
     formats = FORMATS if formats_in(row, FORMATS) else (("prompt",), *FORMATS)
     names = format_of(row, formats)
-    return {"messages": prompt_of(row, names), "example": row}
+    return {"messages": prompt_of(row, names), "answer": own_answer(row, names), "example": row}
+
+
+def own_answer(row: dict, names: tuple[str, ...]) -> str:
+    """The answer that a row of prompts has itself, "" for none: a checker compares with it."""
+    # the world's rows have the key's answer beside a demonstration, which may be wrong
+    if "answer" in row:
+        return str(row["answer"] or "")
+    if names == ("prompt",):
+        return ""
+    value = row[names[-1]]                     # of ("messages",) the whole conversation
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        last = value[-1]
+        value = last.get("content") if last.get("role") == "assistant" else ""
+    # nothing else is said about it, because no model reads it
+    return value if isinstance(value, str) else ""
 
 
 # ---------------------------------------------------------------------- readers
@@ -472,8 +674,46 @@ def read_examples(data: str | Path, n: int | None = None, **options) -> list[dic
 
 
 def read_preferences(data: str | Path, n: int | None = None, **options) -> list[dict]:
-    """Pairs: [{"prompt": messages, "chosen": text, "rejected": text, "example", "where"}, ...]."""
+    """Pairs: [{"prompt": messages, "chosen": text, "rejected": text, "margin", "example", "where"},
+    ...]. Of a ranking the best answer against the worst.
+
+    margin: how much better, >= 0: a pair's own column "margin", on whatever scale; of a ranking
+    the difference of the two ratings, in [0, 1]; None where nobody says.
+    """
     return read_rows(data, "preferences", parse_preference, n, **options)
+
+
+def read_ratings(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Answers on a scale: [{"prompt": messages, "response": text, "rating": in [0, 1], "example",
+    "where"}, ...].
+
+    A file's ratings lie in [0, 1], or its rows have "scale": [lowest, highest], which becomes
+    [0, 1]. Anything beyond is an error.
+    """
+    return read_rows(data, "ratings", parse_rating, n, **options)
+
+
+def read_labelled(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Answers that are good or bad: [{"prompt": messages, "response": text, "label": bool,
+    "example", "where"}, ...], as KTO learns from (Ethayarajh et al. 2024)."""
+    return read_rows(data, "labelled", parse_labelled, n, **options)
+
+
+def read_rankings(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Answers in order: [{"prompt": messages, "responses": texts, best first, "ratings": of each,
+    in [0, 1], or None, "example", "where"}, ...].
+
+    Two answers at least. Ratings as in read_ratings, UltraFeedback's from 1 to 10; None of ranks.
+    A ranking holds no ties: of answers with equal ratings the first is kept, of equal texts the
+    best. What is left out so is counted and said; a row without two answers is a bad row.
+    """
+    rows = read_rows(data, "rankings", parse_ranking, n, **options)
+    # here and not in parse_ranking, because it is said once of all rows
+    n_equal = sum(row.pop("n_equal") for row in rows)
+    if n_equal:
+        print(f"{data}: left out {n_equal:,} answers that equal another of their row in rating or "
+              "text", file=sys.stderr)
+    return rows
 
 
 def read_chosen(data: str | Path, n: int | None = None, **options) -> list[dict]:
@@ -482,7 +722,8 @@ def read_chosen(data: str | Path, n: int | None = None, **options) -> list[dict]
 
 
 def read_prompts(data: str | Path, n: int | None = None, **options) -> list[dict]:
-    """Conversations to be answered: [{"messages", "example", "where"}, ...]; answers are cut."""
+    """Conversations to be answered: [{"messages", "answer", "example", "where"}, ...]. "answer":
+    the row's own, which no model sees; "" for none."""
     return read_rows(data, "prompts", parse_prompt, n, **options)
 
 

@@ -43,7 +43,7 @@ def test_every_public_format_becomes_the_same_conversation(row, tmp_path):
     [example] = readers.read_examples(path)
     assert example == {"messages": TALK, "task": "", "example": {}, "where": f"{path}:1"}
     [prompt] = readers.read_prompts(path)
-    assert prompt == {"messages": ASKED, "example": {}, "where": f"{path}:1"}
+    assert prompt == {"messages": ASKED, "answer": ANSWER, "example": {}, "where": f"{path}:1"}
 
 
 def test_alpaca_input_follows_its_instruction_on_a_new_line(tmp_path):
@@ -82,8 +82,106 @@ def test_preferences_may_be_text_messages_or_whole_conversations(tmp_path):
             {"prompt": QUESTION, "chosen": TALK, "rejected": [*ASKED, other]}]
     path = write(tmp_path / "pairs.jsonl", rows)
     for i, pair in enumerate(readers.read_preferences(path)):
-        assert pair == {"prompt": ASKED, "chosen": ANSWER, "rejected": "Nobody.",
+        assert pair == {"prompt": ASKED, "chosen": ANSWER, "rejected": "Nobody.", "margin": None,
                         "example": {}, "where": f"{path}:{i + 1}"}
+
+
+def test_a_pair_may_say_by_how_much_it_is_better(tmp_path):
+    pair = {"prompt": QUESTION, "chosen": ANSWER, "rejected": "Nobody."}
+    rows = [pair | {"margin": margin} for margin in (0, 2.5, None)] + [pair]
+    read = readers.read_preferences(write(tmp_path / "pairs.jsonl", rows))
+    assert [pair["margin"] for pair in read] == [0, 2.5, None, None]
+
+
+@pytest.mark.parametrize("thought, rating", [
+    ({"rating": 0.25}, 0.25), ({"rating": 1}, 1.0), ({"rating": 0, "scale": None}, 0.0),
+    ({"rating": 2, "scale": [1, 5]}, 0.25), ({"rating": 0, "scale": [-1, 1]}, 0.5),
+    ({"rating": 10, "scale": [1, 10], "label": False, "comment": "not read"}, 1.0),
+])
+def test_a_rating_is_read_on_its_own_scale_or_else_from_0_to_1(thought, rating, tmp_path):
+    for answer in ({"completion": ANSWER}, {"response": ANSWER}, {"completion": TALK}):
+        row = {"prompt": QUESTION} | answer | thought
+        path = write(tmp_path / "rows.jsonl", [row])
+        assert readers.read_ratings(path) == [
+            {"prompt": ASKED, "response": ANSWER, "rating": rating, "example": {},
+             "where": f"{path}:1"}]
+
+
+def test_labelled_answers_are_good_or_bad_as_their_label_says(tmp_path):
+    labels = [0, 1, "true", "False", True, "0"]
+    rows = [{"prompt": ASKED, "completion": ANSWER, "label": label} for label in labels]
+    path = write(tmp_path / "rows.jsonl", rows)
+    read = readers.read_labelled(path)
+    assert read[0] == {"prompt": ASKED, "response": ANSWER, "label": False, "example": {},
+                       "where": f"{path}:1"}
+    assert [row["label"] for row in read] == [False, True, True, False, True, False]
+
+
+def ultrafeedback(*scores, **fields):
+    completions = [{"response": text, "overall_score": score, "custom_system_prompt": text}
+                   for text, score in zip("abc", scores)]
+    return {"instruction": QUESTION, "completions": completions, "models": []} | fields
+
+
+ABC = {"prompt": QUESTION, "completions": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize("row, ratings", [
+    (ABC | {"ranks": [2, 1, 3]}, None),
+    (ABC | {"ranks": [2.0, 1.0, 3.0]}, None),
+    (ABC | {"ratings": [0.5, 1, 0.25]}, [1, 0.5, 0.25]),
+    (ABC | {"ratings": [3, 5, 1], "scale": [1, 5]}, [1, 0.5, 0]),
+    ({"prompt": ASKED, "responses": ["b", "a", "c"], "ratings": [1, 0.5, 0]}, [1, 0.5, 0]),
+    ({"prompt": ASKED, "completions": [[{"role": "assistant", "content": x}] for x in "abc"],
+      "ratings": [0.5, 1, 0]}, [1, 0.5, 0]),
+    (ultrafeedback(5.5, 10, 1), [1, 0.5, 0]),
+    (ultrafeedback(2, 4, 0, scale=[0, 4]), [1, 0.5, 0]),
+])
+def test_every_form_of_a_ranking_is_read_best_first_and_its_ends_are_a_pair(row, ratings, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row])
+    assert readers.read_rankings(path) == [
+        {"prompt": ASKED, "responses": ["b", "a", "c"], "ratings": ratings, "example": {},
+         "where": f"{path}:1"}]
+    margin = ratings and ratings[0] - ratings[-1]
+    assert readers.read_preferences(path) == [
+        {"prompt": ASKED, "chosen": "b", "rejected": "c", "margin": margin, "example": {},
+         "where": f"{path}:1"}]
+
+
+def test_a_ranking_of_two_is_a_pair(tmp_path):
+    two = {"prompt": QUESTION, "completions": ["good", "bad"], "ranks": [1, 2]}
+    pair = {"prompt": QUESTION, "chosen": "good", "rejected": "bad"}
+    path = write(tmp_path / "rows.jsonl", [two, pair])
+    first, second = readers.read_preferences(path)
+    assert first | {"where": ""} == second | {"where": ""}
+
+
+def test_a_system_turn_that_only_the_answers_have_belongs_to_the_prompt(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    full, other = ([system, *ASKED, {"role": "assistant", "content": x}] for x in "ab")
+    prompt = {"prompt": QUESTION}
+    for read, answers in (
+            (readers.read_preferences, {"chosen": full, "rejected": other}),
+            (readers.read_preferences, {"chosen": "a", "rejected": other}),
+            (readers.read_ratings, {"completion": full, "rating": 1}),
+            (readers.read_labelled, {"completion": full, "label": 1}),
+            (readers.read_rankings, {"completions": [full, "b"], "ranks": [1, 2]})):
+        [row] = read(write(tmp_path / "rows.jsonl", [prompt | answers]))
+        assert row["prompt"] == [system, *ASKED]
+
+
+def test_answers_that_equal_another_are_left_out_of_a_ranking_and_counted(tmp_path, capsys):
+    def ranked(texts, ratings):
+        return {"prompt": QUESTION, "completions": texts, "ratings": ratings}
+    rows = [ranked(["a", "b", "c", "d"], [0.5, 1, 0.5, 0.5]), ranked(["a", "b"], [0, 1]),
+            ranked(["a", "b", "a"], [0.2, 0.5, 0.9])]
+    path = write(tmp_path / "rows.jsonl", rows)
+    kept = [row["responses"] for row in readers.read_rankings(path)]
+    assert kept == [["b", "a"], ["b", "a"], ["a", "b"]]
+    assert capsys.readouterr().err == (f"{path}: left out 3 answers that equal another of their "
+                                       "row in rating or text\n")
+    readers.read_rankings(write(path, rows[1:2]))
+    assert capsys.readouterr().err == ""
 
 
 def test_documents_come_from_a_file_a_folder_or_jsonl(tmp_path):
@@ -154,6 +252,76 @@ def test_a_bad_pair_is_named_with_file_and_line(change, said, tmp_path):
         readers.read_preferences(lacking)
 
 
+RATED = {"prompt": "p", "completion": "r", "rating": 0.5}
+LABELLED = {"prompt": "p", "completion": "r", "label": 1}
+RANKS = ABC | {"ranks": [1, 2, 3]}
+RATINGS = ABC | {"ratings": [0.1, 0.2, 0.3]}
+
+
+@pytest.mark.parametrize("read, good, change, said", [
+    (readers.read_ratings, RATED, {"completion": " "}, 'field "completion" is empty'),
+    (readers.read_ratings, RATED, {"completion": None}, 'field "completion" is null; it must be'),
+    (readers.read_ratings, RATED, {"prompt": TALK}, 'field "prompt" has the roles'),
+    (readers.read_ratings, RATED, {"rating": 7}, 'field "rating" is 7; it must be a number from 0 '
+     'to 1; another scale stands in a field "scale", such as [1, 10]'),
+    (readers.read_ratings, RATED, {"rating": 0, "scale": [1, 10]},
+     'field "rating" is 0; it must be a number from 1 to 10'),
+    (readers.read_ratings, RATED, {"rating": float("nan")}, 'field "rating" is NaN; it must be'),
+    (readers.read_ratings, RATED, {"rating": 10 ** 400}, 'field "rating" is 1000000'),
+    (readers.read_ratings, RATED, {"rating": True}, 'field "rating" is true; it must be a number'),
+    (readers.read_ratings, RATED, {"rating": "0.5"}, 'field "rating" is "0.5"; it must be a num'),
+    (readers.read_ratings, RATED, {"scale": [1]}, 'field "scale" is [1]; it must be [lowest, hi'),
+    (readers.read_ratings, RATED, {"scale": [1, 1]}, 'field "scale" is [1, 1]; it must be [lowest'),
+    (readers.read_ratings, RATED, {"scale": [0, float("inf")]}, 'field "scale" is Infinity; it'),
+    (readers.read_ratings, RATED, {"response": "r"}, "fields of several formats"),
+    (readers.read_labelled, LABELLED, {"label": "maybe"}, 'field "label" is "maybe"; it must be '
+     "true or false"),
+    (readers.read_labelled, LABELLED, {"label": None}, 'field "label" is null'),
+    (readers.read_labelled, LABELLED, {"completion": ""}, 'field "completion" is empty'),
+    (readers.read_rankings, RANKS, {"ranks": [1, 2, 4]}, 'field "ranks" is [1, 2, 4]; it'),
+    (readers.read_rankings, RANKS, {"ranks": [1, 3, 3]}, 'field "ranks" is [1, 3, 3]; it must be '
+     "each of 1 (the best) to 3 once"),
+    (readers.read_rankings, RANKS, {"ranks": [1, 2, "3"]}, 'field "ranks" is [1, 2, "3"]; it'),
+    (readers.read_rankings, RANKS, {"ranks": [0, 1, 2]}, 'field "ranks" is [0, 1, 2]; it'),
+    (readers.read_rankings, RANKS, {"ranks": [1, 2]}, 'field "ranks" is [1, 2]; it must be a list '
+     "of 3 numbers, one for each answer"),
+    (readers.read_rankings, RANKS, {"ranks": 1}, 'field "ranks" is 1; it must be a list'),
+    (readers.read_rankings, RANKS, {"completions": "a"}, 'field "completions" is "a"; it must be '
+     "a list"),
+    (readers.read_rankings, RANKS, {"completions": ["a", "", "c"]}, 'field "completions[1]" is em'),
+    (readers.read_rankings, RANKS, {"completions": ["a"] * 3}, "1 of 3 answers differ in text and "
+     "rating; a ranking needs 2"),
+    (readers.read_rankings, RANKS, {"completions": ["a"], "ranks": [1]}, "1 of 1 answers differ"),
+    (readers.read_rankings, RANKS, {"completions": [], "ranks": []}, "0 of 0 answers differ"),
+    (readers.read_rankings, RANKS, {"ratings": [1, 0, 0]}, "fields of several formats"),
+    (readers.read_rankings, RATINGS, {"ratings": [0.5] * 3}, "1 of 3 answers differ"),
+    (readers.read_rankings, RATINGS, {"ratings": [0, 1, 2]}, 'field "ratings[2]" is 2; it must be '
+     "a number from 0 to 1"),
+    (readers.read_rankings, RATINGS, {"ratings": [0, None, 1]}, 'field "ratings[1]" is null'),
+    (readers.read_rankings, RATINGS, {"ratings": [0, 1]}, 'field "ratings" is [0, 1]; it must be '),
+    (readers.read_rankings, ultrafeedback(1, 2), ultrafeedback(1, 11),
+     'field "completions[1].overall_score" is 11; it must be a number from 1 to 10'),
+    (readers.read_rankings, ultrafeedback(1, 2), {"completions": ["a", "b"]},
+     'field "completions[0]" is "a"; it must be an object with "response" and "overall_score"'),
+    (readers.read_rankings, ultrafeedback(1, 2), {"completions": [{"overall_score": 2}]},
+     'field "completions[0].response" is null; it must be a string'),
+    (readers.read_preferences, RATINGS, {"ratings": [1, 1, 1]}, "1 of 3 answers differ"),
+    (readers.read_preferences, RATINGS, {"chosen": "a", "rejected": "b"}, "fields of several"),
+])
+def test_a_bad_judgement_is_named_with_file_and_line(read, good, change, said, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [good, "", good | change, good])
+    with pytest.raises(ValueError, match=re.escape(f"{path}:3: {said}")):
+        read(path)
+    assert len(read(path, bad_rows="skip")) == 2
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf"), "1", True])
+def test_a_margin_is_a_number_from_0_on(margin, tmp_path):
+    row = {"prompt": "p", "chosen": "good", "rejected": "bad", "margin": margin}
+    with pytest.raises(ValueError, match='rows.jsonl:1: field "margin" is .*a number from 0 to'):
+        readers.read_preferences(write(tmp_path / "rows.jsonl", [row]))
+
+
 def test_missing_empty_and_unknown_files_are_errors_that_say_so(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     (tmp_path / "rows.csv").write_text("a,b")
@@ -202,6 +370,24 @@ def test_a_world_is_read_by_name_and_seed():
             [p["chosen"] for p in World(seed).preferences(40, "train", seed=1, noise=0.5)]
 
 
+@pytest.mark.parametrize("read, fields", [
+    (readers.read_preferences, ("chosen", "rejected", "margin")),
+    (readers.read_ratings, ("response", "rating")),
+    (readers.read_labelled, ("response", "label")),
+    (readers.read_rankings, ("responses", "ratings")),
+])
+def test_all_that_annotators_of_a_world_say_is_read_as_it_was_said(read, fields, capsys):
+    dials = {"noise": 0.3, "bias": 0.2, "disagreement": 0.5}
+    method = read.__name__.removeprefix("read_")
+    made = getattr(World(2), method)(60, split="heldout", seed=3, **dials)
+    rows = read("world:2", 60, split="heldout", seed=3, **dials)
+    for row, raw in zip(rows, made, strict=True):
+        assert row["prompt"] == readers.checked_turns(raw["prompt"], "prompt", "user")
+        assert [row[field] for field in fields] == [raw[field] for field in fields]
+        assert row["example"] == raw
+    assert capsys.readouterr().err == ""
+
+
 def test_conversations_of_a_world_are_read_as_examples_pairs_and_prompts():
     examples = readers.read_examples("world", 20, families=("followup",))
     for e in examples:
@@ -248,6 +434,22 @@ def test_a_file_is_split_by_prompt_so_that_no_prompt_is_on_both_sides(tmp_path):
     assert some != readers.read_examples(path, 50, seed=2)
     with pytest.raises(ValueError, match="split is 'test'"):
         readers.read_examples(path, split="test")
+
+
+@pytest.mark.parametrize("read, judged", [
+    (readers.read_preferences, {"chosen": "a", "rejected": "b"}),
+    (readers.read_preferences, {"completions": ["a", "b"], "ranks": [1, 2]}),
+    (readers.read_ratings, {"completion": "a", "rating": 0.5}),
+    (readers.read_labelled, {"completion": "a", "label": 0}),
+    (readers.read_rankings, {"completions": ["a", "b"], "ratings": [0, 1]}),
+])
+def test_a_held_out_prompt_is_the_same_in_every_form_of_preference(read, judged, tmp_path):
+    prompts = [f"question {i % 100}" for i in range(300)]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": prompt} | judged for prompt in prompts])
+    for split, is_heldout in (("train", False), ("heldout", True)):
+        read_prompts = [row["prompt"][0]["content"] for row in read(path, split=split)]
+        assert read_prompts == [p for p in prompts if readers.held_out(p) == is_heldout]
+        assert read_prompts
 
 
 def test_a_text_is_split_at_its_last_tenth_and_jsonl_documents_are_split_whole(tmp_path):

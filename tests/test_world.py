@@ -50,12 +50,15 @@ from world.text import (
     words_of,
 )
 from world.world import (
+    AXES,
+    CLEAR,
     HANDS,
     IN_FORMS,
     IN_PARTS,
     MAIN_HANDS,
     MAIN_SHARE,
     PAIRS,
+    THUMB_UP,
     World,
     demonstrate,
     respond,
@@ -87,7 +90,8 @@ def test_every_stream_is_the_same_in_another_process():
     code = ("import itertools, json; from world.world import World; w = World(3);"
             "print(json.dumps(["
             "w.residents, w.lexicon, list(itertools.islice(w.documents(1), 20)),"
-            "w.examples(30), w.prompts(10, 'heldout'), w.preferences(30, noise=0.2, bias=0.2)]))")
+            "w.examples(30), w.prompts(10, 'heldout'), w.preferences(30, noise=0.2, bias=0.2),"
+            "w.ratings(10, noise=0.2, disagreement=1), w.rankings(10, noise=0.2)]))")
     texts = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
                             env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout
              for hash_seed in ("1", "2")]
@@ -454,6 +458,131 @@ def test_bias_is_the_share_of_pairs_judged_by_length():
     assert abs(longer[0.5] - (longer[0.0] + 1) / 2) < 0.04
 
 
+def test_the_margin_is_what_the_annotator_sees_between_the_two():
+    for pair in WORLD.preferences(200) + WORLD.preferences(200, noise=1.0):
+        chosen, rejected = (total(pair["example"], pair[side]) for side in ("chosen", "rejected"))
+        assert pair["margin"] == pytest.approx(abs(chosen - rejected)) and pair["margin"] >= 0.0199
+    by_length = WORLD.preferences(200, bias=1.0)
+    assert all(pair["margin"] > 0 or len(pair["chosen"]) == len(pair["rejected"])
+               for pair in by_length)
+
+
+def parts_of(pair: dict, side: str) -> np.ndarray:
+    parts = true_reward(pair["example"], pair[side])
+    return np.array([parts[name] for name in WEIGHTS])
+
+
+def test_annotators_disagree_only_about_pairs_of_which_each_is_better_in_something():
+    judged = WORLD.preferences(1000, disagreement=2.0)
+    disputed = [pair for pair in judged if not pair["clean"]]
+    assert 5 < len(disputed) < 50
+    for pair in disputed:
+        gains = parts_of(pair, "chosen") - parts_of(pair, "rejected")
+        assert gains.max() > 0 > gains.min() and pair["margin"] > 0
+
+
+def texts_of(row: dict, sides: tuple[str, ...]) -> set[str]:
+    texts = [row[side] for side in sides]
+    return set(*texts) if sides == ("responses",) else set(texts)
+
+
+def test_the_dials_change_what_is_said_of_the_responses_and_never_the_responses():
+    dials = {"noise": 0.5, "bias": 0.3, "disagreement": 1.0}
+    for stream, sides in ((WORLD.preferences, ("chosen", "rejected")),
+                          (WORLD.ratings, ("response",)), (WORLD.rankings, ("responses",))):
+        plain, dialled = stream(60), stream(60, **dials)
+        for row, other in zip(plain, dialled):
+            assert row["prompt"] == other["prompt"] and row["example"] == other["example"]
+            assert texts_of(row, sides) == texts_of(other, sides)
+        assert plain != dialled
+
+
+def test_every_kind_of_pair_lies_on_an_axis_of_the_guidelines():
+    assert set(AXES) == {kind for kind, *_ in PAIRS}
+    assert set(AXES.values()) == {"helpful", "harmless", "honest", "coherent"}
+
+
+# ------------------------------------------------------------------ ratings and rankings
+
+def truths_of(ranking: dict) -> np.ndarray:
+    return np.array([total(ranking["example"], response) for response in ranking["responses"]])
+
+
+def test_an_undisturbed_rating_is_the_true_reward_and_half_the_thumbs_are_up():
+    rows = WORLD.ratings(600)
+    for row in rows:
+        assert row["rating"] == pytest.approx(total(row["example"], row["response"]))
+        assert row["label"] == (row["rating"] >= THUMB_UP) and row["clean"]
+    assert 0.42 < np.mean([row["label"] for row in rows]) < 0.52
+    assert {row["kind"] for row in rows} == set(AXES)
+    assert WORLD.labelled(5) == rows[:5]
+
+
+def test_ratings_agree_the_less_with_the_truth_the_further_a_dial_is_turned():
+    for dial, settings in {"noise": (0.1, 0.4), "disagreement": (0.3, 1.5),
+                           "bias": (0.3, 0.9)}.items():
+        clean = [1.0]
+        for setting in settings:
+            rows = WORLD.ratings(300, **{dial: setting})
+            assert all(0 <= row["rating"] <= 1 for row in rows)
+            # Half of the thumbs stay up, because who is wrong errs on both sides.
+            assert 0.37 < np.mean([row["label"] for row in rows]) < 0.6
+            clean.append(np.mean([row["clean"] for row in rows]))
+        assert clean[0] > clean[1] + 0.05 > clean[2] + 0.1, (dial, clean)
+
+
+def test_a_biased_rating_grows_with_the_length_and_with_nothing_else():
+    rows = WORLD.ratings(100, bias=1.0)
+    rows.sort(key=lambda row: len(row["response"]))
+    ratings = [row["rating"] for row in rows]
+    assert ratings == sorted(ratings) and len(set(ratings)) > 30
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_a_ranking_has_k_responses_that_differ_clearly_the_best_one_first(k):
+    for row in WORLD.rankings(40, "heldout", k=k):
+        truths = truths_of(row)
+        assert len(truths) == len(set(row["responses"])) == k
+        assert row["ratings"] == pytest.approx(truths)
+        assert (truths[:-1] - truths[1:]).min() >= CLEAR
+
+
+def test_no_prompt_is_rated_or_ranked_on_both_sides():
+    for stream in (WORLD.ratings, WORLD.rankings):
+        train, heldout = ({text_of(row["prompt"]) for row in stream(n, split)}
+                          for n, split in ((300, "train"), (100, "heldout")))
+        assert not train & heldout
+
+
+def test_rankings_agree_the_less_with_the_truth_the_further_a_dial_is_turned():
+    for dial, settings in {"noise": (0.1, 0.5, 1000), "disagreement": (0.5, 2.0),
+                           "bias": (0.3, 0.9)}.items():
+        agreement = [1.0]
+        for setting in settings:
+            rows = WORLD.rankings(100, **{dial: setting})
+            for row in rows:
+                # No ties, however loud the noise, because a ranking cannot hold them.
+                ratings = row["ratings"]
+                assert 0 <= ratings[-1] and ratings[0] <= 1
+                assert ratings == sorted(set(ratings), reverse=True)
+            # The share of neighbours in the order of their true rewards.
+            right = [(np.diff(truths_of(row)) < 0).mean() for row in rows]
+            agreement.append(np.mean(right))
+        assert all(a > b + 0.02 for a, b in zip(agreement, agreement[1:])), (dial, agreement)
+
+
+def test_who_goes_by_length_ranks_the_longest_first():
+    for row in WORLD.rankings(50, bias=1.0):
+        lengths = [len(response) for response in row["responses"]]
+        assert lengths == sorted(set(lengths), reverse=True)
+
+
+def test_a_ranking_of_one_or_of_more_than_there_are_is_refused():
+    for k in (1, 9):
+        with pytest.raises(ValueError, match=f"k is {k}; a prompt has 2 to 8"):
+            WORLD.rankings(1, k=k)
+
+
 # ------------------------------------------------------------------ the judge
 
 def tasks(n: int, family: str, split: str = "train"):
@@ -710,5 +839,5 @@ def test_length_costs_step_by_step():
 
 
 def test_examples_are_plain_json():
-    rows = WORLD.examples(100) + WORLD.preferences(50)
+    rows = WORLD.examples(100) + WORLD.preferences(50) + WORLD.ratings(20) + WORLD.rankings(20)
     assert json.loads(json.dumps(rows)) == rows

@@ -5,25 +5,30 @@ The world itself: its bears and its language, and streams of everything that sta
     world.documents()                  an endless corpus: stories, facts, scenes, sums, lessons
     world.bearish_documents()          a small one in a second language, Bearish
     world.examples(n, split)           instructions with demonstrations, in families and clusters
-    world.preferences(n, split)        pairs of responses; noise and bias can be dialled in
+    world.preferences(n, split)        pairs of responses: the better one, the worse one
+    world.ratings(n, split)            single responses, each with a rating and a thumb up or down
+    world.rankings(n, split, k)        k responses to a prompt, best first
     world.prompts(n, split)            instructions to answer: reinforcement learning, evaluation
 
-The judge of responses, true_reward(example, response), stands in judge.py.
+The judge of responses, true_reward(example, response), stands in judge.py. Annotators compare, rate
+and rank by it, and err as far as their dials say: noise, bias (length), disagreement (own weights).
 
 Everything is drawn from random streams with names: the same seed gives the same world on every
 machine. A computed instance (its numbers, its words, its passage) belongs to one split by a stable
 hash, in the corpus too. Facts are all in training; held out are phrasings of the questions.
 
-Below: the World, responses, the taste.
+Below: the World, responses, annotators, the taste.
 
     python -m world.world              # a taste of everything
 """
 from collections.abc import Iterator
 from itertools import product
+from math import exp
+from operator import itemgetter
 from random import Random
 
 from world.documents import DOCUMENT_KINDS, bearish_document
-from world.judge import true_reward
+from world.judge import WEIGHTS, true_reward
 from world.tasks import (
     FAMILIES,
     TRAINED_FAMILIES,
@@ -125,6 +130,28 @@ PAIRS = [
     ("manner", 0.02, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
 ]
 
+# Which axis of an annotator's guidelines (001 section 4.3) the responses of a kind differ in.
+AXES = {
+    "right": "helpful",
+    "whole": "helpful",
+    "honest": "honest",
+    "harmless": "harmless",
+    "manner": "coherent",
+}
+
+# Behaviours of `tell` in a ranking, and how often: mostly answers, because in most families a
+# response that declines is wrong, and its words alone would tell that it is.
+BEHAVIOURS = {"right": 0.35, "wrong": 0.35, "part": 0.2, "more": 0.06, "refuse": 0.02,
+              "admit": 0.02}
+
+# True rewards of responses that are compared are so far apart, because a preference between
+# responses of equal worth would mean nothing.
+CLEAR = 0.02
+
+# From this rating on a person's thumb is up. A plain answer with one fault, of 0.8275, stays below
+# it: 47 % of the responses that are rated pass.
+THUMB_UP = 0.84
+
 
 # ------------------------------------------------------------------ the world
 
@@ -205,45 +232,122 @@ class World:
         return self.examples(n, split, seed, stream="prompts", **options)
 
     def preferences(self, n: int, split: str = "train", seed: int = 0, noise: float = 0.0,
-                    bias: float = 0.0) -> list[dict]:
-        """n pairs {"prompt", "chosen", "rejected", "kind": of PAIRS, "example", "clean"}.
+                    bias: float = 0.0, disagreement: float = 0.0) -> list[dict]:
+        """n pairs {"prompt", "chosen", "rejected", "margin", "kind": of PAIRS, "example", "clean"}.
 
-        The annotator prefers the longer response with probability `bias`, otherwise the one of
-        higher true reward, and then slips with probability `noise`; clean: the label is the truth.
+        The annotator goes by length alone with probability `bias`, otherwise by own weights
+        (draw_annotator), prefers the response that is worth more so, and then slips with
+        probability `noise`. margin: how much more, 0 to 1; clean: the label is the truth, the
+        chosen response has the higher true reward.
         """
         rng = Random(f"preferences {self.seed} {split} {seed}")
-        shares = [share for _, share, *_ in PAIRS]
+        # From a stream of their own, because the pairs are the same whatever the annotators are.
+        annotators = Random(f"annotators {self.seed} {split} {seed}")
         pairs = []
         for _ in range(n):
-            row = rng.choices(PAIRS, shares)[0]
-            example, better, worse = self.draw_pair(rng, row, split)
+            kind, example, better, worse = self.draw_pair(rng, split)
             by_length = rng.random() < bias
             slips = rng.random() < noise
-            # Who is misled by length and slips as well takes the better one: two errors cancel out.
-            misled = by_length and len(worse) > len(better)
+            annotator = draw_annotator(annotators, by_length, disagreement)
+            gap = worth(annotator, better) - worth(annotator, worse)
+            # Who is misled and slips as well takes the better one: two errors cancel out.
+            misled = gap < 0
             flipped = misled != slips
             chosen, rejected = (worse, better) if flipped else (better, worse)
-            pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected,
-                          "kind": row[0], "example": example, "clean": not flipped})
+            pairs.append({"prompt": example["prompt"], "chosen": chosen["text"],
+                          "rejected": rejected["text"], "margin": abs(gap), "kind": kind,
+                          "example": example, "clean": not flipped})
         return pairs
 
-    def draw_pair(self, rng: Random, row: tuple, split: str) -> tuple[dict, str, str]:
-        """An example, and a better and a worse response to it, by a row of PAIRS."""
-        _, _, families, *sides = row
+    def ratings(self, n: int, split: str = "train", seed: int = 0, noise: float = 0.0,
+                bias: float = 0.0, disagreement: float = 0.0) -> list[dict]:
+        """n rows {"prompt", "response", "rating", "label", "kind": of PAIRS, "example", "clean"}.
+
+        response: either one of a pair. rating: what it is worth to the annotator, who goes by
+        length alone with probability `bias`, and Gaussian noise of sd `noise`, cut off at 0 and 1.
+        label: the rating reaches THUMB_UP; clean: the true reward does as well, or neither does.
+        """
+        rng = Random(f"ratings {self.seed} {split} {seed}")
+        rows = []
+        for _ in range(n):
+            kind, example, *sides = self.draw_pair(rng, split)
+            response = rng.choice(sides)
+            by_length = rng.random() < bias
+            annotator = draw_annotator(rng, by_length, disagreement)
+            rating = worth(annotator, response) + rng.gauss(0, noise)
+            # Cut off, because nobody gives 11 of 10 points.
+            rating = min(1.0, max(0.0, rating))
+            label = rating >= THUMB_UP
+            truth = response["total"] >= THUMB_UP
+            rows.append({"prompt": example["prompt"], "response": response["text"],
+                         "rating": rating, "label": label, "kind": kind, "example": example,
+                         "clean": label == truth})
+        return rows
+
+    def labelled(self, n: int, split: str = "train", seed: int = 0, **dials) -> list[dict]:
+        """The rows of ratings under another name, for readers of labels."""
+        return self.ratings(n, split, seed, **dials)
+
+    def rankings(self, n: int, split: str = "train", seed: int = 0, k: int = 4, noise: float = 0.0,
+                 bias: float = 0.0, disagreement: float = 0.0) -> list[dict]:
+        """n rows {"prompt", "responses": k texts, best first, "ratings": of each, "example"}.
+
+        One annotator rates all responses of a row, as in ratings; k: 2 to 8.
+        """
+        if not 2 <= k <= 8:
+            raise ValueError(f"k is {k}; a prompt has 2 to 8 responses that differ clearly")
+        rng = Random(f"rankings {self.seed} {split} {seed}")
+        rows = []
+        for _ in range(n):
+            example, responses = self.draw_responses(rng, split, k)
+            by_length = rng.random() < bias
+            annotator = draw_annotator(rng, by_length, disagreement)
+            # By text. One annotator for all, because their weights decide what comes first.
+            ratings = {}
+            for response in responses:
+                rating = worth(annotator, response) + rng.gauss(0, noise)
+                ratings[response["text"]] = rating
+            best_first = sorted(ratings, key=ratings.get, reverse=True)
+            in_order = [ratings[text] for text in best_first]
+            rows.append({"prompt": example["prompt"], "responses": best_first,
+                         "ratings": on_one_scale(in_order), "example": example})
+        return rows
+
+    def draw_pair(self, rng: Random, split: str) -> tuple[str, dict, dict, dict]:
+        """A kind of PAIRS, an example, a better and a worse response to it, as assessed."""
+        shares = [share for _, share, *_ in PAIRS]
+        kind, _, families, *sides = rng.choices(PAIRS, shares)[0]
         while True:
             example, task = self.draw(rng, rng.choice(families), split)
             manners = rng.choices(list(MANNERS), list(MANNERS.values()), k=2)
             # Mostly in one manner, because then the content alone decides which is better.
             if rng.random() < 0.8:
                 manners[1] = manners[0]
-            rewarded = []
+            responses = []
             for (behaviour, fixed), drawn in zip(sides, manners):
-                response = respond(rng, task, behaviour, fixed or drawn)
-                rewarded.append((true_reward(example, response)["total"], response))
-            (worse_reward, worse), (better_reward, better) = sorted(rewarded)
-            # Drawn again without a clear preference, because such a label would mean nothing.
-            if better_reward - worse_reward >= 0.02:
-                return example, better, worse
+                text = respond(rng, task, behaviour, fixed or drawn)
+                responses.append(assessed(example, text))
+            worse, better = sorted(responses, key=itemgetter("total", "text"))
+            if better["total"] - worse["total"] >= CLEAR:
+                return kind, example, better, worse
+
+    def draw_responses(self, rng: Random, split: str, k: int) -> tuple[dict, list[dict]]:
+        """An example and k responses to it, assessed, that all differ in true reward and length."""
+        while True:
+            example, task = self.draw(rng, rng.choice(TRAINED_FAMILIES), split)
+            responses = []
+            # Four tries for each, then another prompt, because some have few answers that differ.
+            for _ in range(4 * k):
+                behaviour = rng.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))[0]
+                manner = rng.choices(list(MANNERS), list(MANNERS.values()))[0]
+                response = assessed(example, respond(rng, task, behaviour, manner))
+                gaps = [abs(response["total"] - other["total"]) for other in responses]
+                lengths = [other["length"] for other in responses]
+                # In length too, because who goes by length must be able to rank them.
+                if min(gaps, default=1.0) >= CLEAR and response["length"] not in lengths:
+                    responses.append(response)
+                if len(responses) == k:
+                    return example, responses
 
     def draw(self, rng: Random, family: str, split: str, phrasings: str | None = None
              ) -> tuple[dict, dict]:
@@ -404,6 +508,49 @@ def courteous(rng: Random, told: str, phrases: tuple, flattering: bool) -> str:
     closer = rng.choice(closers)
     return rng.choice([f"{opener} {after_opener}", f"{told} {closer}",
                        f"{opener} {after_opener} {closer}"])
+
+
+# ------------------------------------------------------------------ annotators
+
+def draw_annotator(rng: Random, by_length: bool, disagreement: float) -> dict[str, float]:
+    """What somebody who compares or rates responses cares about: {part: weight}, of sum 1.
+
+    Each of WEIGHTS times exp(disagreement * normal), scaled to that sum: at 1, a factor of 2 or
+    more for half of them. by_length: nothing but the length.
+    """
+    weights = {}
+    for part, weight in WEIGHTS.items():
+        weights[part] = weight * exp(disagreement * rng.gauss(0, 1))
+    # After the weights, because the next annotator is then the same whatever the bias.
+    if by_length:
+        return {"length": 1.0}
+    whole = sum(weights.values())
+    return {part: weight / whole for part, weight in weights.items()}
+
+
+def assessed(example: dict, text: str) -> dict:
+    """A response, and all that somebody may like in it, each from 0 to 1:
+
+    {"text", "total": its true reward, the parts of WEIGHTS, "length": 0.5 for 12 characters}.
+    """
+    # 12, because then as many responses pass THUMB_UP by their length as by their reward.
+    length = len(text) / (len(text) + 12)
+    return true_reward(example, text) | {"text": text, "length": length}
+
+
+def worth(annotator: dict[str, float], response: dict) -> float:
+    """What an assessed response is worth to an annotator, 0 to 1."""
+    return sum(weight * response[part] for part, weight in annotator.items())
+
+
+def on_one_scale(ratings: list[float]) -> list[float]:
+    """The ratings of a row in [0, 1], in their order: [1.25, 0.5, 0.0] -> [1.0, 0.4, 0.0].
+
+    Stretched and not cut off, because noisy ratings cut off would be equal, and rank nothing.
+    """
+    low = min(0.0, *ratings)
+    high = max(1.0, *ratings)
+    return [(rating - low) / (high - low) for rating in ratings]
 
 
 # ------------------------------------------------------------------ the taste
