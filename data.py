@@ -523,6 +523,14 @@ def response_batch(prompts: list[list[int]], responses: list[list[int]], pad: in
     return right_padded(sequences, pad, width, list(range(len(sequences))))
 
 
+def response_batches(prompts: list[list[int]], responses: list[list[int]], pad: int,
+                     context_length: int, rows_at_once: int) -> Iterator[Batch]:
+    """response_batch() of so many rows at a time, in their order."""
+    for first in range(0, len(prompts), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        yield response_batch(prompts[rows], responses[rows], pad, context_length)
+
+
 class PreferencePairs:
     """Pairs (x, y_w, y_l) -> 2B right-padded rows: B chosen, then their B rejected.
 

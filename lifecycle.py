@@ -110,7 +110,7 @@ def stages(cfg: Config) -> dict[str, tuple[Callable, object]]:
         # The pairs that DPO reads, of which it sees the chosen answers alone.
         "chosen": {"init": folders["sft"], "data": world, "chosen": True},
         "dpo": {"init": folders["sft"], "data": world},
-        "ppo": {"init": folders["sft"], "reward_model": folders["rm"], "prompts": world},
+        "ppo": {"init": folders["sft"], "reward": folders["rm"], "prompts": world},
     }
     plan = {}
     for name, script in STAGES.items():

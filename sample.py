@@ -160,11 +160,13 @@ def encoder_input(model: Transformer, prompts: list[list[int]]) -> dict[str, Ten
 @torch.no_grad()
 def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
            stop: tuple[int, ...] = (), temperature: float = 0.0, top_k: int = 0,
-           top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[list]:
+           top_p: float = 1.0, generator: torch.Generator | None = None,
+           group: int = 1) -> Iterator[list]:
     """Generate a token for every unfinished row at a time: yields [(row, id), ...].
 
-    The stop token is the last a row yields. Raises ValueError for an empty prompt, and when prompt
-    and new tokens do not fit into the model's context.
+    group: answers to each prompt; those of prompt i are the rows from i * group on. The stop token
+    is the last a row yields. Raises ValueError for an empty prompt, and when prompt and new tokens
+    do not fit into the model's context.
     """
     prompt_length = check_room(model, prompts, max_new_tokens)
     tokens, starts = left_pad(prompts, pad=0)                  # (B, T) and (B,)
@@ -180,11 +182,16 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     make_cache = SourceCache if source else KVCache
     cache = make_cache(model.config, starts, prompt_length + max_new_tokens, dtype)
 
-    rows = list(range(len(prompts)))      # the prompt of each batch row; None once it has stopped
-    for _ in range(max_new_tokens):
+    rows = list(range(len(prompts) * group))  # the answer of each batch row; None: stopped
+    for n_new in range(max_new_tokens):
         # 1. MODEL: the logits after the newest token; the cache has keys and values of all before
         logits = model(tokens, cache=cache, **source)[:, -1]   # (B, V)
         source = {}                                            # the cache has it from now on
+        if group > 1 and n_new == 0:
+            # a prompt was read once: what the cache has of it serves all of its answers
+            copies = torch.arange(len(prompts), device=model.device).repeat_interleave(group)
+            logits = logits[copies]
+            cache.keep(copies)
         # 2. SAMPLE: y_t ~ p(y | x, y_<t)
         tokens = next_token(logits, temperature, top_k, top_p, generator)[:, None]   # (B, 1)
         # 3. YIELD the token of every row that goes on, its stop token included
@@ -206,23 +213,26 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
              stop: tuple[int, ...] = (), temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, generator: torch.Generator | None = None,
-             batch_size: int = 128) -> list[list[int]]:
-    """The new tokens of every prompt, ending in the stop token if one came. See stream().
+             batch_size: int = 128, group: int = 1) -> list[list[int]]:
+    """The new tokens of every answer, ending in the stop token if one came. See stream().
 
-    Prompts of similar length share a batch; the result is in the order of the prompts.
+    Prompts of similar length share a batch; the result is in the order of the prompts, `group`
+    answers to each, one after the other.
     """
-    outputs: list[list[int]] = [[] for _ in prompts]
+    outputs: list[list[int]] = [[] for _ in range(len(prompts) * group)]
+    prompts_at_once = max(1, batch_size // group)
     # by length, because the longest prompt of a batch decides how much padding the others get
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
     model.eval()
-    for first in range(0, len(order), batch_size):
-        batch = order[first:first + batch_size]                # row b answers prompt batch[b]
+    for first in range(0, len(order), prompts_at_once):
+        batch = order[first:first + prompts_at_once]           # place b is prompt batch[b]
         batch_prompts = [prompts[i] for i in batch]
         for new_tokens in stream(model, batch_prompts, max_new_tokens, stop, temperature, top_k,
-                                 top_p, generator):
+                                 top_p, generator, group):
             for row, token in new_tokens:
-                outputs[batch[row]].append(token)
+                place, number = divmod(row, group)
+                outputs[batch[place] * group + number].append(token)
     model.train(was_training)
     return outputs
 

@@ -106,6 +106,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def mean_figures(updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each figure over the updates of a step."""
+    means = {}
+    for name in updates[0]:
+        values = torch.stack([update[name] for update in updates])
+        means[name] = values.detach().mean()
+    return means
+
+
 def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """log pi(y_t) - log pi_ref(y_t) of tokens y_t ~ pi, in nats: its mean is KL(pi || pi_ref), a
     single one may be negative (Schulman 2020)."""

@@ -24,11 +24,10 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
        linearly to 0.
 
     python train_ppo.py                                    # the embedded world's prompts
-    python train_ppo.py --prompts prompts.jsonl --reward_model out/rm
+    python train_ppo.py --prompts prompts.jsonl --reward out/rm1,out/rm2 --combine min
 """
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,19 +36,22 @@ import evaluate
 import sample
 from data import Batch, encode_prompts, permuted, response_batch
 from heads import WithHead
-from plumbing.folders import load_model, load_reward_model
+from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
 from readers import read_prompts
-from scoring import kl_k1, kl_k3, last_place, masked_mean, response_rewards, token_logps
+from rewards import Reward, score_responses
+from scoring import kl_k1, kl_k3, last_place, masked_mean, mean_figures, token_logps
 
 
 @dataclass
 class Config(Options):
     init: str = "out/sft"             # model folder to start from: actor and reference
     out: str = "out/ppo"              # model folder to write
-    reward_model: str = "out/rm"      # model folder of the reward model
+    reward: str = "out/rm"            # out/rm, several of them, world, gsm8k, module:function
+    reward_model: str = ""            # --reward by its former name
+    combine: str = "min"              # several reward models: min | mean | mean-std
     critic_init: str = "rm"           # what the critic starts from: rm | sft
     prompts: str = "world"            # prompts: world, world:SEED or JSONL
     n_prompts: int = 10_000           # how many to take, at most, >= 1
@@ -157,24 +159,6 @@ def values_before(critic, batch: Batch) -> Tensor:
     return critic(batch.tokens[:, :-1]).squeeze(-1)
 
 
-def minibatches(prompts: list[list[int]], responses: list[list[int]], tokenizer,
-                context_length: int, cfg: Config, device) -> Iterator[Batch]:
-    """Prompts and responses as batches of minibatch_size rows, whose responses are the targets."""
-    for first in range(0, len(prompts), cfg.minibatch_size):
-        rows = slice(first, first + cfg.minibatch_size)
-        batch = response_batch(prompts[rows], responses[rows], tokenizer.pad, context_length)
-        yield batch.to(device)
-
-
-def score_responses(reward_model: WithHead, batch: Batch, end: int,
-                    no_end_score: float) -> tuple[Tensor, Tensor]:
-    """R = r_psi(x, y) of each row (b,), and whether the response has ended with the token `end`: a
-    response that was cut off gets no_end_score, because the reward model never saw such."""
-    score = response_rewards(reward_model, batch)                          # (b,)
-    ended = ((batch.tokens == end) & batch.loss_mask).any(1)
-    return torch.where(ended, score, no_end_score), ended
-
-
 def whiten(rollouts: list[dict]) -> None:
     """Advantages to mean 0 and variance 1 over the real tokens of this rank's rollout, in place."""
     flat = torch.cat([r["advantages"][r["mask"] > 0] for r in rollouts])
@@ -204,19 +188,16 @@ def rollout_figures(rollouts: list[dict]) -> dict[str, Tensor]:
             "explained_variance": 1 - unexplained / (returns.var() + 1e-8)}
 
 
-def mean_figures(updates: list[dict]) -> dict[str, Tensor]:
-    """The means over the updates of a step."""
-    means = {}
-    for name in updates[0]:
-        values = torch.stack([update[name] for update in updates])
-        means[name] = values.detach().mean()
-    return means
+def load_critic(reward: Reward, cfg: Config, run) -> WithHead:
+    """phi: a copy of the (first) reward model, or theta_SFT with a new scalar head.
 
-
-def load_critic(reward_model: WithHead, cfg: Config, run) -> WithHead:
-    """phi: a copy of the reward model, or theta_SFT with a new scalar head."""
+    Raises ValueError where there is no reward model to copy.
+    """
     if cfg.critic_init == "rm":
-        critic = copy.deepcopy(reward_model)
+        if not reward.models:
+            raise ValueError(f"--reward {cfg.reward} is no reward model that the critic could "
+                             "start from; give --critic_init sft")
+        critic = copy.deepcopy(reward.models[0]).requires_grad_(True)
         if not critic.config.tied:
             critic.trunk.lm_head.requires_grad_(False)     # values do not depend on it
     else:
@@ -226,18 +207,16 @@ def load_critic(reward_model: WithHead, cfg: Config, run) -> WithHead:
 
 
 def main(cfg: Config) -> dict:
+    if cfg.reward_model:
+        cfg = replace(cfg, reward=cfg.reward_model, reward_model="")
     run = start(cfg, __file__)
 
-    # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model, optimizers
+    # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model(s), optimizers
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     reference = copy.deepcopy(actor).requires_grad_(False)
-    reward_model, rm_tokenizer = load_reward_model(cfg.reward_model, run.device, run.dtype)
-    if rm_tokenizer != tokenizer:
-        raise ValueError(f"--reward_model {cfg.reward_model}: it must be an --out of train_rm.py "
-                         f"that uses the tokenizer of --init {cfg.init}")
-    critic = load_critic(reward_model, cfg, run)
-    reward_model.requires_grad_(False)
-    for model in (actor, critic, reference, reward_model):
+    reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, cfg.minibatch_size)
+    critic = load_critic(reward, cfg, run)
+    for model in (actor, critic, reference):
         model.eval()                           # because with noisy routers rho_t would not be 1
     length = actor.config.context_length
     prompts = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
@@ -252,7 +231,7 @@ def main(cfg: Config) -> dict:
     run.track(actor=actor, critic=critic, actor_optimizer=actor_optimizer,
               critic_optimizer=critic_optimizer, controller=controller)
     mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
-    run.forecast(actor, critic, reference, reward_model, rows=cfg.minibatch_size,
+    run.forecast(actor, critic, reference, *reward.models, rows=cfg.minibatch_size,
                  length=mean_length, log_mfu=False,
                  tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * mean_length)  # 2: critic, too
 
@@ -263,6 +242,7 @@ def main(cfg: Config) -> dict:
         # ---- ROLLOUT PHASE
         # 5.1 Sample batch of prompts
         index = permuted(len(prompts), cfg.seed, step, cfg.batch_size, run.rank, run.world_size)
+        asked = [prompts[i] for i in index]
         x = [prompt_ids[i] for i in index]
 
         # 5.2 FOR each prompt: all that the updates need, in mini-batches of b rows; (b, T-1) each
@@ -270,13 +250,15 @@ def main(cfg: Config) -> dict:
                             generator=generator)                           # generate y ~ pi_theta
         rollouts = []
         with torch.no_grad():
-            for batch in minibatches(x, y, tokenizer, length, cfg, run.device):
+            for first in range(0, len(x), cfg.minibatch_size):
+                rows = slice(first, first + cfg.minibatch_size)
+                batch = response_batch(x[rows], y[rows], tokenizer.pad, length).to(run.device)
                 mask = batch.loss_mask[:, 1:].float()                      # 1 on tokens of y
                 old_logps = token_logps(actor.logps, batch, cfg.temperature)       # old log-probs
                 ref_logps = token_logps(reference.logps, batch, cfg.temperature)   # reference's
                 kl = kl_k1(old_logps, ref_logps)                           # KL of each token, nats
-                score, ended = score_responses(reward_model, batch, tokenizer.end,
-                                               cfg.no_end_score)           # score R (b,)
+                score, ended = score_responses(reward, asked[rows], x[rows], y[rows],
+                                               tokenizer.end, cfg.no_end_score)    # score R (b,)
                 rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
                 values = values_before(critic, batch) * mask               # values V_t
                 advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)    # advantages A_t
@@ -322,7 +304,7 @@ def main(cfg: Config) -> dict:
 
         # 5.4 MONITORING, and the adaptive KL controller
         figures = rollout_figures(rollouts) | mean_figures(updates)
-        figures |= evaluate.rollout_truth([prompts[i] for i in index], y, tokenizer)
+        figures |= evaluate.rollout_truth(asked, y, tokenizer)
         tokens = sum(r["batch"].tokens.numel() for r in rollouts)
         run.log(step, tokens=tokens, beta=controller.beta, lr=lr, **figures)
         mean_kl = run.mean_over_ranks(figures["kl"].item())

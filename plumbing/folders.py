@@ -16,6 +16,7 @@ Folders of former versions open as well: their heads had other names, see curren
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -86,11 +87,54 @@ def description(model: Transformer | WithHead) -> dict:
 def parents(cfg) -> dict[str, str]:
     """The model folders that a stage starts from, each with the checksum of its weights."""
     found = {}
-    for option in ("init", "reward_model"):
-        folder = getattr(cfg, option, "")
-        if folder:
+    for folders in models_of(cfg).values():
+        for folder in folders:
             found[folder] = sha256(Path(folder) / "model.safetensors")
     return found
+
+
+def models_of(cfg) -> dict[str, list[str]]:
+    """The model folders that a stage reads, by the options that name them."""
+    found = {}
+    if getattr(cfg, "init", ""):
+        found["init"] = [cfg.init]
+    for option in ("reward", "reward_model"):
+        # other names are rewards of other kinds: world, gsm8k, module:function
+        terms = reward_terms(getattr(cfg, option, ""))
+        folders = [name for _, name in terms if is_model_folder(name)]
+        if folders:
+            found[option] = folders
+    return found
+
+
+def is_model_folder(name: str) -> bool:
+    return (Path(name) / "config.json").exists()
+
+
+def reward_terms(spec: str) -> list[tuple[float | None, str]]:
+    """The weights, None where none is given, and names of a --reward (rewards.py).
+
+    "0.7*out/a,0.3*out/b" -> [(0.7, "out/a"), (0.3, "out/b")]. Raises ValueError for weights that
+    are no numbers.
+    """
+    if not spec:
+        return []
+    if is_model_folder(spec):                              # whatever its name looks like
+        return [(None, spec)]
+    terms = []
+    for term in spec.split(","):
+        weight, star, name = term.rpartition("*")
+        if not star:
+            terms.append((None, name))
+            continue
+        try:
+            terms.append((float(weight), name))
+        except ValueError:
+            raise ValueError(f"--reward {spec}: the weight {weight!r} is no number; write "
+                             "0.7*out/safe,0.3*out/help") from None
+        if not math.isfinite(float(weight)):
+            raise ValueError(f"--reward {spec}: the weight {weight} is not finite")
+    return terms
 
 
 def sha256_of(fields: dict) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 import readers
 import shards
 from plumbing.claim import sha256
+from plumbing.folders import models_of
 
-MODELS = ("init", "reward_model")              # options that name a model folder
-DATA = ("data", "anneal_data", "prompts")      # ... the world, a file, a folder, or several
+# Options that name the world, a file, a folder, or several with commas.
+DATA = ("data", "anneal_data", "prompts")
 
 # Options that say nothing about how a run ends.
 FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
-        "compile"}
+        "compile", "reward_model"}
 # What some changes do to a run that goes on; of the others their names say it.
 ANOTHER = ", and the run will not end as one that was never stopped"
 EFFECTS = {"steps": f": the learning rate follows a schedule of that length{ANOTHER}",
@@ -35,11 +36,10 @@ def read_by(cfg, made: list[Path], known: dict) -> dict[str, list[dict]]:
     same.
     """
     files = {"out": made}
-    for option in MODELS:
-        folder = getattr(cfg, option, "")
-        if folder:
-            files[option] = [Path(folder) / name for name in ("model.safetensors",
-                                                              "tokenizer.json")]
+    for option, folders in models_of(cfg).items():
+        files[option] = []
+        for folder in folders:
+            files[option] += [Path(folder) / "model.safetensors", Path(folder) / "tokenizer.json"]
     for option in DATA:
         if getattr(cfg, option, ""):
             files[option] = []
@@ -51,6 +51,16 @@ def read_by(cfg, made: list[Path], known: dict) -> dict[str, list[dict]]:
         before = {entry["file"]: entry for entry in known.get(option, [])}
         found[option] = [describe(path, before.get(str(path))) for path in paths
                          if isinstance(path, str) or path.exists()]
+    return found
+
+
+def paths_read(cfg) -> list[tuple[str, str]]:
+    """(option, path) of all that a stage reads."""
+    found = []
+    for option, folders in models_of(cfg).items():
+        found += [(option, folder) for folder in folders]
+    for option in (*DATA, "tokenizer"):
+        found += [(option, path) for path in getattr(cfg, option, "").split(",") if path]
     return found
 
 
@@ -82,13 +92,15 @@ def describe(path: Path | str, before: dict | None) -> dict:
 def differences(began: dict, now: dict) -> list[str]:
     """What of a run's inputs is not as it was when the run began, one line each."""
     found = []
-    for option in sorted(began):
-        then = [entry["sha256"] for entry in began[option]]
+    for option, entries in sorted(began.items()):
+        if option == "reward_model":                       # as former versions called it
+            option = "reward"
+        then = [entry["sha256"] for entry in entries]
         today = [entry["sha256"] for entry in now.get(option, [])]
         if then == today:
             continue
         changed = [entry["file"] for entry in now.get(option, []) if entry["sha256"] not in then]
-        missing = [entry["file"] for entry in began[option] if entry["sha256"] not in today]
+        missing = [entry["file"] for entry in entries if entry["sha256"] not in today]
         if changed:
             what = f"{changed[0]} is not the one it was"
         elif missing:

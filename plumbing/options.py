@@ -50,7 +50,7 @@ RANGE = re.compile(r", (?:(?P<sign>>=?) (?P<bound>\S+)|in (?P<open>[\[(])(?P<low
                    r"(?P<high>\S+)(?P<close>[\])])|any number)$")
 # error | left | drop, after the comment's beginning or a colon. No list of words is one that goes
 # on with something else: bpe | bytes | a folder
-CHOICES = re.compile(r"(?:^|: )(\w+(?: \| \w+)+)(?=$|[,:;] )")
+CHOICES = re.compile(r"(?:^|: )([\w-]+(?: \| [\w-]+)+)(?=$|[,:;] )")
 
 
 class Option(NamedTuple):

@@ -50,8 +50,6 @@ from plumbing.options import INTERRUPTED, flat
 
 # what every run writes; more with run.also_writes()
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png")
-# options that name what a stage reads
-INPUTS = (*inputs.MODELS, *inputs.DATA, "tokenizer")
 
 
 # ---------------------------------------------------------------------- one run of one stage
@@ -129,12 +127,11 @@ class Run:
 
     def claim_folder(self) -> None:
         """Refuse a folder with an earlier run in it unless told what to do with that run."""
-        for option in INPUTS:
-            for path in getattr(self.cfg, option, "").split(","):
-                inside = (Path(path).resolve(), *Path(path).resolve().parents)
-                if path and self.out.resolve() in inside:
-                    raise ValueError(f"--out {self.out} is or holds what this stage reads "
-                                     f"(--{option} {path}); give another one to write")
+        for option, path in inputs.paths_read(self.cfg):
+            inside = (Path(path).resolve(), *Path(path).resolve().parents)
+            if self.out.resolve() in inside:
+                raise ValueError(f"--out {self.out} is or holds what this stage reads "
+                                 f"(--{option} {path}); give another one to write")
         # rank 0 alone changes the folder, and the others wait for it
         if self.rank == 0:
             if not (claim.is_free(self.out) or self.cfg.resume or self.cfg.overwrite):

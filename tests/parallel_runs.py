@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import END, folder_of, tiny_model, write_rows
 from tiny_runs import make_runs_quick, under_torchrun, write_corpus
 
+import sample
 import train_denoise
+import train_grpo
 import train_pretrain
 from parallel import local
 from plumbing.options import build
@@ -34,6 +37,7 @@ DIVIDED = {                                 # what equals one process on ranks w
     "even": {}, "even_adamw": {"optimizer": "adamw", "tied": False, "gradient_checkpointing": True},
     "even_experts": {"n_experts": 4, "n_shared_experts": 1, "balance": "bias", "d_expert": 16},
     "t5": {"objective": "span", "eval_windows": 1}, "even_bert": {"objective": "mlm"}}
+GRPO = ("reinforce", "grpo")                # with a baseline of all ranks, and without
 FOUR = {"d_model": 24, "n_heads": 4, "n_kv_heads": 4}                  # what four can
 BOTH = {                                    # what two groups of two ranks equal
     "even": "even", "even_adamw": "even_adamw",                    # one process
@@ -95,8 +99,18 @@ def on_a_rank(runs: list[dict]) -> None:
 
 def alone(options: dict) -> None:
     """One run in this process."""
+    if "group" in options:
+        sample.generate = scripted             # because each rank draws random numbers of its own
+        train_grpo.main(build(train_grpo.Config, options))
+        return
     script = train_denoise if "objective" in options else train_pretrain
     script.main(build(script.Config, options))
+
+
+def scripted(model, prompts, max_new_tokens, *args, group, **options) -> list[list[int]]:
+    """A sample.generate whose answers follow from the prompts alone."""
+    return [[65 + (sum(ids) + 7 * j) % 26] * (j + 1) + [END] for ids in prompts
+            for j in range(group)]
 
 
 # ---------------------------------------------------------------------- all of them
@@ -126,6 +140,14 @@ def main(out: Path, groups: list[str]) -> None:
     two.append(options("skips", 2, shard="fsdp"))
     two.append(options("full", 2, shard="fsdp", steps=2))
     two += [options("stopped_2", 2, shard="fsdp", resume=resume) for resume in (False, True)]
+    folder_of(tiny_model(), out / "sft")
+    folder_of(tiny_model(4, head="scalar"), out / "rm")
+    write_rows(out / "prompts.jsonl", [{"prompt": "why" + "?" * i} for i in range(12)])
+    grpo = {"init": str(out / "sft"), "reward": str(out / "rm"), "group": 3, "minibatch_size": 4,
+            "prompts": str(out / "prompts.jsonl"), "max_new_tokens": 4, "steps": 4, "lr": 1e-2,
+            "log_every": 1, "save_every": 0, "device": "cpu", "dtype": "float32"}
+    for method in GRPO:
+        two.append(grpo | {"out": str(out / f"{method}_none"), "method": method, "batch_size": 2})
     under_torchrun(2, __file__, "--runs", json.dumps(two))
 
     for ranks in (1, 4):
@@ -141,6 +163,8 @@ def main(out: Path, groups: list[str]) -> None:
     divided = {name: EVEN | model for name, model in DIVIDED.items()}
     for name, model in (MODELS | divided | {"quarters": FOUR}).items():
         alone(options(name, 4, **model))
+    for method in GRPO:
+        alone(grpo | {"out": str(out / method), "method": method, "batch_size": 4})
     alone(options("resumed_1", 4, resume=True))
     alone(options("redivided_1", 4, resume=True, **EVEN))
 

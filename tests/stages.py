@@ -16,6 +16,7 @@ from tiny_runs import make_runs_quick, same_run, under_torchrun, write_corpus
 
 import train_denoise
 import train_dpo
+import train_grpo
 import train_ppo
 import train_pretrain
 import train_rm
@@ -42,9 +43,14 @@ STAGES = {
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
     "rm": (train_rm, PAIRS | {"lm_coef": 0.1, "max_new_tokens": 6, "n_shift": 4}),
     "dpo": (train_dpo, PAIRS),
-    "ppo": (train_ppo, SAMPLED | {"init": "sft", "reward_model": "rm", "prompts": "examples.jsonl",
-                                  "minibatch_size": 2})}
-INPUTS = ("init", "data", "prompts", "reward_model")          # options that name a file or folder
+    "ppo": (train_ppo, SAMPLED | {"init": "sft", "reward": "rm", "prompts": "examples.jsonl",
+                                  "minibatch_size": 2}),
+    "grpo": (train_grpo, SAMPLED | {"init": "sft", "reward": "rm", "prompts": "examples.jsonl",
+                                    "batch_size": 2, "group": 2, "minibatch_size": 2}),
+    "reinforce": (train_grpo, SAMPLED | {"init": "sft", "reward": "rm", "batch_size": 2,
+                                         "prompts": "examples.jsonl", "group": 2,
+                                         "method": "reinforce"})}
+INPUTS = ("init", "data", "prompts", "reward")                # options that name a file or folder
 
 
 def write_inputs(folder: Path) -> Path:

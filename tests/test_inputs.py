@@ -59,7 +59,7 @@ CHANGES = {
     "other weights": ("dpo", lambda at: other_model(at / "sft"),
                       "--init: .*sft/model.safetensors is not the one it was"),
     "another reward model": ("ppo", lambda at: other_model(at / "rm", head="scalar"),
-                             "--reward_model: .*rm/model.safetensors is not the one it was"),
+                             "--reward: .*rm/model.safetensors is not the one it was"),
     "swapped labels": ("rm", lambda at: swap_labels(at / "pairs.jsonl"),
                        "--data: .*pairs.jsonl is not the one it was"),
     "a row more": ("sft", lambda at: (at / "examples.jsonl").open("a").write(

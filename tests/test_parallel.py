@@ -56,6 +56,18 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(out, name, sh
     same_to_rounding(out / name, out / f"{name}_{shard}")
 
 
+@pytest.mark.parametrize("method", parallel_runs.GRPO)
+def test_two_ranks_align_a_policy_as_one_process_with_twice_the_prompts(out, method):
+    rows = [read_metrics(out / name) for name in (method, f"{method}_none")]
+    for one, other in zip(*rows, strict=True):
+        for name in ("loss", "reward", "kl", "grad_norm", "response_tokens"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (name, one, other)
+    weights = [safetensors.torch.load_file(out / name / "model.safetensors")
+               for name in (method, f"{method}_none")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_sharded_ranks_train_as_ranks_with_all_the_weights(out, name):
     same_to_rounding(out / f"{name}_none", out / f"{name}_fsdp")

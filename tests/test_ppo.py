@@ -10,6 +10,7 @@ import torch
 from tiny import END, TOKENIZER, ending_model, folder_of, slow_logps, tiny_model, write_rows
 
 import data
+import rewards
 import sample
 import train_ppo
 from model import Transformer
@@ -77,9 +78,10 @@ def rolled(tmp_path, monkeypatch):
         models, texts, minibatches = {}, {}, []
         watch_models(monkeypatch, models)
 
-        def watched_minibatches(prompts, responses, *arguments):
-            texts.update(prompts=prompts, responses=responses)
-            return real_minibatches(prompts, responses, *arguments)
+        def watched_rewards(self, asked, prompts, responses):
+            texts["prompts"] = texts.get("prompts", []) + prompts
+            texts["responses"] = texts.get("responses", []) + responses
+            return scores(self, asked, prompts, responses)
 
         def stop_after_whitening(rollouts):
             whiten(rollouts)
@@ -90,9 +92,9 @@ def rolled(tmp_path, monkeypatch):
             is_actor = isinstance(model, Transformer)
             return reference if is_actor and reference is not None else copy.deepcopy(model)
 
-        real_minibatches = train_ppo.minibatches
+        scores = rewards.Reward.__call__
         with monkeypatch.context() as patch:
-            patch.setattr(train_ppo, "minibatches", watched_minibatches)
+            patch.setattr(rewards.Reward, "__call__", watched_rewards)
             patch.setattr(train_ppo, "whiten", stop_after_whitening)
             patch.setattr(train_ppo, "copy", SimpleNamespace(deepcopy=deepcopy))
             with pytest.raises(Stop):
@@ -114,7 +116,7 @@ def config(tmp_path, **changes):
                                                 for i in range(60)])
     return train_ppo.Config(**{
         "init": str(tmp_path / "sft"), "out": str(tmp_path / "ppo"), "steps": 4,
-        "reward_model": str(tmp_path / "rm"), "prompts": str(tmp_path / "prompts.jsonl"),
+        "reward": str(tmp_path / "rm"), "prompts": str(tmp_path / "prompts.jsonl"),
         "max_new_tokens": 12, "batch_size": 8, "minibatch_size": 4, "device": "cpu",
         "dtype": "float32"} | changes)
 
@@ -445,7 +447,7 @@ def test_a_perfect_critic_explains_all_of_the_variance_and_a_constant_one_none(r
 
 def reward_ending(monkeypatch):
     """A reward model for which every answer that ends is worth 1; others get no_end_score, -1."""
-    monkeypatch.setattr(train_ppo, "response_rewards",
+    monkeypatch.setattr(rewards, "response_rewards",
                         lambda model, batch: torch.ones(len(batch.tokens)))
 
 
@@ -567,12 +569,12 @@ def test_optimizers_are_those_of_the_n_plus_paper(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"reward_model": "sft"}, "sft: this is a language model; give a reward model, the --out of"),
+    ({"reward": "sft"}, "sft: this is a language model; give a reward model, the --out of"),
     ({"max_new_tokens": 60}, r"prompts.jsonl:\d+: .*--truncate left"),
 ])
 def test_what_cannot_work_stops_before_the_first_rollout(tmp_path, changes, message):
-    if "reward_model" in changes:
-        changes = {"reward_model": str(tmp_path / "sft")}
+    if "reward" in changes:
+        changes = {"reward": str(tmp_path / "sft")}
     with pytest.raises(ValueError, match=message):
         train_ppo.main(config(tmp_path, **changes))
     assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
