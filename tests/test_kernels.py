@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_same, normal, packed, results
+from gradients import assert_same, normal, packed, results
 
 import kernels
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from compare import assert_same, normal
+from gradients import assert_same, normal
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from compare import assert_same, normal, packed, results
+from gradients import assert_same, normal, packed, results
 
 import kernels
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compare import assert_same, normal, results
+from gradients import assert_same, normal, results
 
 import kernels
 

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from compare import assert_same, normal
+from gradients import assert_same, normal
 
 import kernels
 
