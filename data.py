@@ -564,6 +564,13 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def response_tokens(self) -> torch.Tensor:
+        """|y| of each pair's two answers, (N, 2)."""
+        counts = []
+        for (_, chosen), (_, rejected) in self.sequences:
+            counts.append([int(sum(chosen)), int(sum(rejected))])
+        return torch.tensor(counts)
+
     def order_epoch(self, epoch: int, group: int) -> np.ndarray:
         """A permutation of the pairs in groups alike in length: sorted within every 16 groups,
         then the groups shuffled."""

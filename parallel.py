@@ -34,6 +34,7 @@ rank makes the whole model before it lets go of what is not its part: it must fi
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp ...     # or train_sft.py
     torchrun --nproc_per_node 8 train_pretrain.py --shard fsdp --tensor_parallel 2 ...   # 4 x 2
 """
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,28 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 MAX_LOGITS = 2**24                      # at a time and rank, where the vocabulary is divided
+
+
+def join_ranks(on_gpu: bool) -> None:
+    """Under torchrun, become one of the ranks; once in a process."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def ranks() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(rows: list) -> list:
+    """The rows of all ranks, in the order of the ranks."""
+    if not dist.is_initialized():
+        return rows
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, rows)
+    return [row for part in found for row in part]
 
 
 def check(cfg, dtype: torch.dtype) -> None:

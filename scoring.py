@@ -9,6 +9,7 @@ What the stages share of the mathematics: log-probabilities, rewards, values, KL
 Log-probabilities are natural logarithms in fp32. A model is given by the function that makes its
 log-probabilities: `model.logps`, or what Run.prepare returned for it.
 """
+import math
 from collections.abc import Callable
 
 import torch
@@ -64,6 +65,13 @@ def score_pairs(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) 
         pi_w, pi_l = response_logps(model.logps, batch).chunk(2)               # (B,) each
         scores[batch.index] = torch.stack([pi_w, pi_l], 1)
     return scores
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0: two forms, because each loses all digits at the other's end."""
+    near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
+    far = torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
+    return torch.where(x > -math.log(2), near, far)
 
 
 # ---------------------------------------------------------------------- rewards

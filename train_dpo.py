@@ -1,5 +1,5 @@
 """
-Stage 4: Direct Preference Optimization (001 sections 4.6 and 4.7; Rafailov et al. 2023).
+Stage 4: Direct Preference Optimization (001 sections 4.6, 4.7), and its relatives (4.8, 4.10).
 
   1. INITIALIZE      theta <- theta_SFT, pi_ref <- theta_SFT frozen, AdamW
   2. PRECOMPUTE      log pi_ref(y|x) of every pair, once (--cache_reference)
@@ -11,15 +11,25 @@ Minimise  L = -mean log sigma(Delta),
                 - (log pi_theta(y_l|x) - log pi_ref(y_l|x)) ]
 
 No reward model, no sampling: the policy is its own reward model, r = beta log(pi_theta / pi_ref).
+--method changes 3.3. With h = log(pi_theta / pi_ref) and p = log pi_theta / |y|, per token:
+
+  dpo    -log sigma(beta (h_w - h_l))                                       Rafailov et al. 2023
+  ipo    ((h_w - h_l) - 1 / (2 beta))^2, h per token                        Azar et al. 2023
+  kto    lambda (1 - sigma(+-beta (h - z))), + for good, - for bad answers; Ethayarajh et al. 2024
+         z: the mean h of answers to other prompts, at least 0
+  orpo   -p_w - lam log sigma(log odds(y_w) - log odds(y_l)), odds = e^p / (1 - e^p);
+         no reference, one stage from the base model                        Hong et al. 2024
+  simpo  -log sigma(simpo_beta (p_w - p_l) - gamma), no reference           Meng et al. 2024
 
 Differs from the document:
   3.4  the learning rate warms up linearly and falls by a cosine to a tenth.
+  4.8  as in the papers, IPO's and KTO's h have no factor beta; KTO's z is of mismatched pairs.
 
     python train_dpo.py                                    # the embedded world's preferences
     python train_dpo.py --data pairs.jsonl --truncate left --beta 0.2
+    python train_dpo.py --rounds 5 --reward out/rm         # online: pairs of its own answers (4.10)
 """
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +40,45 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
-from readers import read_preferences
-from scoring import ranked_right, response_logps, score_pairs
+from preferences import in_rounds, labels_of, read_data, sides
+from scoring import log1mexp, ranked_right, response_logps, score_pairs
+
+MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
+# Options that only some methods read.
+READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
+           "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
+           "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",)}
 
 
 @dataclass
 class Config(Options):
-    init: str = "out/sft"             # model folder to start from: policy and reference
+    init: str = ""                    # policy to start from; empty: out/sft, orpo: out/pretrain
+    reference: str = ""               # pi_ref; empty: --init
     out: str = "out/dpo"              # model folder to write
-    data: str = "world"               # preference pairs: world, world:SEED or JSONL
+    method: str = "dpo"               # dpo | ipo | kto | orpo | simpo
+    data: str = "world"               # preference pairs (kto: labels): world, world:SEED or JSONL
     n_pairs: int = 8000               # how many to take, at most, >= 1
     label_noise: float = 0.0          # the world's annotators err with this probability, in [0, 1]
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     context_length: int = 0           # tokens of prompt and answer; 0: the model's own
-    beta: float = 0.5                 # strength of the pull towards the reference, > 0
+    beta: float = 0.5                 # dpo, ipo, kto: the pull towards the reference, > 0
+    label_smoothing: float = 0.0      # dpo: so many labels are thought wrong, in [0, 0.5)
+    nll_coef: float = 0.0             # dpo: of -log p(y_w) per token, which keeps y_w likely
+    mean_logps: bool = False          # dpo: h per token, so that length does not count
+    lambda_good: float = 1.0          # kto: weight of good answers (its paper: lambda_D)
+    lambda_bad: float = 1.0           # kto: of bad ones (lambda_U); larger: loss aversion
+    lam: float = 0.5                  # orpo: weight of the odds ratio, lambda
+    simpo_beta: float = 2.0           # simpo: scale of its margin, > 0
+    gamma: float = 1.0                # simpo: the margin to reach
+    rounds: int = 1                   # online and spin: pairs are made so many times, >= 1
+    reward: str = ""                  # online: what ranks its own answers (rewards.py); empty: off
+    combine: str = "min"              # several reward models: min | mean | mean-std
+    no_end_score: float = -1.0        # online: the score of an answer without <|end|>, any number
+    prompts: str = "world"            # online: prompts: world, world:SEED or JSONL
+    answers: int = 4                  # online: answers to each prompt, best against worst, >= 2
+    spin: bool = False                # the demonstrations of --data against the model's own answers
+    max_new_tokens: int = 64          # online, spin: longest own answer, in tokens, >= 1
     cache_reference: bool = True      # score the data with pi_ref once, instead of in every step
     steps: int = 500                  # optimizer steps (T_DPO), >= 1
     batch_size: int = 16              # pairs per step and rank, >= 1
@@ -59,38 +93,80 @@ class Config(Options):
     save_every: int = 100             # steps between checkpoints
 
 
-def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
-             beta: float) -> tuple[Tensor, Tensor]:
+def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Direct preference loss (001 section 4.6.3; Rafailov et al. 2023, eq. 7).
 
     pi_w, pi_l, ref_w, ref_l: (B,) log pi(y|x) in nats, summed over the response, under policy and
     reference, chosen and rejected. Returns the mean loss (scalar) and the implicit reward margin
-    Delta (B,): at the start Delta = 0 and the loss is log 2.
+    Delta (B,): at the start Delta = 0 and the loss is log 2. label_smoothing: the probability that
+    a label is wrong (conservative DPO, Mitchell 2023).
     """
     margin = beta * ((pi_w - ref_w) - (pi_l - ref_l))
-    return -F.logsigmoid(margin).mean(), margin
+    right = -F.logsigmoid(margin)
+    wrong = -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * right + label_smoothing * wrong).mean(), margin
+
+
+def ipo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
+             beta: float) -> tuple[Tensor, Tensor]:
+    """((h_w - h_l) - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17): a margin to reach and not to pass.
+    As dpo_loss, but log pi(y|x) is the mean over the response. At the start 1 / (4 beta^2)."""
+    margin = (pi_w - ref_w) - (pi_l - ref_l)
+    return ((margin - 1 / (2 * beta)) ** 2).mean(), margin
+
+
+def kto_loss(pi: Tensor, ref: Tensor, is_good: Tensor, z: float, beta: float, lambda_good: float,
+             lambda_bad: float) -> tuple[Tensor, Tensor]:
+    """lambda (1 - sigma(beta (h - z))) of a good answer, lambda (1 - sigma(beta (z - h))) of a bad
+    one (Ethayarajh et al. 2024).
+
+    pi, ref: (B,) log pi(y|x) in nats; is_good (B,) bool; z: nats, 0 if it is negative. Returns the
+    mean loss and the margins beta |h - z| (B,), with a minus where h is on z's wrong side.
+    """
+    sign = torch.where(is_good, 1.0, -1.0).to(pi.device)
+    weight = torch.where(is_good, lambda_good, lambda_bad).to(pi.device)
+    margin = sign * beta * (pi - ref - max(z, 0.0))
+    return (weight * (1 - margin.sigmoid())).mean(), margin
+
+
+def orpo_loss(mean_w: Tensor, mean_l: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """-p_w - lam log sigma(log odds ratio) (001 section 4.8.3; Hong et al. 2024). mean_w, mean_l:
+    (B,) log pi(y|x) / |y| in nats. Returns the mean loss and the log odds ratio (B,)."""
+    log_odds_ratio = (mean_w - log1mexp(mean_w)) - (mean_l - log1mexp(mean_l))
+    return (-mean_w - lam * F.logsigmoid(log_odds_ratio)).mean(), log_odds_ratio
+
+
+def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """-log sigma(margin - gamma), margin = beta (p_w - p_l) (Meng et al. 2024). As orpo_loss."""
+    margin = beta * (mean_w - mean_l)
+    return -F.logsigmoid(margin - gamma).mean(), margin
+
+
+def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float,
+                cfg: Config) -> tuple[Tensor, Tensor]:
+    """The loss and margins of --method. pi, ref (2B,): B chosen, then their B rejected answers; for
+    kto B answers, good or not by is_good (B,), then B answers to other prompts."""
+    pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
+    ref_w, ref_l = ref.chunk(2)
+    if cfg.method == "dpo":
+        return dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
+    if cfg.method == "ipo":
+        return ipo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
+    if cfg.method == "kto":
+        return kto_loss(pi_w, ref_w, is_good, z, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
+    if cfg.method == "orpo":
+        return orpo_loss(pi_w, pi_l, cfg.lam)
+    return simpo_loss(pi_w, pi_l, cfg.simpo_beta, cfg.gamma)
 
 
 @torch.no_grad()
-def reference_logps(reference, ref_logps: Tensor | None, batch) -> tuple[Tensor, Tensor]:
-    """log pi_ref(y_w|x) and log pi_ref(y_l|x) of the batch, (B,) each in nats: looked up in
-    ref_logps (N, 2), or computed where --cache_reference is false."""
+def reference_logps(reference, ref_logps: Tensor | None, batch) -> Tensor:
+    """log pi_ref(y|x) of the batch's rows, (2B,) in nats: looked up in ref_logps (N, 2), or
+    computed where --cache_reference is false."""
     if ref_logps is not None:
-        return ref_logps[batch.index].unbind(1)
-    return response_logps(reference.logps, batch).chunk(2)
-
-
-def read_pairs(cfg: Config, run, tokenizer,
-               length: int) -> tuple[PreferencePairs, PreferencePairs]:
-    """The pairs to train on and the held-out ones; length: tokens that fit into the context."""
-    train = read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
-                             noise=cfg.label_noise, bad_rows=cfg.bad_rows)
-    heldout = read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
-                               bad_rows=cfg.bad_rows)
-    train = PreferencePairs(train, tokenizer, length, cfg.seed, cfg.truncate)
-    heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
-    run.say(f"{len(train)} pairs, {len(heldout)} held out")
-    return train, heldout
+        return ref_logps[batch.index].T.flatten()
+    return response_logps(reference.logps, batch)
 
 
 def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
@@ -108,24 +184,48 @@ def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
 
 def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
     """Loss, margin, accuracy and drift from the reference on pairs that are not trained on."""
-    pi_w, pi_l = score_pairs(policy, pairs, cfg.batch_size).unbind(1)          # (N,) each
-    ref_w, ref_l = ref_logps.unbind(1)
-    loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
-    return {"val_loss": loss, "val_margin": margin.mean(),
-            "val_accuracy": ranked_right(margin),
-            "val_logratio_chosen": (pi_w - ref_w).mean(),
-            "val_logratio_rejected": (pi_l - ref_l).mean()}
+    pi = score_pairs(policy, pairs, cfg.batch_size).T.flatten()                # (2N,)
+    ref = ref_logps.T.flatten()
+    if cfg.method in MEANS or cfg.mean_logps:
+        lengths = pairs.response_tokens().T.flatten().to(pi.device)
+        pi = pi / lengths
+        ref = ref / lengths
+    is_good = labels_of(pairs)                                                 # (N,) or None
+    z = (pi - ref).chunk(2)[1].mean().item()
+    loss, margin = method_loss(pi, ref, is_good, z, cfg)
+    drift_w, drift_l = sides(pi - ref, is_good)
+    return {"val_loss": loss, "val_margin": margin.mean(), "val_accuracy": ranked_right(margin),
+            "val_logratio_chosen": drift_w.mean(), "val_logratio_rejected": drift_l.mean()}
+
+
+def check(cfg: Config) -> Config:
+    """The config with its --init. Raises ValueError for options that do not go together."""
+    for name, methods in READ_BY.items():
+        if getattr(cfg, name) != getattr(Config, name) and cfg.method not in methods:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: --method {cfg.method} does not read "
+                             f"it; {', '.join(methods)} would")
+    if cfg.rounds > 1 and not (cfg.reward or cfg.spin) or cfg.rounds > cfg.steps:
+        raise ValueError(f"--rounds {cfg.rounds}: give at most --steps, and --reward or --spin "
+                         "true, which make the pairs of each round")
+    if bool(cfg.reward) + cfg.spin + (cfg.method == "kto") > 1:
+        raise ValueError("--reward and --spin make pairs, --method kto reads single answers; give "
+                         "one of the three")
+    return replace(cfg, init=cfg.init or ("out/pretrain" if cfg.method == "orpo" else "out/sft"))
 
 
 def main(cfg: Config) -> dict:
+    cfg = check(cfg)
+    if cfg.reward or cfg.spin:
+        return in_rounds(main, cfg)            # this main, on each round's own pairs
     run = start(cfg, __file__)
 
     # 1. INITIALIZE
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
     model.eval()                               # because noisy routers would blur what is compared
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference, _ = load_model(cfg.reference or cfg.init, run.device, run.dtype, cfg.context_length)
+    reference.requires_grad_(False).eval()     # orpo and simpo read it for 3.5 alone
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    train, heldout = read_pairs(cfg, run, tokenizer, model.config.context_length)
+    train, heldout = read_data(cfg, run, tokenizer, model.config.context_length)
     forward = run.prepare(model, "logps")
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
@@ -140,13 +240,21 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        is_good = labels_of(train, batch.index)                            # kto: (B,), else None
 
         # 3.2 FORWARD PASS
-        pi_w, pi_l = response_logps(forward, batch).chunk(2)               # (B,) each
-        ref_w, ref_l = reference_logps(reference, ref_logps, batch)        # (B,) each
+        pi = response_logps(forward, batch)                                # (2B,): B y_w, B y_l
+        ref = reference_logps(reference, ref_logps, batch)                 # (2B,)
+        lengths = batch.loss_mask.sum(1)                                   # (2B,) |y|
+        nll = -(pi / lengths).chunk(2)[0].mean()                           # of y_w, per token
+        if cfg.method in MEANS or cfg.mean_logps:
+            pi = pi / lengths
+            ref = ref / lengths
 
-        # 3.3 Batch loss: the mean of -log sigma(Delta)
-        loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
+        # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
+        z = (pi - ref).chunk(2)[1].mean().item() if cfg.method == "kto" else 0.0
+        loss, margin = method_loss(pi, ref, is_good, run.mean_over_ranks(z), cfg)
+        loss = loss + cfg.nll_coef * nll
 
         # 3.4 BACKWARD + UPDATE
         run.backward(loss)
@@ -157,7 +265,7 @@ def main(cfg: Config) -> dict:
 
         # 3.5 MONITORING
         figures = {"loss": loss}
-        figures |= margin_figures(margin, pi_w, pi_l, ref_w, ref_l)
+        figures |= margin_figures(margin, *sides(pi, is_good), *sides(ref, is_good))
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, heldout_ref, cfg)
         tokens = batch.tokens.numel()

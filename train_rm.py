@@ -31,7 +31,8 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
-from readers import read_preferences, read_prompts
+from preferences import read_pairs
+from readers import read_prompts
 from scoring import last_value, ranked_right, response_rewards, score_pairs
 
 
@@ -154,19 +155,6 @@ def shift_to_zero(model: WithHead, sft, tokenizer, prompts: list[dict], cfg: Con
     mean = response_rewards(model, batch.to(sft.device)).mean().item()
     model.head.bias -= mean
     return mean
-
-
-def read_pairs(cfg: Config, run, tokenizer,
-               length: int) -> tuple[PreferencePairs, PreferencePairs]:
-    """The pairs to train on and the held-out ones; length: tokens that fit into the context."""
-    train = read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
-                             noise=cfg.label_noise, bad_rows=cfg.bad_rows)
-    heldout = read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
-                               bad_rows=cfg.bad_rows)
-    train = PreferencePairs(train, tokenizer, length, cfg.seed, cfg.truncate)
-    heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
-    run.say(f"{len(train)} pairs, {len(heldout)} held out")
-    return train, heldout
 
 
 def main(cfg: Config) -> dict:

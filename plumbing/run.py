@@ -64,9 +64,7 @@ def start(cfg, script: str) -> "Run":
     # everything imported stays until the end: the garbage collector need not look through it
     gc.collect()
     gc.freeze()
-    if "RANK" in os.environ and not dist.is_initialized():
-        on_gpu = pick_device(cfg.device).type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    parallel.join_ranks(on_gpu=pick_device(cfg.device).type == "cuda")
     return Run(cfg, Path(script).stem.removeprefix("train_"))
 
 
@@ -95,8 +93,7 @@ class Run:
         self.out = Path(cfg.out)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world_size = parallel.ranks()
         parallel.check(cfg, self.dtype)
         tensor_parallel = getattr(cfg, "tensor_parallel", 1)
         self.replica = self.rank // tensor_parallel

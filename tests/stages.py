@@ -43,6 +43,7 @@ STAGES = {
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
     "rm": (train_rm, PAIRS | {"lm_coef": 0.1, "max_new_tokens": 6, "n_shift": 4}),
     "dpo": (train_dpo, PAIRS),
+    "kto": (train_dpo, PAIRS | {"method": "kto", "data": "labels.jsonl"}),
     "ppo": (train_ppo, SAMPLED | {"init": "sft", "reward": "rm", "prompts": "examples.jsonl",
                                   "minibatch_size": 2}),
     "grpo": (train_grpo, SAMPLED | {"init": "sft", "reward": "rm", "prompts": "examples.jsonl",
@@ -58,15 +59,18 @@ def write_inputs(folder: Path) -> Path:
     write_corpus(folder)
     examples = []
     pairs = []
+    labels = []
     documents = []
     for i in range(60):
         question = f"what is {i} and one?"
         examples.append({"prompt": question, "response": f"{i + 1}"})
         pairs.append({"prompt": question, "chosen": f"it is {i + 1}", "rejected": f"{i} is odd"})
+        labels.append({"prompt": question, "completion": f"it is {i + 1}", "label": i % 2})
         documents.append({"text": f"Bear {i} woke up. It ate {i} berries. Then it slept."})
     write_rows(folder / "documents.jsonl", documents)
     write_rows(folder / "examples.jsonl", examples)
     write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "labels.jsonl", labels)
     sizes = SIZES | {"context_length": 64}
     folder_of(tiny_model(**sizes), folder / "sft")
     folder_of(tiny_model(seed=1, head="scalar", **sizes), folder / "rm")

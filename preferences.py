@@ -1,0 +1,220 @@
+"""
+Where preferences come from (001 sections 4.3 and 4.10), as data.PreferencePairs.
+
+    read_pairs      (x, y_w, y_l) of a file or the world                     reward model, DPO
+    read_labelled   an answer with its thumb, and one to another prompt      KTO
+    in_rounds       of the policy itself, in rounds of sampling and training:
+      best_and_worst    of its answers to a prompt, by a reward              online DPO (4.10)
+      demonstrated      a demonstration against its own answer               SPIN (Chen et al. 2024)
+"""
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import readers
+import sample
+from data import PreferencePairs, encode_prompts, permuted
+from parallel import gathered, join_ranks, ranks
+from plumbing import claim
+from plumbing.device import pick_device, pick_dtype
+from plumbing.folders import load_model
+from rewards import Reward, score_responses
+
+
+def read_pairs(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
+    """The pairs to train on and the held-out ones; length: tokens that fit into the context."""
+    train = readers.read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
+                                     noise=cfg.label_noise, bad_rows=cfg.bad_rows)
+    heldout = readers.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
+                                       bad_rows=cfg.bad_rows)
+    train = PreferencePairs(train, tokenizer, length, cfg.seed, cfg.truncate)
+    heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
+    run.say(f"{len(train)} pairs, {len(heldout)} held out")
+    return train, heldout
+
+
+# ---------------------------------------------------------------------- answers with a thumb
+
+def read_data(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
+    """What --method learns from, and what is held out."""
+    read = read_labelled if cfg.method == "kto" else read_pairs
+    return read(cfg, run, tokenizer, length)
+
+
+def read_labelled(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
+    """The labelled answers to train on and the held-out ones. In the place of y_w stands the
+    answer, in that of y_l an answer to another prompt, from which KTO takes its z."""
+    found = []
+    for split, n, dials in (("train", cfg.n_pairs, {"noise": cfg.label_noise}),
+                            ("heldout", cfg.eval_pairs, {})):
+        rows = readers.read_labelled(cfg.data, split=split, n=n, seed=cfg.seed,
+                                     bad_rows=cfg.bad_rows, **dials)
+        found.append(PreferencePairs(mismatched(rows, cfg.seed), tokenizer, length, cfg.seed,
+                                     cfg.truncate))
+    train, heldout = found
+    n_good = int(labels_of(train).sum())
+    run.say(f"{len(train)} answers, {n_good} of them good; {len(heldout)} held out")
+    if n_good in (0, len(train)):
+        raise ValueError(f"{cfg.data}: all of its {len(train)} answers have the same label; kto "
+                         "needs good and bad ones")
+    return train, heldout
+
+
+def mismatched(rows: list[dict], seed: int) -> list[dict]:
+    """Each labelled answer beside the answer to another prompt.
+
+    Raises ValueError for a single row, which has no other.
+    """
+    if len(rows) < 2:
+        raise ValueError("kto needs two answers at least, to different prompts")
+    # a permutation, so that neighbours in a sorted file do not become partners
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    pairs = []
+    for i, other in zip(order, order[1:] + order[:1]):
+        row = rows[i]
+        pairs.append({"prompt": row["prompt"], "chosen": row["response"], "label": row["label"],
+                      "rejected": rows[other]["response"], "where": row["where"]})
+    return pairs
+
+
+def sides(values: Tensor, is_good: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(2B,) values of a batch's rows -> those of chosen and rejected, or good and bad, answers."""
+    if is_good is None:
+        return values.chunk(2)
+    answers, _ = values.chunk(2)
+    return answers[is_good], answers[~is_good]
+
+
+def labels_of(pairs: PreferencePairs, index: Iterable[int] | None = None) -> Tensor | None:
+    """(n,) bool: whether each answer of read_labelled(), or each of those at the index, is a good
+    one; None for pairs, which have no labels."""
+    if "label" not in pairs.pairs[0]:
+        return None
+    places = range(len(pairs)) if index is None else index
+    return torch.tensor([pairs.pairs[i]["label"] for i in places])
+
+
+# ---------------------------------------------------------------------- the policy's own pairs
+
+def in_rounds(train: Callable, cfg) -> dict:
+    """Online DPO (001 section 4.10), and with --spin SPIN: train(cfg) again and again, each time on
+    pairs that the policy has just made. Returns what the last round does.
+
+    OUT_rounds holds the pairs and the model of each round; the last one's model is OUT itself. The
+    reference stays where the first round began; SPIN's is the policy of the round before.
+    """
+    join_ranks(on_gpu=pick_device(cfg.device).type == "cuda")
+    folder = Path(f"{cfg.out}_rounds")
+    rank, _ = ranks()
+    if rank == 0:
+        claim.lock(folder)
+    per_round = cfg.steps // cfg.rounds
+    policy = cfg.init
+    reference = cfg.reference or cfg.init
+    for number in range(1, cfg.rounds + 1):
+        out = cfg.out if number == cfg.rounds else str(folder / str(number))
+        pairs = folder / f"pairs_{number}.jsonl"
+        # 1 to 4. Prompts, pairs of the current policy, scores, fresh preference pairs
+        if pairs.exists() and not (cfg.resume or cfg.overwrite):
+            raise ValueError(f"{pairs} is there already; --resume goes on with these rounds, "
+                             "--overwrite begins them afresh, or give another --out")
+        if not (cfg.resume and pairs.exists()):
+            make_pairs(cfg, policy, pairs, number, per_round)
+        # 5. DPO on the new data
+        result = train(replace(cfg, init=policy, out=out, data=str(pairs), steps=per_round,
+                               reference=policy if cfg.spin else reference, n_pairs=10 ** 9,
+                               rounds=1, reward="", spin=False))
+        policy = out
+    if rank == 0:
+        claim.unlock(folder)
+    return result
+
+
+def make_pairs(cfg, policy: str, file: Path, number: int, steps: int) -> None:
+    """Write a round's pairs, as many prompts as its steps will read. Each rank makes a share.
+
+    Raises ValueError when they are none.
+    """
+    rank, n_ranks = ranks()
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    model, tokenizer = load_model(policy, device, dtype, cfg.context_length)
+    generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + number * 1_009 + rank)
+    # 1. Sample prompts
+    rows = own_prompts(cfg)
+    room = model.config.context_length - cfg.max_new_tokens
+    prompts, ids = encode_prompts(rows, tokenizer, room, cfg.truncate)
+    index = permuted(len(prompts), cfg.seed, number, steps * cfg.batch_size, rank, n_ranks)
+    asked = [prompts[i] for i in index]
+    # 2. Generate answers with the current policy
+    group = 1 if cfg.spin else cfg.answers
+    y = sample.generate(model, [ids[i] for i in index], cfg.max_new_tokens, (tokenizer.end,), 1.0,
+                        generator=generator, group=group)
+    texts = [tokenizer.decode(answer) for answer in y]
+    if cfg.spin:
+        pairs = demonstrated(asked, texts)
+    else:
+        # 3. Score by the reward  4. Construct pairs
+        reward = Reward(cfg.reward, cfg.combine, tokenizer, device, dtype)
+        x = [ids[i] for i in index for _ in range(group)]
+        repeated = [row for row in asked for _ in range(group)]
+        scores, _ = score_responses(reward, repeated, x, y, tokenizer.end, cfg.no_end_score)
+        pairs = best_and_worst(asked, texts, scores.tolist(), group)
+    pairs = gathered(pairs)
+    if not pairs:
+        raise ValueError(f"round {number}: all answers to a prompt are equal, empty, or worth the "
+                         "same, so that there is no pair; give another --reward or more --answers")
+    if rank == 0:
+        print(f"round {number}: {len(pairs)} pairs of {len(index) * n_ranks} prompts, in {file}; "
+              "the other prompts' answers are equal, empty, or worth the same", file=sys.stderr)
+        text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        claim.refuse_foreign(file.parent, [file.name])
+        claim.add(file.parent, file.name)
+        claim.write_whole(file, lambda temporary: temporary.write_text(text))
+    gathered([])                                       # the others wait for the file
+
+
+def own_prompts(cfg) -> list[dict]:
+    """--prompts; with --spin those of the demonstrations in --data, which stand in "answer"."""
+    # of both splits, because each round's pairs are split by their prompts
+    options = {"split": None, "n": cfg.n_pairs, "seed": cfg.seed, "bad_rows": cfg.bad_rows}
+    if not cfg.spin:
+        return readers.read_prompts(cfg.prompts, **options)
+    rows = []
+    for row in readers.read_examples(cfg.data, **options):
+        *prompt, demonstration = row["messages"]
+        rows.append(row | {"messages": prompt, "answer": demonstration["content"]})
+    return rows
+
+
+def best_and_worst(asked: list[dict], texts: list[str], scores: list[float],
+                   group: int) -> list[dict]:
+    """Of each prompt's answers, `group` of them in a row, the best against the worst; empty ones
+    do not count, because no stage reads them."""
+    pairs = []
+    for number, row in enumerate(asked):
+        places = range(number * group, (number + 1) * group)
+        answers = [place for place in places if texts[place].strip()]
+        if not answers:
+            continue
+        best = max(answers, key=scores.__getitem__)
+        worst = min(answers, key=scores.__getitem__)
+        if scores[best] > scores[worst] and texts[best] != texts[worst]:
+            pairs.append({"prompt": row["messages"], "chosen": texts[best],
+                          "rejected": texts[worst]})
+    return pairs
+
+
+def demonstrated(asked: list[dict], texts: list[str]) -> list[dict]:
+    """The demonstration against the policy's own answer; what it imitates already is no pair."""
+    pairs = []
+    for row, text in zip(asked, texts):
+        if text.strip() and text != row["answer"]:
+            pairs.append({"prompt": row["messages"], "chosen": row["answer"], "rejected": text})
+    return pairs

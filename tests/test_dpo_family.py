@@ -1,0 +1,443 @@
+"""train_dpo.py's relatives: losses by hand, at their limits, by closed gradients and a slow count;
+the optimal policy; small runs of each; rounds of own pairs."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_dpo import config, made_pairs, slow_score
+from tiny import TOKENIZER, ending_model, folder_of, tiny_model, write_rows
+
+import preferences
+import train_dpo
+from data import PreferencePairs
+from plumbing.curves import read_metrics
+from plumbing.folders import load_model
+from plumbing.options import build
+from preferences import best_and_worst, demonstrated, labels_of, mismatched, sides
+from readers import read_preferences
+from scoring import log1mexp, response_logps
+from train_dpo import Config, dpo_loss, ipo_loss, kto_loss, method_loss, orpo_loss, simpo_loss
+
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo")
+GOOD = torch.tensor([True, False])
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_pictures(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("plumbing.run.plot_curves", lambda *arguments: None)
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+# ---------------------------------------------------------------------- by hand
+
+def test_label_smoothing_mixes_both_labels():
+    pi_w, pi_l, zero = torch.tensor([3.0]), torch.tensor([1.0]), torch.zeros(1)
+    loss, margin = dpo_loss(pi_w, pi_l, zero, zero, 0.5, label_smoothing=0.1)
+    assert margin.item() == 1
+    assert loss.item() == pytest.approx(-0.9 * math.log(sigma(1)) - 0.1 * math.log(sigma(-1)))
+    # its smallest loss is at log(0.9 / 0.1), where plain DPO's margin grows for ever
+    best = torch.tensor([math.log(9.0)], requires_grad=True)
+    dpo_loss(best, zero, zero, zero, 1.0, label_smoothing=0.1)[0].backward()
+    assert best.grad.abs().item() < 1e-6
+
+
+def test_ipo_is_a_square_around_a_margin_of_one_over_two_beta():
+    pi_w, ref_w = torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0])       # h: 1, 0
+    pi_l, ref_l = torch.tensor([-3.0, -1.0]), torch.tensor([-1.0, -1.0])       # h: -2, 0
+    loss, margin = ipo_loss(pi_w, pi_l, ref_w, ref_l, beta=0.25)
+    assert margin.tolist() == [3, 0]
+    assert loss.item() == pytest.approx(((3 - 2) ** 2 + (0 - 2) ** 2) / 2)
+    h = torch.tensor([2.0], requires_grad=True)                # where it wants to be
+    ipo_loss(h, torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=0.25)[0].backward()
+    assert h.grad.item() == 0
+
+
+def test_kto_pushes_good_answers_up_and_bad_ones_down_from_z():
+    pi, ref = torch.tensor([-3.0, -3.0]), torch.tensor([-5.0, -5.0])           # h: 2
+    loss, margin = kto_loss(pi, ref, GOOD, z=1.0, beta=0.5, lambda_good=1.0, lambda_bad=2.0)
+    assert margin.tolist() == [0.5, -0.5]
+    by_hand = (1 * (1 - sigma(0.5)) + 2 * (1 - sigma(-0.5))) / 2
+    assert loss.item() == pytest.approx(by_hand)
+    # at the start h = z = 0 and the loss is half of the mean lambda; a negative z counts as 0
+    for z in (0.0, -3.0):
+        loss, margin = kto_loss(pi, pi, GOOD, z, 0.5, 1.0, 2.0)
+        assert loss.item() == pytest.approx(0.75) and margin.tolist() == [0, 0]
+
+
+def test_orpo_is_likelihood_and_log_odds():
+    p_w, p_l = math.log(0.6), math.log(0.2)
+    loss, log_odds_ratio = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), lam=0.5)
+    by_hand = math.log((0.6 / 0.4) / (0.2 / 0.8))              # log 6
+    assert log_odds_ratio.item() == pytest.approx(by_hand, rel=1e-5)
+    assert loss.item() == pytest.approx(-p_w - 0.5 * math.log(sigma(by_hand)), rel=1e-5)
+    plain, _ = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), lam=0.0)
+    assert plain.item() == pytest.approx(-p_w)                 # SFT on the chosen
+
+
+def test_simpo_wants_a_margin_of_gamma():
+    loss, margin = simpo_loss(torch.tensor([-1.0]), torch.tensor([-1.5]), beta=2.0, gamma=1.0)
+    assert margin.item() == 1 and loss.item() == pytest.approx(math.log(2))
+    loss, _ = simpo_loss(torch.tensor([-1.0]), torch.tensor([-1.0]), beta=2.0, gamma=1.0)
+    assert loss.item() == pytest.approx(-math.log(sigma(-1)))
+
+
+def test_log1mexp_keeps_its_digits_at_both_ends():
+    x = torch.tensor([-1e-6, -0.1, -math.log(2), -0.7, -5.0, -30.0], requires_grad=True)
+    exact = [math.log(-math.expm1(value)) for value in x.tolist()]
+    found = log1mexp(x)
+    assert found.tolist() == pytest.approx(exact, rel=1e-5)
+    found.sum().backward()
+    assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in x.tolist()], rel=1e-4)
+
+
+# ---------------------------------------------------------------------- gradients
+
+def closed_gradient(method: str, cfg: Config, x: dict) -> tuple:
+    """dL / d pi_w and dL / d pi_l (of kto: of the answers) in closed form, for B pairs."""
+    B = len(x["pi_w"])
+    h_w, h_l = x["pi_w"] - x["ref_w"], x["pi_l"] - x["ref_l"]
+    if method == "dpo":
+        weight = cfg.beta * torch.sigmoid(cfg.beta * (h_l - h_w))
+        return -weight / B, weight / B
+    if method == "ipo":
+        weight = 2 * (h_w - h_l - 1 / (2 * cfg.beta))
+        return weight / B, -weight / B
+    if method == "kto":
+        sign = torch.where(x["is_good"], 1.0, -1.0)
+        value = torch.sigmoid(sign * cfg.beta * (h_w - 0.3))
+        weight = torch.where(x["is_good"], cfg.lambda_good, cfg.lambda_bad)
+        return -weight * sign * cfg.beta * value * (1 - value) / B, torch.zeros(B)
+    if method == "simpo":
+        margin = cfg.simpo_beta * (x["pi_w"] - x["pi_l"]) - cfg.gamma
+        weight = cfg.simpo_beta * torch.sigmoid(-margin)
+        return -weight / B, weight / B
+    p_w, p_l = x["pi_w"].exp(), x["pi_l"].exp()                # d log odds / d log p = 1 / (1 - p)
+    log_odds_ratio = torch.log(p_w / (1 - p_w)) - torch.log(p_l / (1 - p_l))
+    weight = cfg.lam * torch.sigmoid(-log_odds_ratio)
+    return (-1 - weight / (1 - p_w)) / B, weight / (1 - p_l) / B
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_the_closed_forms(method):
+    cfg = Config(method=method, lambda_bad=1.5)
+    x = {name: -torch.rand(6, dtype=torch.float64) - 0.05
+         for name in ("pi_w", "pi_l", "ref_w", "ref_l")}
+    x["is_good"] = torch.tensor([True, False, False, True, True, False])
+    pi = torch.cat([x["pi_w"], x["pi_l"]]).requires_grad_()
+    ref = torch.cat([x["ref_w"], x["ref_l"]])
+    loss, _ = method_loss(pi, ref, x["is_good"], 0.3, cfg)
+    loss.backward()
+    expected_w, expected_l = closed_gradient(method, cfg, x)
+    torch.testing.assert_close(pi.grad[:6], expected_w.double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pi.grad[6:], expected_l.double(), rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------------- a slow count
+
+def slow_loss(cfg: Config, policy, reference, batch, pairs) -> float:
+    """The loss from scores that are made one prefix at a time, with math alone."""
+    def score(model, row, side):
+        text = {"prompt": row["prompt"][-1]["content"], side: row[side]}
+        value = slow_score(model, text, side).item()
+        per_token = cfg.method in ("ipo", "orpo", "simpo") or cfg.mean_logps
+        return value / (len(TOKENIZER.encode(row[side])) + 1) if per_token else value
+
+    rows = [pairs.pairs[i] for i in batch.index.tolist()]
+    pi_w, pi_l = ([score(policy, row, side) for row in rows] for side in ("chosen", "rejected"))
+    ref_w, ref_l = ([score(reference, row, side) for row in rows]
+                    for side in ("chosen", "rejected"))
+    z = max(0.0, sum(p - r for p, r in zip(pi_l, ref_l)) / len(rows))
+    total = 0.0
+    for row, w, l, rw, rl in zip(rows, pi_w, pi_l, ref_w, ref_l):
+        if cfg.method == "dpo":
+            margin = cfg.beta * ((w - rw) - (l - rl))
+            total -= ((1 - cfg.label_smoothing) * math.log(sigma(margin))
+                      + cfg.label_smoothing * math.log(sigma(-margin)))
+        elif cfg.method == "ipo":
+            total += ((w - rw) - (l - rl) - 1 / (2 * cfg.beta)) ** 2
+        elif cfg.method == "kto":
+            sign = 1 if row["label"] else -1
+            total += 1 - sigma(sign * cfg.beta * (w - rw - z))
+        elif cfg.method == "orpo":
+            odds_w, odds_l = (math.exp(p) / (1 - math.exp(p)) for p in (w, l))
+            total += -w - cfg.lam * math.log(odds_w / (odds_w + odds_l))
+        else:
+            total -= math.log(sigma(cfg.simpo_beta * (w - l) - cfg.gamma))
+    return total / len(rows)
+
+
+def labelled_rows(n: int) -> list[dict]:
+    return [{"prompt": pair["prompt"], "completion": pair["chosen" if i % 2 else "rejected"],
+             "label": bool(i % 2)} for i, pair in enumerate(made_pairs(n))]
+
+
+@pytest.mark.parametrize("changes", [
+    {"method": "dpo"}, {"method": "dpo", "mean_logps": True}, {"method": "dpo",
+                                                               "label_smoothing": 0.2},
+    {"method": "ipo"}, {"method": "kto"}, {"method": "orpo"}, {"method": "simpo"}])
+def test_the_first_loss_of_a_run_is_the_slow_one(tmp_path, monkeypatch, changes):
+    """The reference is another model, so that nothing cancels out."""
+    folder_of(tiny_model(9), tmp_path / "other")
+    rows = labelled_rows(80) if changes["method"] == "kto" else made_pairs(80)
+    cfg = config(tmp_path, reference=str(tmp_path / "other"), steps=1, beta=0.5, **changes)
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    seen = {}
+    batch_of = PreferencePairs.batch
+
+    def watched(self, *arguments):
+        seen.update(pairs=self, batch=batch_of(self, *arguments))
+        return seen["batch"]
+    monkeypatch.setattr(PreferencePairs, "batch", watched)
+    train_dpo.main(cfg)
+    policy, reference = load_model(tmp_path / "sft")[0], load_model(tmp_path / "other")[0]
+    expected = slow_loss(cfg, policy, reference, seen["batch"], seen["pairs"])
+    assert read_metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- 001 section 4.6.2
+
+def test_dpo_on_enough_pairs_arrives_at_the_optimal_policy():
+    """Six answers that can all be listed, labels drawn by Bradley-Terry from r:
+    pi* = pi_ref exp(r / beta) / Z."""
+    beta = 0.5
+    ref_logps = torch.tensor([0.3, -0.2, 0.1, 0.5, -0.4, 0.0]).log_softmax(0)
+    r = torch.tensor([0.0, 0.5, -0.3, 0.2, 1.0, 0.1])
+    optimal = (ref_logps + r / beta).softmax(0)
+    one, other = torch.randint(0, 6, (2, 100_000))
+    prefers_one = torch.rand(100_000) < torch.sigmoid(r[one] - r[other])
+    w = torch.where(prefers_one, one, other)
+    l = torch.where(prefers_one, other, one)
+    logits = ref_logps.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logps = logits.log_softmax(0)
+        loss, _ = dpo_loss(logps[w], logps[l], ref_logps[w], ref_logps[l], beta)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert (logits.detach().softmax(0) - optimal).abs().max() < 0.02
+    assert (ref_logps.exp() - optimal).abs().max() > 0.2       # it had some way to go
+
+
+# ---------------------------------------------------------------------- answers with labels
+
+def test_every_labelled_answer_stands_beside_one_to_another_prompt():
+    rows = [{"prompt": str(i), "response": f"r{i}", "label": i % 3 == 0, "where": f"x:{i}"}
+            for i in range(9)]
+    pairs = mismatched(rows, seed=1)
+    assert sorted(pair["chosen"] for pair in pairs) == [f"r{i}" for i in range(9)]
+    assert sorted(pair["rejected"] for pair in pairs) == [f"r{i}" for i in range(9)]
+    for pair in pairs:
+        assert pair["chosen"] == f"r{pair['prompt']}" != pair["rejected"]
+        assert pair["label"] == (int(pair["prompt"]) % 3 == 0)
+    with pytest.raises(ValueError, match="two answers at least"):
+        mismatched(rows[:1], seed=0)
+
+
+def test_sides_are_chosen_and_rejected_or_good_and_bad():
+    values = torch.arange(6.0)
+    assert [side.tolist() for side in sides(values, None)] == [[0, 1, 2], [3, 4, 5]]
+    is_good = torch.tensor([True, False, True])
+    assert [side.tolist() for side in sides(values, is_good)] == [[0, 2], [1]]
+
+
+def test_only_labelled_answers_have_labels():
+    pair = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c",
+            "where": "x"}
+    assert labels_of(PreferencePairs([pair], TOKENIZER, 64, 0)) is None
+    labelled = PreferencePairs([pair | {"label": True}, pair | {"label": False}], TOKENIZER, 64, 0)
+    assert labels_of(labelled).tolist() == [True, False]
+    assert labels_of(labelled, torch.tensor([1, 1, 0])).tolist() == [False, False, True]
+
+
+# ---------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_to_tell_good_from_bad(tmp_path, method):
+    cfg = config(tmp_path, method=method, steps=15, lr=3e-3, beta=0.5)
+    if method == "kto":
+        write_rows(tmp_path / "pairs.jsonl", labelled_rows(80))
+    result = train_dpo.main(cfg)
+    rows = read_metrics(tmp_path / "dpo")
+    assert result["val_accuracy"] > 0.8
+    assert rows[-1]["val_loss"] < rows[0]["loss"]
+    if method in ("dpo", "kto"):                               # before it has moved
+        assert rows[0]["loss"] == pytest.approx(math.log(2) if method == "dpo" else 0.5, abs=1e-5)
+
+
+def test_the_nll_anchor_keeps_the_chosen_answers_likely(tmp_path):
+    drift = {}
+    for coef in (0.0, 2.0):
+        train_dpo.main(config(tmp_path, steps=15, lr=3e-3, nll_coef=coef, overwrite=True))
+        drift[coef] = read_metrics(tmp_path / "dpo")[-1]["val_logratio_chosen"]
+    assert drift[2.0] > drift[0.0] + 1
+
+
+def test_the_same_seed_gives_kto_the_same_model(tmp_path):
+    """What a resumed run needs: partners do not change."""
+    cfg = config(tmp_path, method="kto", steps=3)
+    write_rows(tmp_path / "pairs.jsonl", labelled_rows(80))
+    found = [train_dpo.main(replace(cfg, out=str(tmp_path / name)))["val_margin"]
+             for name in "ab"]
+    assert found[0] == found[1]
+
+
+def test_the_world_gives_kto_labels(tmp_path):
+    folder_of(tiny_model(context_length=256), tmp_path / "sft")
+    cfg = Config(init=str(tmp_path / "sft"), out=str(tmp_path / "kto"), method="kto", steps=1,
+                 n_pairs=40, eval_pairs=20, batch_size=4, device="cpu", truncate="left")
+    assert 0 <= train_dpo.main(cfg)["val_accuracy"] <= 1
+
+
+# ---------------------------------------------------------------------- own pairs, in rounds
+
+ASKED = [{"messages": [{"role": "user", "content": text}], "answer": f"{text}!", "where": "x"}
+         for text in "ab"]
+
+
+def test_the_best_of_an_own_answers_stands_against_the_worst():
+    texts = ["p", "q", "r", "s", "same", "same"]
+    pairs = best_and_worst(ASKED, ["p", "q", "r", "s", "t", "u"], [1, 3, 2, 5, 5, 5], group=3)
+    assert pairs == [{"prompt": ASKED[0]["messages"], "chosen": "q", "rejected": "p"}]
+    assert best_and_worst(ASKED[:1], texts[4:], [1, 2], group=2) == []       # equal texts
+    assert best_and_worst(ASKED[:1], [" ", "x"], [2, 1], group=2) == []      # an empty one
+    assert best_and_worst(ASKED[:1], ["", ""], [2, 1], group=2) == []
+
+
+def test_spin_puts_the_demonstration_before_the_own_answer():
+    assert demonstrated(ASKED, ["own", "b!"]) == [
+        {"prompt": ASKED[0]["messages"], "chosen": "a!", "rejected": "own"}]
+
+
+@pytest.fixture
+def taste(tmp_path, monkeypatch):
+    (tmp_path / "own_length.py").write_text(
+        "def long(prompts, answers):\n    return [len(answer) for answer in answers]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "own_length:long"
+
+
+def online(tmp_path, **changes) -> Config:
+    cfg = config(tmp_path, **{"rounds": 2, "steps": 8, "lr": 3e-3, "max_new_tokens": 8,
+                              "prompts": str(tmp_path / "prompts.jsonl"), "batch_size": 8,
+                              "eval_every": 2, "no_end_score": -99.0} | changes)
+    folder_of(ending_model(), tmp_path / "sft")
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{i}{'?' * (i % 5)}"} for i in range(60)])
+    return cfg
+
+
+def test_online_rounds_make_pairs_of_the_present_policy(tmp_path, taste):
+    cfg = online(tmp_path, reward=taste)
+    train_dpo.main(cfg)
+    rounds = tmp_path / "dpo_rounds"
+    first, second = (read_preferences(rounds / f"pairs_{number}.jsonl") for number in (1, 2))
+    # longer is better, and what never ends is worst
+    assert len(first) > 10 and all(0 < len(pair["chosen"]) < 8 for pair in first)
+    mean = [sum(len(pair["chosen"]) for pair in pairs) / len(pairs) for pairs in (first, second)]
+    assert mean[1] > mean[0]                                   # it has learnt, and shows it
+    config_of = [json.loads((folder / "config.json").read_text())["config"]
+                 for folder in (rounds / "1", tmp_path / "dpo")]
+    assert [found["init"] for found in config_of] == [cfg.init, str(rounds / "1")]
+    assert [found["reference"] for found in config_of] == [cfg.init] * 2
+    assert [found["steps"] for found in config_of] == [4, 4]
+
+
+def test_rounds_go_on_where_they_stopped(tmp_path, taste, monkeypatch):
+    cfg = online(tmp_path, reward=taste)
+    train_dpo.main(cfg)
+    whole = read_metrics(tmp_path / "dpo")
+    again = replace(cfg, out=str(tmp_path / "again"))
+    make = preferences.make_pairs
+
+    def killed(cfg, policy, file, number, steps):
+        if number == 2:
+            raise KeyboardInterrupt
+        make(cfg, policy, file, number, steps)
+    monkeypatch.setattr(preferences, "make_pairs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_dpo.main(again)
+    monkeypatch.setattr(preferences, "make_pairs", make)
+    with pytest.raises(ValueError, match="pairs_1.jsonl is there already; --resume goes on"):
+        train_dpo.main(again)
+    train_dpo.main(replace(again, resume=True))
+    rows = read_metrics(tmp_path / "again")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+
+
+def test_spin_takes_the_policy_of_the_round_before_as_its_reference(tmp_path):
+    demonstrations = [{"prompt": f"{i}?", "response": "yes"} for i in range(60)]
+    cfg = online(tmp_path, spin=True)
+    cfg.data = str(write_rows(tmp_path / "demonstrations.jsonl", demonstrations))
+    train_dpo.main(cfg)
+    found = json.loads((tmp_path / "dpo" / "config.json").read_text())["config"]
+    assert found["reference"] == found["init"] == str(tmp_path / "dpo_rounds" / "1")
+    pairs = read_preferences(tmp_path / "dpo_rounds" / "pairs_2.jsonl")
+    assert {pair["chosen"] for pair in pairs} == {"yes"}
+
+
+def test_a_reward_that_ranks_nothing_makes_no_pairs(tmp_path):
+    (tmp_path / "own_flat.py").write_text(
+        "def flat(prompts, answers):\n    return [1.0] * len(answers)\n")
+    cfg = online(tmp_path, reward="own_flat:flat", no_end_score=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        with pytest.raises(ValueError, match="round 1: all answers to a prompt are equal, empty"):
+            train_dpo.main(cfg)
+    assert not (tmp_path / "dpo").exists()
+
+
+# ---------------------------------------------------------------------- refused
+
+@pytest.mark.parametrize("changes, message", [
+    ({"method": "ppo"}, "--method ppo: give dpo, ipo, kto, orpo or simpo"),
+    ({"method": "simpo", "beta": 0.1}, "--beta 0.1: --method simpo does not read it; dpo, ipo"),
+    ({"method": "ipo", "gamma": 0.5}, "--gamma 0.5: --method ipo does not read it; simpo would"),
+    ({"method": "orpo", "label_smoothing": 0.1}, "--label_smoothing 0.1: --method orpo does not"),
+    ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a number in"),
+    ({"rounds": 3}, "--rounds 3: give at most --steps, and --reward or --spin true"),
+    ({"rounds": 9, "spin": True}, "--rounds 9: give at most --steps"),
+    ({"reward": "world", "spin": True}, "give one of the three"),
+    ({"method": "kto", "spin": True}, "--method kto reads single answers")])
+def test_options_that_mean_nothing_together_are_refused(tmp_path, changes, message):
+    options = {"steps": 8, "init": "sft", "out": str(tmp_path / "dpo"), "device": "cpu"} | changes
+    with pytest.raises(ValueError, match=message):
+        train_dpo.main(build(Config, options))
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_needs_good_and_bad_answers(tmp_path, label):
+    cfg = config(tmp_path, method="kto")
+    write_rows(tmp_path / "pairs.jsonl", [row | {"label": label} for row in labelled_rows(80)])
+    with pytest.raises(ValueError, match="have the same label; kto needs good and bad ones"):
+        train_dpo.main(cfg)
+
+
+def test_orpo_begins_with_the_base_model_and_the_others_with_sft():
+    assert train_dpo.check(Config(method="orpo")).init == "out/pretrain"
+    assert train_dpo.check(Config(method="orpo", init="out/x")).init == "out/x"
+    assert train_dpo.check(Config()).init == "out/sft"
+
+
+def test_plackett_luce_of_two_would_be_dpos_bradley_terry():
+    margin = torch.randn(5)
+    scores = torch.stack([margin, torch.zeros(5)], 1)
+    torch.testing.assert_close(-F.logsigmoid(margin), scores.logsumexp(1) - scores[:, 0])
+
+
+def test_response_logps_are_what_the_batch_scores(tmp_path):
+    pairs = PreferencePairs(read_preferences(write_rows(tmp_path / "p.jsonl", made_pairs(6))),
+                            TOKENIZER, 64, 0)
+    batch = pairs.batch(0, 6)
+    lengths = pairs.response_tokens()[batch.index].T.flatten()
+    assert torch.equal(lengths, batch.loss_mask.sum(1))
+    assert response_logps(tiny_model().logps, batch).shape == (12,)
