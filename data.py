@@ -532,18 +532,20 @@ def response_batches(prompts: list[list[int]], responses: list[list[int]], pad: 
 
 
 class PreferencePairs:
-    """Pairs (x, y_w, y_l) -> 2B right-padded rows: B chosen, then their B rejected.
+    """Pairs (x, y_w, y_l) -> 2B right-padded rows: B chosen, then their B rejected. Rankings of K
+    answers ("responses" in the place of "chosen" and "rejected") -> K B rows, the best answers
+    first; a shorter ranking repeats its last answer, which no loss then counts.
 
     The loss mask covers the compared response and its <|end|>, not earlier turns. The model sees
     all of a row (a reward is read at its last token), so at most context_length tokens fit. A
     batch holds pairs of similar length. Batch.index: places in .pairs (those not dropped);
-    .sequences has two (ids, mask) for each of them, of the chosen and of the rejected answer.
+    .sequences has (ids, mask) of each of their answers, the chosen or best first.
     """
     def __init__(self, pairs: list[dict], tokenizer, context_length: int, seed: int,
                  truncate: str = "error"):
         def sequences_of(pair):
             sequences = []
-            for answer in (pair["chosen"], pair["rejected"]):
+            for answer in pair.get("responses") or (pair["chosen"], pair["rejected"]):
                 turn = {"role": "assistant", "content": answer}
                 ids, mask = tokenizer.chat([*pair["prompt"], turn])
                 # earlier answers stand in both rows and say nothing about a preference
@@ -555,9 +557,8 @@ class PreferencePairs:
         self.pad = tokenizer.pad
         self.seed = seed
         self.pairs, self.sequences = fit_all(pairs, sequences_of, context_length, truncate)
-        longer = [max(len(chosen), len(rejected))
-                  for (chosen, _), (rejected, _) in self.sequences]
-        self.lengths = np.array(longer)           # (N,) tokens of the longer row of a pair
+        longest = [max(len(ids) for ids, _ in answers) for answers in self.sequences]
+        self.lengths = np.array(longest)          # (N,) tokens of the longest row of a pair
         # two epochs, because a batch at the end of one takes its last pairs from the next
         self.order = lru_cache(maxsize=2)(self.order_epoch)
 
@@ -598,10 +599,12 @@ class PreferencePairs:
         for number in numbers:
             epoch, place = divmod(number, len(self))
             index.append(int(self.order(epoch, group)[place]))
-        chosen = [self.sequences[i][0] for i in index]
-        rejected = [self.sequences[i][1] for i in index]
+        answers = [self.sequences[i] for i in index]
+        rows = []
+        for rank in range(max(map(len, answers))):
+            rows += [ranked[min(rank, len(ranked) - 1)] for ranked in answers]
         width = wide_enough(max(self.lengths[index]), 8, self.context_length)
-        return right_padded(chosen + rejected, self.pad, width, index)
+        return right_padded(rows, self.pad, width, index)
 
 
 # ---------------------------------------------------------------------- prompts for generation

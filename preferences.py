@@ -2,6 +2,7 @@
 Where preferences come from (001 sections 4.3 and 4.10), as data.PreferencePairs.
 
     read_pairs      (x, y_w, y_l) of a file or the world                     reward model, DPO
+    read_ranked     pairs, ratings or rankings                               reward models
     read_labelled   an answer with its thumb, and one to another prompt      KTO
     in_rounds       of the policy itself, in rounds of sampling and training:
       best_and_worst    of its answers to a prompt, by a reward              online DPO (4.10)
@@ -29,17 +30,71 @@ from rewards import Reward, score_responses
 
 def read_pairs(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
     """The pairs to train on and the held-out ones; length: tokens that fit into the context."""
-    train = readers.read_preferences(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed,
-                                     noise=cfg.label_noise, bad_rows=cfg.bad_rows)
-    heldout = readers.read_preferences(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
-                                       bad_rows=cfg.bad_rows)
+    return split_in_two(cfg, run, tokenizer, length, readers.read_preferences, "pairs")
+
+
+def split_in_two(cfg, run, tokenizer, length: int, read: Callable,
+                 name: str) -> tuple[PreferencePairs, PreferencePairs]:
+    """What a reader finds in --data, to train on and held out."""
+    dials = {"noise": cfg.label_noise, "bias": getattr(cfg, "length_bias", 0.0),
+             "disagreement": getattr(cfg, "disagreement", 0.0)}
+    train = read(cfg.data, split="train", n=cfg.n_pairs, seed=cfg.seed, bad_rows=cfg.bad_rows,
+                 **dials)
+    # without the dials, because what is held out must be the truth
+    heldout = read(cfg.data, split="heldout", n=cfg.eval_pairs, seed=cfg.seed,
+                   bad_rows=cfg.bad_rows)
     train = PreferencePairs(train, tokenizer, length, cfg.seed, cfg.truncate)
     heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
-    run.say(f"{len(train)} pairs, {len(heldout)} held out")
+    run.say(f"{len(train)} {name}, {len(heldout)} held out")
     return train, heldout
 
 
-# ---------------------------------------------------------------------- answers with a thumb
+# ---------------------------------------------------------------------- ratings and rankings
+
+def read_ranked(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
+    """What --loss learns from, and what is held out.
+
+    Raises ValueError for --loss margin and a pair that does not say how much better it is.
+    """
+    if cfg.loss == "pointwise":
+        return split_in_two(cfg, run, tokenizer, length, read_rated, "ratings")
+    if cfg.loss == "plackett_luce":
+        return split_in_two(cfg, run, tokenizer, length, readers.read_rankings, "rankings")
+    train, heldout = read_pairs(cfg, run, tokenizer, length)
+    if cfg.loss == "margin":
+        for pair in train.pairs + heldout.pairs:
+            if pair["margin"] is None:
+                raise ValueError(f"{pair['where']}: this pair has no \"margin\"; give each one, or "
+                                 "--loss bt")
+    return train, heldout
+
+
+def read_rated(data: str, **options) -> list[dict]:
+    """Ratings as lists of one answer."""
+    return [row | {"responses": [row["response"]]} for row in readers.read_ratings(data, **options)]
+
+
+def numbers(items: list[dict], name: str) -> Tensor:
+    """(B,) a number of each item: its "margin", its "rating"."""
+    return torch.tensor([float(item[name]) for item in items])
+
+
+def margins_of(rewards: Tensor, items: list[dict]) -> Tensor:
+    """(M,) the reward of each better answer minus that of a worse one; rewards (K, B), best first.
+
+    The two are answers to one prompt; where each prompt has one rated answer, of the whole batch.
+    """
+    if "rating" in items[0]:
+        ratings = numbers(items, "rating").to(rewards.device)
+        is_better = ratings[:, None] > ratings[None, :]                        # (B, B)
+        return (rewards[0][:, None] - rewards[0][None, :])[is_better]
+    n = torch.tensor([len(item.get("responses", ("y_w", "y_l"))) for item in items])
+    n = n.to(rewards.device)                                                   # (B,) answers
+    place = torch.arange(len(rewards), device=rewards.device)                  # (K,) 0: the best
+    is_better = (place[:, None] < place[None, :])[..., None]                   # (K, K, 1)
+    is_there = (place[:, None] < n)[None]                                      # (1, K, B)
+    return (rewards[:, None] - rewards[None, :])[is_better & is_there]
+
 
 def read_data(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
     """What --method learns from, and what is held out."""

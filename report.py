@@ -19,7 +19,7 @@ POLICIES = ("pretrain", "sft", "chosen", "dpo", "ppo")   # stages whose model ca
 REPORT_FILES = ("report.md", "report.json", "report.png", "blind.md", "blind_key.json")
 ALIGNED = ("chosen", "dpo", "ppo")                     # trained on preferences, compared with SFT
 # Options that add to the documents' algorithms, whose own settings are the scripts' defaults.
-BEYOND = ("optimizer", "common", "token_shift", "copy_steps", "mean_coef", "lm_coef")
+BEYOND = ("optimizer", "common", "token_shift", "copy_steps")
 # {stage: {option: {"value", "without", "loses", "command"}}}: what a run loses without the option
 GAINS = Path(__file__).parent / "results" / "gains.json"
 

@@ -6,7 +6,14 @@ Stage 4, phase 2: the reward model (001 sections 4.4 and 4.5).
   3. Freeze r_psi
 
 Minimise  L = -mean log sigma(r_psi(x, y_w) - r_psi(x, y_l))  (Bradley-Terry), where r_psi(x, y) =
-W_r h_last + b_r is read at the last token of the response, its <|end|>.
+W_r h_last + b_r is read at the last token of the response, its <|end|>. --loss changes 2.3:
+
+  bt             -log sigma(r_w - r_l)                     pairs
+  margin         -log sigma(r_w - r_l - m)                 pairs that say how much better: m
+                                                           (Touvron et al. 2023)
+  pointwise      (r - rating)^2                            an answer's rating, in [0, 1]
+  plackett_luce  -sum_k log softmax(r_k, ..., r_K)_k       a ranking of K answers, best first
+                                                           (Plackett 1975; Luce 1959)
 
 Differs from the document:
   2.4  the gradient is clipped; the learning rate warms up and falls by a cosine to a tenth.
@@ -15,6 +22,9 @@ Differs from the document:
 
     python train_rm.py                                     # the embedded world's preferences
     python train_rm.py --data pairs.jsonl --truncate left
+    python train_rm.py --seed 1 --out out/rm1              # another of an ensemble (rewards.py)
+
+What it knows: diagnostics.png, and "diagnostics" in config.json's result (diagnostics.py).
 """
 import copy
 from dataclasses import dataclass
@@ -23,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import diagnostics
 import evaluate
 import sample
 from data import PreferencePairs, response_batch
@@ -31,18 +42,21 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
-from preferences import read_pairs
+from preferences import margins_of, numbers, read_ranked
 from readers import read_prompts
-from scoring import last_value, ranked_right, response_rewards, score_pairs
+from scoring import ranked_right, response_rewards, score_pairs
 
 
 @dataclass
 class Config(Options):
     init: str = "out/sft"             # model folder to start from
     out: str = "out/rm"               # model folder to write
-    data: str = "world"               # preference pairs: world, world:SEED or JSONL
-    n_pairs: int = 19_200             # how many to take, at most, >= 1
+    loss: str = "bt"                  # bt | margin | pointwise | plackett_luce
+    data: str = "world"               # pairs, ratings or rankings: world, world:SEED or JSONL
+    n_pairs: int = 19_200             # how many of them to take, at most, >= 1
     label_noise: float = 0.0          # the world's annotators err with this probability, in [0, 1]
+    length_bias: float = 0.0          # ... or go by length alone with this one, in [0, 1]
+    disagreement: float = 0.0         # ... or weigh the axes each in their own way
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     context_length: int = 0           # tokens of prompt and answer; 0: the model's own
@@ -50,13 +64,11 @@ class Config(Options):
     n_shift: int = 200                # SFT answers whose mean reward becomes 0, >= 1
     max_new_tokens: int = 64          # longest of those answers, in tokens, >= 1
     steps: int = 1200                 # optimizer steps (T_RM), >= 1
-    batch_size: int = 16              # pairs per step and rank, >= 1
-    optimizer: str = "adam"           # adam | adamw | muon (with --lr 7e-4 gains 0.3 points)
+    batch_size: int = 16              # pairs, ratings or rankings per step and rank, >= 1
+    optimizer: str = "adam"           # adam | adamw | muon (in the lifecycle, with --lr 1e-3)
     lr: float = 3e-4                  # peak learning rate (document, large models: 1e-5)
     warmup: int = 30                  # steps of linear warmup, before the cosine
     weight_decay: float = 0.0         # on matrices only; adam: none
-    mean_coef: float = 0.0            # of the loss on mean values; in the lifecycle 1 gains nothing
-    lm_coef: float = 0.0              # of the chosen answers' LM loss: 0.3 loses 0.4 points here
     max_norm: float = 1.0             # gradient clipping, > 0
     gradient_checkpointing: bool = False   # recompute activations in the backward pass: less memory
     eval_every: int = 200             # steps between evaluations
@@ -69,64 +81,66 @@ def bradley_terry_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
     return -F.logsigmoid(r_w - r_l).mean()
 
 
-def mean_value(values: Tensor, loss_mask: Tensor) -> Tensor:
-    """values, loss_mask (B, T) -> the mean value of each row's response tokens (B,)."""
-    return (values * loss_mask).sum(1) / loss_mask.sum(1)
+def margin_loss(r_w: Tensor, r_l: Tensor, m: Tensor) -> Tensor:
+    """-log sigma(r_w - r_l - m), mean over pairs; m >= 0: how much better y_w is (Touvron et al.
+    2023). m = 0 is Bradley-Terry."""
+    return -F.logsigmoid(r_w - r_l - m).mean()
 
 
-def read_values(forward, batch, with_logps: bool) -> tuple[Tensor, Tensor | None]:
-    """The value at every token (B, T), and the log p of the response's tokens in nats, (B, T)."""
-    where = {"documents": batch.documents, "positions": batch.positions}
-    if not with_logps:
-        return forward(batch.tokens, **where).squeeze(-1), None
-    # token t + 1 is predicted at t; no row begins with a response token
-    targets = batch.tokens.roll(-1, 1)
-    loss_mask = batch.loss_mask.roll(-1, 1)
-    values, logps = forward(batch.tokens, targets, loss_mask=loss_mask, **where)
-    return values.squeeze(-1), logps
+def pointwise_loss(r: Tensor, ratings: Tensor) -> Tensor:
+    """(r - rating)^2, mean over answers; both (B,)."""
+    return F.mse_loss(r, ratings)
+
+
+def plackett_luce_loss(rewards: Tensor, n: Tensor) -> Tensor:
+    """-log p(ranking), mean over rankings: the best is drawn first, with probability e^r_k / the
+    sum over all that are left, then the next best of the rest.
+
+    rewards: (B, K), best first; n: (B,) how many answers each ranking has. With K = 2 this is
+    Bradley-Terry.
+    """
+    is_there = torch.arange(rewards.shape[1], device=rewards.device) < n[:, None]
+    # -1e9 and not -inf, which would have a gradient of NaN
+    rewards = torch.where(is_there, rewards, -1e9)
+    left = rewards.flip(1).logcumsumexp(1).flip(1)                             # log sum_{j >= k}
+    log_p = torch.where(is_there, rewards - left, 0.0)
+    return -log_p.sum(1).mean()
+
+
+def loss_of(rewards: Tensor, items: list[dict], cfg: Config) -> Tensor:
+    """The loss of --loss. rewards: (K, B), best answers first; items: what stands in the data."""
+    if cfg.loss == "bt":
+        r_w, r_l = rewards                                                     # (B,) each
+        return bradley_terry_loss(r_w, r_l)
+    if cfg.loss == "margin":
+        r_w, r_l = rewards
+        return margin_loss(r_w, r_l, numbers(items, "margin").to(rewards.device))
+    if cfg.loss == "pointwise":
+        return pointwise_loss(rewards[0], numbers(items, "rating").to(rewards.device))
+    n = torch.tensor([len(item["responses"]) for item in items], device=rewards.device)
+    return plackett_luce_loss(rewards.T, n)
 
 
 @torch.no_grad()
-def margins(model: WithHead, pairs: PreferencePairs, batch_size: int) -> Tensor:
-    """r_w - r_l of every pair, (N,), on the CPU, in the order of the batches."""
-    found = []
-    for batch in pairs.epoch(batch_size):
-        r_w, r_l = response_rewards(model, batch.to(model.device)).chunk(2)
-        found.append((r_w - r_l).cpu())
-    return torch.cat(found)
-
-
-def heldout_figures(model: WithHead, pairs: PreferencePairs, cfg: Config) -> dict:
-    """Loss, accuracy and calibration error on pairs that are not trained on."""
-    margin = margins(model, pairs, cfg.batch_size)                             # (N,)
-    return {"val_loss": -F.logsigmoid(margin).mean(), "accuracy": ranked_right(margin),
+def heldout_figures(model: WithHead, heldout: PreferencePairs, cfg: Config) -> dict:
+    """Loss, accuracy and calibration error on what is not trained on."""
+    losses = []
+    margins = []
+    for batch in heldout.epoch(cfg.batch_size):
+        items = [heldout.pairs[i] for i in batch.index]
+        rewards = response_rewards(model, batch.to(model.device)).view(-1, len(items)).float()
+        losses += [loss_of(rewards, items, cfg).cpu()] * len(items)            # of all alike
+        margins.append(margins_of(rewards.cpu(), items))
+    margin = torch.cat(margins)
+    return {"val_loss": torch.stack(losses).mean(), "accuracy": ranked_right(margin),
             "ece": evaluate.calibration_error(margin)}
-
-
-def optional_loss(values: Tensor, logps: Tensor | None, batch,
-                  cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted terms of --mean_coef and --lm_coef, and each of them unweighted for the log.
-
-    mean_loss: Bradley-Terry on the mean value over each response, so that a mistake is felt where
-    it stands and not only through the last token. lm_loss: nats per token of the chosen responses,
-    so that the model does not forget the language it judges by (Yang et al. 2024).
-    """
-    mean_w, mean_l = mean_value(values, batch.loss_mask).chunk(2)              # (B,) each
-    mean_loss = bradley_terry_loss(mean_w, mean_l)
-    total = cfg.mean_coef * mean_loss
-    figures = {"mean_loss": mean_loss}
-    if logps is not None:
-        logps_w, _ = logps.chunk(2)                                            # (B, T)
-        mask_w, _ = batch.loss_mask.chunk(2)
-        lm_loss = -logps_w.sum() / mask_w.sum()
-        total = total + cfg.lm_coef * lm_loss
-        figures["lm_loss"] = lm_loss
-    return total, figures
 
 
 def simple_rankers(sft, pairs: PreferencePairs, cfg: Config) -> dict[str, float]:
     """How many pairs are ranked right with no reward model at all: by length alone, and by
     log p(y|x) under the SFT model. A reward model should do better than both."""
+    if cfg.loss not in ("bt", "margin"):       # no pairs
+        return {}
     logp_w, logp_l = score_pairs(sft, pairs, cfg.batch_size).unbind(1)         # (N,) each
     return {"length_accuracy": evaluate.length_accuracy(pairs),
             "likelihood_accuracy": ranked_right(logp_w - logp_l).item()}
@@ -165,30 +179,31 @@ def main(cfg: Config) -> dict:
     model.eval()                               # because noisy routers would blur what is compared
     reference = copy.deepcopy(model).requires_grad_(False)
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    model = WithHead(model, 1, keep_lm_head=cfg.lm_coef > 0)           # W_r, b_r on top
-    train, heldout = read_pairs(cfg, run, tokenizer, model.config.context_length)
+    model = WithHead(model, 1)                                         # W_r, b_r on top
+    train, heldout = read_ranked(cfg, run, tokenizer, model.config.context_length)
     prompts = read_shift_prompts(cfg, model.config.context_length)
-    forward = run.prepare(model, "values_and_logps" if cfg.lm_coef else "forward")
+    forward = run.prepare(model)
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     run.track(model=model, optimizer=optimizer)
     rankers = simple_rankers(reference, heldout, cfg)
-    run.say(f"held-out pairs ranked right by length alone: {rankers['length_accuracy']:.1%}, by "
-            f"log p of the SFT model: {rankers['likelihood_accuracy']:.1%}")
-    run.forecast(model, reference, rows=2 * cfg.batch_size, length=train.lengths.mean())
+    for name, accuracy in rankers.items():
+        run.say(f"held-out pairs ranked right by {name.removesuffix('_accuracy')} alone: "
+                f"{accuracy:.1%}")
+    run.also_writes("diagnostics.png")
+    n_rows = len(train.sequences[0]) * cfg.batch_size
+    run.forecast(model, reference, rows=n_rows, length=train.lengths.mean())
 
     # 2. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 2.1 Sample batch {(x, y_w, y_l)}
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        items = [train.pairs[i] for i in batch.index]
 
         # 2.2 Compute r_w and r_l, read at the last token of each response
-        values, logps = read_values(forward, batch, with_logps=cfg.lm_coef > 0)  # (2B, T) each
-        r_w, r_l = last_value(values, batch.loss_mask).chunk(2)                # (B,) each
+        rewards = response_rewards(forward, batch).view(-1, len(items))        # (2, B): r_w, r_l
 
-        # 2.3 Loss: the mean of -log sigma(r_w - r_l)
-        pair_loss = bradley_terry_loss(r_w, r_l)
-        extra_loss, extra_figures = optional_loss(values, logps, batch, cfg)   # 0 by default
-        loss = pair_loss + extra_loss
+        # 2.3 Loss: the mean of -log sigma(r_w - r_l), or another --loss
+        loss = loss_of(rewards, items, cfg)
 
         # 2.4 Backpropagate, update psi
         run.backward(loss)
@@ -198,8 +213,8 @@ def main(cfg: Config) -> dict:
         optimizer.zero_grad()
 
         # 2.5 Monitor accuracy on held-out preference pairs
-        figures = {"loss": pair_loss, "train_accuracy": ranked_right(r_w - r_l),
-                   **extra_figures}
+        figures = {"loss": loss}
+        figures |= {"train_accuracy": ranked_right(margins_of(rewards.detach(), items))}
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, cfg)
         tokens = batch.tokens.numel()
@@ -211,6 +226,8 @@ def main(cfg: Config) -> dict:
     # 3. Freeze r_psi
     model.requires_grad_(False)
     results = run.last("accuracy", "ece") | rankers
+    if run.rank == 0:
+        results["diagnostics"] = diagnostics.of(model, heldout, run.out / "diagnostics.png")
     return run.finish(model, tokenizer, results)
 
 

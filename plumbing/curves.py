@@ -6,7 +6,7 @@ from pathlib import Path
 # panels in the order of a reader's questions: does the loss fall, does the stage reach its goal,
 # and last, because they matter when something is wrong, how the machine works; panels in neither
 # list stand between the two
-FIRST = ("loss", "actor_loss", "value_loss", "mean_loss", "lm_loss", "perplexity", "bits_per_byte",
+FIRST = ("loss", "actor_loss", "value_loss", "perplexity", "bits_per_byte",
          "accuracy", "margin", "logratio", "reward", "true_reward", "kl", "kl_proxy")
 LAST = ("busiest_expert", "dropped", "load", "beta", "grad_norm", "lr", "tokens_per_s", "mfu",
         "memory_gb", "skipped")
@@ -21,8 +21,7 @@ SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy",
 NO_PANEL = ("step", "tokens", "logp_chosen", "logp_rejected", "not_finite")
 
 # of a panel, or of a figure in it; PPO's loss, which has no val_loss, is a sum without a unit
-UNITS = {"val_loss": "nats", "mean_loss": "nats per pair", "lm_loss": "nats per token",
-         "value_loss": "score squared", "bits_per_byte": "bits per byte",
+UNITS = {"val_loss": "nats", "value_loss": "score squared", "bits_per_byte": "bits per byte",
          "accuracy": "share that is right", "masked_accuracy": "share that is right",
          "next_sentence_accuracy": "share that is right",
          "short_spans_rebuilt": "share of the spans",

@@ -41,7 +41,7 @@ STAGES = {
     "t5": (train_denoise, CORPUS | {"objective": "span"}),
     "sft": (train_sft, EXAMPLES),
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
-    "rm": (train_rm, PAIRS | {"lm_coef": 0.1, "max_new_tokens": 6, "n_shift": 4}),
+    "rm": (train_rm, PAIRS | {"max_new_tokens": 6, "n_shift": 4}),
     "dpo": (train_dpo, PAIRS),
     "kto": (train_dpo, PAIRS | {"method": "kto", "data": "labels.jsonl"}),
     "ppo": (train_ppo, SAMPLED | {"init": "sft", "reward": "rm", "prompts": "examples.jsonl",

@@ -101,4 +101,4 @@ def test_a_default_model_is_a_plain_llama(parts_of):
 def test_copying_steps_and_further_loss_terms_are_off():
     assert train_pretrain.Config().copy_steps == 0
     reward = train_rm.Config()
-    assert reward.mean_coef == reward.lm_coef == 0.0
+    assert reward.loss == "bt"

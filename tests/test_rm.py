@@ -1,5 +1,7 @@
 """train_rm.py: Bradley-Terry by hand, where the reward is read, the shift to zero, a small run."""
 import dataclasses
+import itertools
+import json
 import math
 
 import pytest
@@ -7,23 +9,28 @@ import torch
 from tiny import (
     END,
     TOKENIZER,
-    conversation,
     ending_model,
     folder_of,
-    slow_logps,
     tiny_model,
     write_rows,
 )
 
 import data
+import diagnostics
 import readers
 import sample
 import train_rm
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model, load_reward_model
 from plumbing.run import Run
-from scoring import response_rewards
-from train_rm import bradley_terry_loss, margins, shift_to_zero
+from preferences import margins_of
+from train_rm import (
+    bradley_terry_loss,
+    margin_loss,
+    plackett_luce_loss,
+    pointwise_loss,
+    shift_to_zero,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,53 +85,72 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
     assert not torch.isclose(bradley_terry_loss(r_w + 7.5, r_l), loss)
 
 
-# ---------------------------------------------------------------------- margins of pairs
+# ---------------------------------------------------------------------- other losses
 
-def test_margins_are_chosen_minus_rejected_of_every_pair(tmp_path):
-    rows = readers.read_preferences(write_rows(tmp_path / "pairs.jsonl", made_pairs(11)))
-    model, pairs = tiny_model(head="scalar"), data.PreferencePairs(rows, TOKENIZER, 64, seed=0)
-    found = margins(model, pairs, batch_size=4)
-    expected = {}
-    for i, pair in enumerate(made_pairs(11)):
-        r_w, r_l = (response_rewards(model, conversation(pair["prompt"], pair[side])).item()
-                    for side in ("chosen", "rejected"))
-        expected[i] = r_w - r_l
-    order = torch.cat([batch.index for batch in pairs.epoch(4)]).tolist()
-    torch.testing.assert_close(found, torch.tensor([expected[i] for i in order]))
-    assert sorted(order) == list(range(11)) and model.training
+def test_a_margin_shifts_what_bradley_terry_asks_for():
+    r_w, r_l = torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])
+    loss = margin_loss(r_w, r_l, torch.tensor([2.0, 1.0]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(1 + math.e)) / 2)
+    assert margin_loss(r_w, r_l, torch.zeros(2)) == bradley_terry_loss(r_w, r_l)
 
 
-# ---------------------------------------------------------------------- what is added to the loss
-
-def test_mean_value_by_hand():
-    values = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
-    loss_mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]]).bool()
-    assert train_rm.mean_value(values, loss_mask).tolist() == [2.5, 8]
+def test_pointwise_is_a_squared_distance():
+    loss = pointwise_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.75]))
+    assert loss.item() == pytest.approx((0.25 + 0.5625) / 2)
 
 
-def test_log_probs_of_the_response_tokens_stand_where_they_are_predicted():
-    model = tiny_model(head="scalar", tied=False)
-    sides = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1]), ([1, 2, 9], [0, 0, 1])]
-    batch = data.right_padded(sides, TOKENIZER.pad, 6, [0, 1, 2])
-    values, logps = train_rm.read_values(model.values_and_logps, batch, with_logps=True)
-    expected = torch.zeros(3, 6)
-    for b, (ids, mask) in enumerate(sides):
-        for t in range(len(ids)):
-            if mask[t]:
-                expected[b, t - 1] = slow_logps(model.trunk, ids)[t - 1]
-    torch.testing.assert_close(logps, expected)
-    torch.testing.assert_close(values, model(batch.tokens).squeeze(-1))
+def test_plackett_luce_by_hand_and_by_drawing_one_after_the_other():
+    rewards = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
+    loss = plackett_luce_loss(rewards, torch.tensor([3, 2]))
+    e = math.e
+    by_hand = (-math.log(e ** 2 / (e ** 2 + e + 1)) - math.log(e / (e + 1)) + math.log(2)) / 2
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+    # over all orders of three answers the probabilities add up to 1
+    orders = torch.tensor(list(itertools.permutations([0.3, -1.0, 2.0])))
+    total = sum(math.exp(-plackett_luce_loss(order[None], torch.tensor([3]))) for order in orders)
+    assert total == pytest.approx(1, rel=1e-6)
 
 
-def test_each_term_has_its_say_only_if_its_coefficient_is_not_zero(tmp_path, monkeypatch):
-    def weights_after(name, **coefficients):
-        train_rm.main(config(tmp_path, out=str(tmp_path / name), steps=1, **coefficients))
-        return load_reward_model(tmp_path / name)[0].trunk.embedding.weight
-    plain = weights_after("plain", mean_coef=0.0, lm_coef=0.0)
-    assert not torch.equal(plain, weights_after("lm", mean_coef=0.0, lm_coef=0.3))
-    assert not torch.equal(plain, weights_after("mean", mean_coef=1.0, lm_coef=0.0))
-    monkeypatch.setattr(train_rm, "mean_value", lambda values, loss_mask: values.mean(1))
-    assert torch.equal(plain, weights_after("other mean", mean_coef=0.0, lm_coef=0.0))
+def test_plackett_luce_of_two_is_bradley_terry():
+    rewards = torch.randn(6, 2)
+    torch.testing.assert_close(plackett_luce_loss(rewards, torch.full((6,), 2)),
+                               bradley_terry_loss(*rewards.T))
+
+
+def test_the_gradient_of_plackett_luce_is_finite_and_right():
+    rewards = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    n = torch.tensor([4, 2, 3])
+    assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, n), (rewards,))
+    plackett_luce_loss(rewards, n).backward()
+    assert rewards.grad[1, 2:].tolist() == [0, 0] and rewards.grad.isfinite().all()
+    torch.testing.assert_close(rewards.grad.sum(1), torch.zeros(3, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------- margins
+
+def test_margins_are_better_minus_worse_of_every_two_answers():
+    pair, three = {"chosen": "a", "rejected": "b"}, {"responses": ["a", "b", "c"]}
+    two = {"responses": ["a", "b"]}
+    rewards = torch.tensor([[3.0, 5.0], [1.0, 9.0]])
+    assert margins_of(rewards, [pair, pair]).tolist() == [2, -4]
+    rewards = torch.tensor([[3.0, 5.0], [1.0, 9.0], [0.0, 9.0]])             # (K, B)
+    assert sorted(margins_of(rewards, [three, two]).tolist()) == [-4, 1, 2, 3]
+    rated = [{"rating": 0.2, "responses": ["a"]}, {"rating": 0.9, "responses": ["b"]},
+             {"rating": 0.9, "responses": ["c"]}]
+    assert sorted(margins_of(torch.tensor([[1.0, 4.0, 0.0]]), rated).tolist()) == [-1, 3]
+
+
+def test_rows_of_rankings_are_the_best_answers_first_and_the_last_again(tmp_path):
+    rows = [{"prompt": "a", "completions": ["x", "yy", "zzz"], "ranks": [2, 1, 3]},
+            {"prompt": "b", "completions": ["p", "qq"], "ranks": [1, 2]}]
+    rankings = readers.read_rankings(write_rows(tmp_path / "rows.jsonl", rows))
+    source = data.PreferencePairs(rankings, TOKENIZER, 64, seed=0)
+    batch = source.batch(0, 2)
+    texts = [TOKENIZER.decode(ids[mask].tolist()) for ids, mask in
+             zip(batch.tokens, batch.loss_mask)]
+    by_item = {"a": ["yy", "x", "zzz"], "b": ["p", "qq", "qq"]}
+    names = [source.pairs[i]["prompt"][0]["content"] for i in batch.index]
+    assert texts == [by_item[name][rank] for rank in range(3) for name in names]
 
 
 # ---------------------------------------------------------------------- the shift
@@ -176,6 +202,88 @@ def test_training_learns_to_rank_unseen_pairs_against_their_length(tmp_path):
     assert rows[-1]["val_loss"] < 0.45 < 0.6 < rows[0]["val_loss"]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert {"train_accuracy", "grad_norm", "lr", "tokens"} <= set(rows[0])
+
+
+def rows_of(loss: str, n: int = 80) -> list[dict]:
+    """Rows that --loss learns from: the shorter an answer, the better."""
+    rows = []
+    for i, pair in enumerate(made_pairs(n)):
+        if loss == "pointwise":
+            side = "chosen" if i % 2 else "rejected"
+            rows.append({"prompt": pair["prompt"], "completion": pair[side], "rating": i % 2})
+        elif loss == "plackett_luce":
+            rows.append({"prompt": pair["prompt"], "ratings": [0.9, 0.1, 0.5],
+                         "completions": ["yes", "no, no, no", "maybe"][:3 - i % 2 * 1]}
+                        | ({"ratings": [0.9, 0.1]} if i % 2 else {}))
+        else:
+            rows.append(pair | {"margin": 0.5})
+    return rows
+
+
+@pytest.mark.parametrize("loss", ["margin", "pointwise", "plackett_luce"])
+def test_every_loss_learns_to_rank_what_it_has_not_seen(tmp_path, loss):
+    cfg = config(tmp_path, loss=loss, steps=30, eval_every=29)
+    write_rows(tmp_path / "pairs.jsonl", rows_of(loss))
+    result = train_rm.main(cfg)
+    rows = read_metrics(tmp_path / "rm")
+    assert result["accuracy"] > 0.9 and rows[-1]["loss"] < rows[0]["loss"]
+    assert (result["diagnostics"] == {}) == (loss != "margin")
+
+
+@pytest.mark.parametrize("loss", ["bt", "margin", "pointwise", "plackett_luce"])
+def test_the_world_draws_what_each_loss_reads(tmp_path, loss):
+    folder_of(tiny_model(context_length=300), tmp_path / "sft")
+    result = train_rm.main(train_rm.Config(
+        init=str(tmp_path / "sft"), out=str(tmp_path / "rm"), loss=loss, steps=1, n_pairs=20,
+        eval_pairs=40, batch_size=4, device="cpu", truncate="left", n_shift=2, max_new_tokens=4,
+        label_noise=0.1, length_bias=0.1, disagreement=0.5))
+    assert 0 <= result["accuracy"] <= 1
+
+
+def test_a_pair_without_a_margin_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r'pairs.jsonl:\d+: this pair has no "margin"'):
+        train_rm.main(config(tmp_path, loss="margin"))
+
+
+# ---------------------------------------------------------------------- what it knows
+
+def test_calibration_is_confidence_beside_accuracy():
+    margin = torch.tensor([0.0, math.log(9), math.log(9), -math.log(9), 50.0])
+    (half, tie, one), (ninety, right, three), (sure, last, other) = diagnostics.calibration(margin)
+    assert (half, tie, one) == (0.5, 0.5, 1)
+    assert (ninety, right, three) == (pytest.approx(0.9), pytest.approx(2 / 3), 3)
+    assert (sure, last, other) == (1.0, 1.0, 1)
+
+
+def test_length_correlation_is_pearsons():
+    lengths = torch.tensor([1.0, 2, 3, 4])
+    assert diagnostics.correlation(-2 * lengths + 7, lengths) == pytest.approx(-1)
+    assert diagnostics.correlation(torch.tensor([1.0, -1, -1, 1]), lengths) == 0
+    assert diagnostics.correlation(torch.ones(4), lengths) == 0
+    a, b = torch.randn(2, 50)
+    expected = torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+    assert diagnostics.correlation(a, b) == pytest.approx(expected, abs=1e-6)
+
+
+def test_accuracy_is_told_by_axis_and_by_distance():
+    pairs = [{"example": {"kind": kind}, "margin": i / 10} for i, kind in
+             enumerate(["right", "whole", "honest", "manner"] * 2)]
+    margin = torch.tensor([1.0, 1, -1, 1, 1, -1, -1, 1])
+    assert diagnostics.accuracy_by(diagnostics.axis_of, pairs, margin) == {
+        "coherent": 1.0, "helpful": 0.75, "honest": 0.0}
+    found = diagnostics.accuracy_by_distance(pairs, margin)
+    assert [share for _, share in found] == [1.0, 0.5, 0.5, 0.5]
+    assert [mean for mean, _ in found] == pytest.approx([0.05, 0.25, 0.45, 0.65])
+    assert diagnostics.accuracy_by_distance([{"margin": None}] * 8, margin) == []
+
+
+def test_a_run_leaves_its_diagnostics_as_numbers_and_a_picture(tmp_path):
+    result = train_rm.main(config(tmp_path))
+    assert (tmp_path / "rm" / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "rm" / "config.json").read_text())["result"]["diagnostics"]
+    assert record["accuracy"] == result["accuracy"]
+    assert record["ece"] == pytest.approx(result["ece"], abs=1e-4)
+    assert record["length_correlation"] < 0                    # the shorter answer is the better
 
 
 def test_psi_starts_as_the_sft_model_with_a_fresh_scalar_head(tmp_path):
