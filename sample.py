@@ -12,7 +12,7 @@ they are dropped from the batch. PPO's rollouts and evaluate.py use this engine 
     python sample.py --init out/span --fill "The bear ___ her hat on ___."     # or out/mlm
 """
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -235,6 +235,31 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                 outputs[batch[place] * group + number].append(token)
     model.train(was_training)
     return outputs
+
+
+def sample_and_score(model: Transformer, tokenizer, prompts: list[dict], ids: list[list[int]],
+                     n: int, reward: Callable, max_new_tokens: int, temperature: float = 1.0,
+                     generator: torch.Generator | None = None) -> tuple[list[list[int]], Tensor]:
+    """n answers to each prompt, prompt by prompt, and their rewards (prompts, n).
+
+    prompts, ids: rows of readers.read_prompts() and their tokens; reward: of rewards.Reward.
+    """
+    answers = generate(model, ids, max_new_tokens, (tokenizer.end,), temperature,
+                       generator=generator, group=n)
+    repeated = [row for row in prompts for _ in range(n)]
+    x = [prompt for prompt in ids for _ in range(n)]
+    return answers, reward(repeated, x, answers).view(-1, n)
+
+
+def best_of_n(model: Transformer, tokenizer, prompts: list[dict], n: int, reward: Callable,
+              max_new_tokens: int, **options) -> list[str]:
+    """The best of n sampled answers to each prompt, by a reward (001 section 4.9). options: those
+    of sample_and_score()."""
+    ids = [tokenizer.prompt(row["messages"]) for row in prompts]
+    answers, scores = sample_and_score(model, tokenizer, prompts, ids, n, reward, max_new_tokens,
+                                       **options)
+    best = scores.argmax(1).tolist()
+    return [tokenizer.decode(answers[row * n + place]) for row, place in enumerate(best)]
 
 
 def respond(model: Transformer, tokenizer, conversations: list[list[dict]], max_new_tokens: int,

@@ -129,6 +129,12 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return logps - ref_logps
 
 
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n nats: KL(best of n || pi), where no two answers score the same; else less
+    (001 section 4.9)."""
+    return math.log(n) - (n - 1) / n
+
+
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """ratio - 1 - log ratio, ratio = pi_ref / pi, in nats: the same mean as kl_k1 with less
     variance, and never negative (Schulman 2020)."""

@@ -16,6 +16,7 @@ from test_claim import content
 from tiny import folder_of, tiny_model, write_rows
 
 import bench
+import compare
 import evaluate
 import lifecycle
 import lora
@@ -23,7 +24,9 @@ import readers
 import report as report_module
 import sample
 import shards
+import synthesize
 import train_dpo
+import train_grpo
 import train_ppo
 import train_pretrain
 import train_rm
@@ -358,6 +361,7 @@ def test_a_wrong_command_ends_in_one_clear_line_and_no_traceback(complaints, cas
 @pytest.mark.parametrize("script, options, message", [
     (train_dpo, "--init nowhere", "nowhere: there is no such folder; give the --out folder"),
     (train_ppo, "--init base", "out/rm: there is no such folder"),
+    (train_grpo, "--init base --reward nowhere", "--reward nowhere: there is no such folder"),
     (train_sft, "--init base --data world:x", "world:x: world:SEED needs a whole number"),
     (train_rm, "--init base --data text.txt", 'text.txt: ".txt" files are not read here'),
     (train_pretrain, "--data text.txt --tokenizer bytes --context_length 64 --n_heads 3",
@@ -376,6 +380,9 @@ def test_a_wrong_command_ends_in_one_clear_line_and_no_traceback(complaints, cas
     (lora, "--init base --adapter base --out base", "--out base is not empty"),
     (shards, "--data text.txt --tokenizer bytes --out text.txt", "text.txt is a file"),
     (shards, "--data nowhere.txt --out new", "nowhere.txt: not found"),
+    (synthesize, "--init base --out text.txt", "--out text.txt is there already"),
+    (compare, "--init base --out text.txt", "--out 'text.txt': give a file that ends in .jsonl"),
+    (compare, "", "give one of --init (models that answer), --data (answers that are there)"),
     (bench, "--contenders gpt5", "--contenders gpt5: train knows hf_llama, nanogpt"),
     (bench, "--modes fast", "--modes fast: give eager, compile or both"),
 ])

@@ -13,6 +13,7 @@ import evaluate
 import lifecycle
 import sample
 import shards
+import synthesize
 import train_denoise
 import train_dpo
 import train_grpo
@@ -302,7 +303,7 @@ def test_a_config_is_built_of_flat_values():
 # ---------------------------------------------------------------------- numbers and their ranges
 
 SCRIPTS = (train_pretrain, train_denoise, train_sft, train_rm, train_dpo, train_ppo,
-           train_grpo, compare, evaluate, sample, shards, lifecycle, bench)
+           train_grpo, compare, synthesize, evaluate, sample, shards, lifecycle, bench)
 # Of each script some values that mean nothing, and what is asked for instead.
 OUTSIDE = [
     (train_pretrain, "max_norm", -1.0, "> 0"), (train_pretrain, "steps", 0, ">= 1"),
