@@ -27,6 +27,7 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
     python train_ppo.py --prompts prompts.jsonl --reward out/rm1,out/rm2 --combine min
 """
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,13 +35,13 @@ from torch import Tensor
 
 import evaluate
 import sample
-from data import Batch, encode_prompts, permuted, response_batch
+from data import Batch, PackedExamples, encode_prompts, format_examples, permuted, response_batch
 from heads import WithHead
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
 from plumbing.options import Options, command_line
 from plumbing.run import start
-from readers import read_prompts
+from readers import read_examples, read_prompts
 from rewards import Reward, score_responses
 from scoring import kl_k1, kl_k3, last_place, masked_mean, mean_figures, token_logps
 
@@ -74,6 +75,13 @@ class Config(Options):
     value_coef: float = 0.1           # c1
     entropy_coef: float = 0.0         # c2
     no_end_score: float = -1.0        # the score of a response without <|end|>, any number
+    lm_coef: float = 0.0              # of -log p per token on --lm_data: less is forgotten
+    lm_data: str = "world"            # demonstrations, as for train_sft.py
+    kl_budget: float = 0.0            # nats per response: the last policy inside is kept; 0: none
+    gold: str = ""                    # another --reward, which decides when to stop; empty: none
+    gold_every: int = 5               # steps between its looks at held-out prompts, >= 1
+    gold_prompts: int = 200           # how many of them, >= 1
+    gold_patience: int = 2            # looks without a better policy before it stops, >= 1
     max_norm: float = 1.0             # gradient clipping, actor and critic each, > 0
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
@@ -140,16 +148,19 @@ def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> f
 
 
 class Controller:
-    """The KL coefficient beta, which a checkpoint must know besides models and optimizers."""
+    """What a checkpoint must know besides models and optimizers: the KL coefficient beta; of --gold
+    the best score so far, and how many looks ago it was."""
 
     def __init__(self, beta: float):
         self.beta = beta
+        self.best_gold = -math.inf
+        self.looks_since = 0
 
     def state_dict(self) -> dict:
-        return {"beta": self.beta}
+        return vars(self)
 
     def load_state_dict(self, state: dict) -> None:
-        self.beta = state["beta"]
+        vars(self).update(state)
 
 
 # ---------------------------------------------------------------------- rollouts
@@ -206,9 +217,58 @@ def load_critic(reward: Reward, cfg: Config, run) -> WithHead:
     return critic
 
 
+# ---------------------------------------------------------------------- mitigations (001, 4.12)
+
+def read_lm_data(cfg: Config, tokenizer, length: int) -> PackedExamples | None:
+    """Demonstrations to go on learning from (003: general data mixed in; Ouyang et al. 2022)."""
+    if not cfg.lm_coef:
+        return None
+    rows = read_examples(cfg.lm_data, split="train", n=10_000, seed=cfg.seed, bad_rows=cfg.bad_rows)
+    return PackedExamples(format_examples(rows, tokenizer), tokenizer, length, cfg.seed, "drop")
+
+
+def why_stop(actor, kept, controller: Controller, kl: float, gold_score: float | None,
+             cfg: Config) -> str:
+    """Keep the policy that is to be the result if training ends here. Returns why it must end, ""
+    while it may go on. kl: nats per response; gold_score: None between --gold's looks."""
+    if cfg.kl_budget and kl > cfg.kl_budget:
+        return f"its KL of {kl:.2f} nats is beyond --kl_budget {cfg.kl_budget:g}"
+    if gold_score is None and cfg.gold:
+        return ""
+    if gold_score is None or gold_score > controller.best_gold:
+        kept.load_state_dict(actor.state_dict())
+        controller.best_gold = gold_score if cfg.gold else -math.inf
+        controller.looks_since = 0
+        return ""
+    controller.looks_since += 1
+    if controller.looks_since < cfg.gold_patience:
+        return ""
+    return f"--gold was better {controller.looks_since} looks ago: {controller.best_gold:.3f}"
+
+
+def read_gold(cfg: Config, run, tokenizer, limit: int) -> tuple[Reward, list, list] | None:
+    """The reward behind --gold, and the held-out prompts and ids that it looks at."""
+    if not cfg.gold:
+        return None
+    gold = Reward(cfg.gold, cfg.combine, tokenizer, run.device, run.dtype)
+    rows = read_prompts(cfg.prompts, split="heldout", n=cfg.gold_prompts, seed=cfg.seed,
+                        bad_rows=cfg.bad_rows)
+    return gold, *encode_prompts(rows, tokenizer, limit, cfg.truncate)
+
+
+def look(gold: tuple[Reward, list, list], actor, tokenizer, cfg: Config) -> float:
+    """The mean gold reward of greedy answers to the held-out prompts."""
+    reward, prompts, x = gold
+    y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,))
+    score, _ = score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
+    return score.mean().item()
+
+
 def main(cfg: Config) -> dict:
     if cfg.reward_model:
         cfg = replace(cfg, reward=cfg.reward_model, reward_model="")
+    if cfg.kl_budget and cfg.gold:
+        raise ValueError("--kl_budget and --gold both say which policy to keep; give one of them")
     run = start(cfg, __file__)
 
     # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model(s), optimizers
@@ -228,8 +288,12 @@ def main(cfg: Config) -> dict:
     actor_optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     critic_optimizer = pick_optimizer("adam", critic, cfg.critic_lr, 0.0, run.dtype, eps=1e-5)
     controller = Controller(cfg.beta)
+    lm_data = read_lm_data(cfg, tokenizer, length)
+    gold = read_gold(cfg, run, tokenizer, length - cfg.max_new_tokens)
+    # a copy of the actor as it was when a mitigation last approved of it
+    kept = {"kept": copy.deepcopy(actor)} if cfg.kl_budget or cfg.gold else {}
     run.track(actor=actor, critic=critic, actor_optimizer=actor_optimizer,
-              critic_optimizer=critic_optimizer, controller=controller)
+              critic_optimizer=critic_optimizer, controller=controller, **kept)
     mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
     run.forecast(actor, critic, reference, *reward.models, rows=cfg.minibatch_size,
                  length=mean_length, log_mfu=False,
@@ -268,6 +332,14 @@ def main(cfg: Config) -> dict:
                     "kl_k3": kl_k3(old_logps, ref_logps), "score": score, "ended": ended,
                     "values": values, "advantages": advantages, "returns": returns})
         whiten(rollouts)                       # the scale of A_t must not change the step's size
+        figures = rollout_figures(rollouts)
+        mean_kl = run.mean_over_ranks(figures["kl"].item())
+        if gold and step % cfg.gold_every == 0:
+            figures["gold"] = look(gold, actor, tokenizer, cfg)
+        if kept and (reason := why_stop(actor, kept["kept"], controller, mean_kl,
+                                        figures.get("gold"), cfg)):
+            run.say(f"step {step}: {reason}; the policy kept before is the result")
+            break
 
         # ---- OPTIMIZATION PHASE
         # 5.3 FOR epoch = 1 TO K_epochs, over shuffled mini-batches
@@ -288,6 +360,11 @@ def main(cfg: Config) -> dict:
                 mean_entropy = masked_mean(entropy, mask)
                 # Total: L = L_actor + c1 L_critic - c2 H
                 loss = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * mean_entropy
+                if lm_data:
+                    number = step * cfg.epochs * len(rollouts) + len(updates)
+                    lm_batch = lm_data.batch(number, 4, run.rank, run.world_size).to(run.device)
+                    lm_logps = token_logps(actor_forward, lm_batch)
+                    loss = loss - cfg.lm_coef * lm_logps.sum() / lm_batch.n_targets
                 # Backpropagate, update theta and phi
                 run.backward(loss)
                 grad_norm = run.clip(actor, cfg.max_norm)
@@ -303,17 +380,18 @@ def main(cfg: Config) -> dict:
                                 "ratio_max": ratio.max(), "grad_norm": grad_norm})
 
         # 5.4 MONITORING, and the adaptive KL controller
-        figures = rollout_figures(rollouts) | mean_figures(updates)
+        figures |= mean_figures(updates)
         figures |= evaluate.rollout_truth(asked, y, tokenizer)
         tokens = sum(r["batch"].tokens.numel() for r in rollouts)
         run.log(step, tokens=tokens, beta=controller.beta, lr=lr, **figures)
-        mean_kl = run.mean_over_ranks(figures["kl"].item())
         controller.beta = adapt_beta(controller.beta, mean_kl, cfg.kl_target,
                                      cfg.batch_size * run.world_size, cfg.kl_horizon)
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
     # 6. RETURN theta_aligned
+    if kept:
+        actor.load_state_dict(kept["kept"].state_dict())
     results = run.last("kl", "reward")
     return run.finish(actor, tokenizer, results)
 

@@ -98,7 +98,7 @@ def models_of(cfg) -> dict[str, list[str]]:
     found = {}
     if getattr(cfg, "init", ""):
         found["init"] = [cfg.init]
-    for option in ("reward", "reward_model"):
+    for option in ("reward", "reward_model", "gold"):
         # other names are rewards of other kinds: world, gsm8k, module:function
         terms = reward_terms(getattr(cfg, option, ""))
         folders = [name for _, name in terms if is_model_folder(name)]

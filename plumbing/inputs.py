@@ -14,7 +14,7 @@ from plumbing.claim import sha256
 from plumbing.folders import models_of
 
 # Options that name the world, a file, a folder, or several with commas.
-DATA = ("data", "anneal_data", "prompts")
+DATA = ("data", "anneal_data", "prompts", "lm_data")
 
 # Options that say nothing about how a run ends.
 FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
