@@ -221,8 +221,9 @@ def table(found: dict[str, dict], cfg: Config) -> str:
         ends = of_seed["ends"]
         turned = of_seed["turn"]
         cells = [seed, f"{of_seed['accuracy']:.1%}",
-                 f"{turned['peak']:.3f}, {turned['peak_kl']:.1f}", f"{ends['no mitigation']['truth']:.3f}",
-                 f"{turned['fall']:.3f}", f"{turned['errors']:.1f}"]
+                 f"{turned['peak']:.3f}, {turned['peak_kl']:.1f}",
+                 f"{ends['no mitigation']['truth']:.3f}", f"{turned['fall']:.3f}",
+                 f"{turned['errors']:.1f}"]
         cells += [f"{ends[name]['truth']:.3f}" for name in list(MITIGATIONS)[1:]]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "The ends are sampled answers to 500 held-out prompts at temperature 1. What the "
