@@ -9,7 +9,6 @@ Stage 4: Direct Preference Optimization (001 sections 4.6, 4.7), and its relativ
 Minimise  L = -mean log sigma(Delta),
   Delta = beta [  (log pi_theta(y_w|x) - log pi_ref(y_w|x))
                 - (log pi_theta(y_l|x) - log pi_ref(y_l|x)) ]
-
 No reward model, no sampling: the policy is its own reward model, r = beta log(pi_theta / pi_ref).
 --method changes 3.3. With h = log(pi_theta / pi_ref) and p = log pi_theta / |y|, per token:
 
@@ -44,7 +43,6 @@ from preferences import in_rounds, labels_of, read_data, sides
 from scoring import log1mexp, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
-# Options that only some methods read.
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
            "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",)}

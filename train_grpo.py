@@ -22,9 +22,8 @@ reward, the advantage A_i is the same for all of its tokens:
 Sources: Williams 1992; Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO; std divides by G - 1);
 Liu et al. 2025 (Dr. GRPO: neither the std nor |y_i|, which favour easy prompts and long mistakes).
 Before its first update a group's loss is 0 whatever the policy, because rho_t is 1 and the A_i add
-up to 0: its gradient is not. Watch the reward and the KL instead. With the KL in R_i the policy
-goes to 4.6.2's pi_ref exp(r / beta) / Z; k3 in the loss has the gradient of KL(pi_ref || pi) and
-another limit, pi_ref / (1 + (V - r) / beta) (Tang and Munos 2025).
+up to 0; its gradient is not. With the KL in R_i the policy goes to 4.6.2's pi*; k3 in the loss has
+the gradient of KL(pi_ref || pi), and another limit (Tang and Munos 2025).
 
     python train_grpo.py                                   # against out/rm, on the world's prompts
     python train_grpo.py --method rloo --reward world --families arithmetic
@@ -77,8 +76,6 @@ class Config(Options):
     save_every: int = 20              # steps between checkpoints
 
 
-# ---------------------------------------------------------------------- the math
-
 def advantages_of(rewards: Tensor, method: str, baseline: float = 0.0) -> Tensor:
     """rewards (prompts, G) -> advantages (prompts, G) by --method; baseline: reinforce's."""
     mean = rewards.mean(1, keepdim=True)
@@ -94,8 +91,7 @@ def advantages_of(rewards: Tensor, method: str, baseline: float = 0.0) -> Tensor
 
 
 def policy_gradient_loss(logps: Tensor, advantages: Tensor) -> Tensor:
-    """-A_i log pi(y_i) of each answer, (b,) (Williams 1992). logps (b, T), 0 outside the answer;
-    advantages (b,)."""
+    """-A_i log pi(y_i), (b,) (Williams 1992). logps (b, T), 0 outside answers; advantages (b,)."""
     return -advantages * logps.sum(1)
 
 
@@ -124,8 +120,7 @@ def answer_losses(logps: Tensor, rollout: dict, cfg: Config) -> tuple[Tensor, di
 
 
 class Baseline:
-    """reinforce's: a running mean of earlier batches' rewards, 0 before the first. A checkpoint
-    must know it."""
+    """reinforce's: a running mean of earlier batches' rewards; a checkpoint must know it."""
 
     def __init__(self, decay: float = 0.9):
         self.decay = decay
@@ -143,32 +138,18 @@ class Baseline:
         self.value = state["value"]
 
 
-# ---------------------------------------------------------------------- rollouts
-
-def read_asked(cfg: Config) -> list[dict]:
-    options = {"families": tuple(cfg.families.split(","))} if cfg.families else {}
-    return read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
-                        bad_rows=cfg.bad_rows, **options)
-
-
-def rollout_figures(score: Tensor, kl: Tensor, ended: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """What the rollout says of the policy before its update. score (prompts, G); kl, nats per
-    response, ended and lengths (N,)."""
+def rollout_figures(score: Tensor, kl: Tensor, ended: Tensor) -> dict[str, Tensor]:
+    """Of the policy before its update. score (prompts, G); kl, nats per response, ended (N,)."""
     spread = score.std(1)
     return {"reward": score.mean(), "reward_std": score.std(), "group_std": spread.mean(),
             "flat_groups": (spread < 1e-6).float().mean(),     # they teach nothing but the KL
-            "kl": kl.mean(), "ended": ended.float().mean(), "response_tokens": lengths.mean()}
-
-
-def check(cfg: Config) -> None:
-    """Raises ValueError for options that do not go together."""
-    if cfg.method in ONE_STEP and cfg.epochs > 1:
-        raise ValueError(f"--epochs {cfg.epochs}: {cfg.method} has no ratio pi_theta / pi_old, and "
-                         "after one update the answers are not its own; give 1, or grpo")
+            "kl": kl.mean(), "ended": ended.float().mean()}
 
 
 def main(cfg: Config) -> dict:
-    check(cfg)
+    if cfg.method in ONE_STEP and cfg.epochs > 1:
+        raise ValueError(f"--epochs {cfg.epochs}: {cfg.method} has no ratio pi_theta / pi_old, and "
+                         "after one update the answers are not its own; give 1, or grpo")
     run = start(cfg, __file__)
 
     # 1. INITIALIZE: actor, frozen reference, the reward, optimizer
@@ -177,8 +158,11 @@ def main(cfg: Config) -> dict:
     reference = copy.deepcopy(actor).requires_grad_(False)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype)
     length = actor.config.context_length
-    prompts, prompt_ids = encode_prompts(read_asked(cfg), tokenizer,
-                                         length - cfg.max_new_tokens, cfg.truncate)
+    families = {"families": tuple(cfg.families.split(","))} if cfg.families else {}
+    rows = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
+                        bad_rows=cfg.bad_rows, **families)
+    room = length - cfg.max_new_tokens
+    prompts, prompt_ids = encode_prompts(rows, tokenizer, room, cfg.truncate)
     forward = run.prepare(actor, "logps")
     optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     baseline = Baseline()
@@ -239,8 +223,8 @@ def main(cfg: Config) -> dict:
             optimizer.zero_grad()
 
         # 2.5 MONITORING
-        lengths = torch.tensor([len(ids) for ids in y], dtype=torch.float32)
-        figures = rollout_figures(score.view(-1, cfg.group), kl, ended, lengths)
+        figures = rollout_figures(score.view(-1, cfg.group), kl, ended)
+        figures["response_tokens"] = sum(map(len, y)) / len(y)
         figures |= mean_figures(updates) | evaluate.rollout_truth(asked, y, tokenizer)
         tokens = sum(r["batch"].tokens.numel() for r in rollouts)
         run.log(step, tokens=tokens, loss=total_loss, grad_norm=grad_norm, lr=lr, **figures)
@@ -248,8 +232,7 @@ def main(cfg: Config) -> dict:
             run.save_checkpoint(step + 1)
 
     # 3. RETURN theta_aligned
-    results = run.last("kl", "reward")
-    return run.finish(actor, tokenizer, results)
+    return run.finish(actor, tokenizer, run.last("kl", "reward"))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ MITIGATIONS = {
 }
 WINDOW = 5                             # steps whose rollouts are averaged for a point of a curve
 DRAWS = (1, 2, 4, 8, 16, 32, 64)       # N of best of N
+SHOWN = ("SFT", "KL budget", "no mitigation")          # answers at three distances
+DISTANCE = "sqrt(KL), KL in nats per response"
 MEMBERS = 3                            # reward models of the ensemble; the first is the proxy
 
 
@@ -100,18 +102,23 @@ def ppo_runs(cfg: Config, seed: int, base: Path, out: Path, folders: list[str]) 
     return found
 
 
+def point(kls: np.ndarray, proxies: np.ndarray, truths: np.ndarray) -> dict:
+    """A point of a curve: means, and the standard error of the true reward's."""
+    error = truths.std(ddof=1) / math.sqrt(len(truths))
+    return {"kl": float(kls.mean()), "proxy": float(proxies.mean()),
+            "truth": float(truths.mean()), "error": float(error)}
+
+
 def curve(folder: Path) -> list[dict]:
-    """The rollouts of WINDOW steps at a time: KL, proxy and true reward, with the latter's standard
-    error."""
+    """The rollouts of WINDOW steps at a time."""
     rows = read_metrics(folder)
+    kls = np.array([row["kl"] for row in rows])
+    proxies = np.array([row["reward"] for row in rows])
+    truths = np.array([row["true_reward"] for row in rows])
     points = []
     for first in range(0, len(rows) - WINDOW + 1, WINDOW):
-        part = rows[first:first + WINDOW]
-        truth = np.array([row["true_reward"] for row in part])
-        points.append({"kl": float(np.mean([row["kl"] for row in part])),
-                       "proxy": float(np.mean([row["reward"] for row in part])),
-                       "truth": float(truth.mean()),
-                       "error": float(truth.std(ddof=1) / math.sqrt(WINDOW))})
+        part = slice(first, first + WINDOW)
+        points.append(point(kls[part], proxies[part], truths[part]))
     return points
 
 
@@ -130,18 +137,16 @@ def best_of_n_curve(base: Path, proxy: str, seed: int, n_prompts: int) -> list[d
     proxy_scores = reward([{}] * len(x), x, y).view(-1, most).cpu().numpy()
     truths = evaluate.true_rewards(repeated, evaluate.complete_texts(tokenizer, y))
     truths = truths.reshape(-1, most)
+    # from the proxy's worst answer of each prompt to its best
     order = proxy_scores.argsort(1)
     proxy_scores = np.take_along_axis(proxy_scores, order, 1)
     truths = np.take_along_axis(truths, order, 1)
     points = []
     for n in DRAWS:
-        # p(the k-th lowest of all is the best of n) = C(k - 1, n - 1) / C(most, n)
-        weights = np.array([math.comb(k, n - 1) / math.comb(most, n) for k in range(most)])
-        by_prompt = truths @ weights
-        points.append({"n": n, "kl": best_of_n_kl(n),
-                       "proxy": float((proxy_scores @ weights).mean()),
-                       "truth": float(by_prompt.mean()),
-                       "error": float(by_prompt.std(ddof=1) / math.sqrt(len(by_prompt)))})
+        # p(the k-th of all is the best of n) = C(k - 1, n - 1) / C(most, n)
+        ways = [math.comb(k, n - 1) for k in range(most)]
+        p = np.array(ways) / math.comb(most, n)
+        points.append(point(np.array([best_of_n_kl(n)]), proxy_scores @ p, truths @ p))
     return points
 
 
@@ -155,26 +160,68 @@ def final(folder: Path, seed: int, n: int) -> dict:
     y = evaluate.answers(model, tokenizer, examples, 1.0, generator)
     texts = evaluate.complete_texts(tokenizer, y)
     truths = evaluate.true_rewards(examples, texts)
-    words = [text.split() for text in texts]
-    pairs = [pair for text in words for pair in zip(text, text[1:])]
-    repeated = [len(text) - len({*text}) for text in words]
-    return {"truth": float(truths.mean()), "error": float(truths.std(ddof=1) / math.sqrt(n)),
-            "words": float(np.mean([len(text) for text in words])),
-            "distinct_2": len({*pairs}) / max(1, len(pairs)),
-            "repeated_words": float(np.mean(repeated)), "answers": texts[:3],
-            "prompts": [text_of(example["prompt"]) for example in examples[:3]]}
+    error = truths.std(ddof=1) / math.sqrt(n)
+    return {"truth": float(truths.mean()), "error": float(error), **looks(texts),
+            "answers": texts[:3], "prompts": [text_of(row["prompt"]) for row in examples[:3]]}
+
+
+def looks(texts: list[str]) -> dict[str, float]:
+    """What hacking may look like: words per answer, how many of them are said again, and the share
+    of distinct pairs of words over all answers."""
+    n_words = []
+    n_repeated = []
+    pairs = []
+    for text in texts:
+        words = text.split()
+        n_words.append(len(words))
+        n_repeated.append(len(words) - len({*words}))
+        pairs += zip(words, words[1:])
+    return {"words": float(np.mean(n_words)), "repeated_words": float(np.mean(n_repeated)),
+            "distinct_2": len({*pairs}) / max(1, len(pairs))}
 
 
 # ---------------------------------------------------------------------- what came out
 
 def turn(points: list[dict]) -> dict:
     """The peak of the true reward, the end, and how many standard errors lie between."""
-    peak = max(points, key=lambda point: point["truth"])
+    peak = max(points, key=lambda found: found["truth"])
     end = points[-1]
+    fall = peak["truth"] - end["truth"]
     error = math.hypot(peak["error"], end["error"])
-    return {"peak": peak["truth"], "peak_kl": peak["kl"], "end": end["truth"],
-            "fall": peak["truth"] - end["truth"], "errors": (peak["truth"] - end["truth"])
-            / max(error, 1e-9)}
+    return {"peak": peak["truth"], "peak_kl": peak["kl"], "end": end["truth"], "fall": fall,
+            "errors": fall / max(error, 1e-9)}
+
+
+def distances(points: list[dict]) -> list[float]:
+    """sqrt(KL) of each point, the distance in which Gao et al. 2023 find simple curves."""
+    return [math.sqrt(max(0.0, found["kl"])) for found in points]
+
+
+def values(points: list[dict], name: str) -> np.ndarray:
+    return np.array([found[name] for found in points])
+
+
+def draw_proxy_and_truth(axis, points: list[dict], title: str) -> None:
+    truth = values(points, "truth")
+    error = values(points, "error")
+    axis.plot(distances(points), truth, color="C0", marker=".", label="true reward (left axis)")
+    axis.fill_between(distances(points), truth - 2 * error, truth + 2 * error, alpha=0.2)
+    axis.set(title=title, xlabel=DISTANCE, ylabel="true reward", ylim=(0, 1))
+    other = axis.twinx()
+    other.plot(distances(points), values(points, "proxy"), color="C1", marker=".",
+               label="proxy (right axis)")
+    other.set_ylabel("reward model's score")
+    axis.legend(loc="lower left")
+    other.legend(loc="lower right")
+
+
+def draw_mitigations(axis, of_seed: dict, title: str) -> None:
+    for name, points in of_seed["curves"].items():
+        end = of_seed["ends"][name]["truth"]
+        axis.plot(distances(points), values(points, "truth"), marker=".",
+                  label=f"{name}: ends at {end:.2f}")
+    axis.set(title=title, ylim=(0, 1), xlabel=DISTANCE, ylabel="true reward")
+    axis.legend(loc="lower left")
 
 
 def draw(found: dict[str, dict], file: Path, mark: str) -> None:
@@ -182,62 +229,45 @@ def draw(found: dict[str, dict], file: Path, mark: str) -> None:
     figure, axes = plt.subplots(len(found), 3, figsize=(15, 4 * len(found)), squeeze=False,
                                 layout="constrained")
     for (left, middle, right), (seed, of_seed) in zip(axes, found.items()):
-        for axis, points, name in ((left, of_seed["curves"]["no mitigation"], "PPO"),
-                                   (middle, of_seed["best of N"], "best of N")):
-            distance = [math.sqrt(max(0.0, point["kl"])) for point in points]
-            truth = np.array([point["truth"] for point in points])
-            error = np.array([point["error"] for point in points])
-            axis.plot(distance, truth, color="C0", marker=".", label="true reward (left axis)")
-            axis.fill_between(distance, truth - 2 * error, truth + 2 * error, alpha=0.2)
-            axis.set(title=f"seed {seed}: {name}{mark}", xlabel="sqrt(KL), KL in nats per response",
-                     ylabel="true reward", ylim=(0, 1))
-            other = axis.twinx()
-            other.plot(distance, [point["proxy"] for point in points], color="C1", marker=".",
-                       label="proxy (right axis)")
-            other.set_ylabel("reward model's score")
-            axis.legend(loc="lower left")
-            other.legend(loc="lower right")
-            axis.grid(alpha=0.3)
-        for name, points in of_seed["curves"].items():
-            distance = [math.sqrt(max(0.0, point["kl"])) for point in points]
-            right.plot(distance, [point["truth"] for point in points], marker=".",
-                       label=f"{name}: ends at {of_seed['ends'][name]['truth']:.2f}")
-        right.set(title=f"seed {seed}: mitigations{mark}", ylim=(0, 1),
-                  xlabel="sqrt(KL), KL in nats per response", ylabel="true reward")
-        right.grid(alpha=0.3)
-        right.legend(loc="lower left")
+        draw_proxy_and_truth(left, of_seed["curves"]["no mitigation"], f"seed {seed}: PPO{mark}")
+        draw_proxy_and_truth(middle, of_seed["best of N"], f"seed {seed}: best of N{mark}")
+        draw_mitigations(right, of_seed, f"seed {seed}: mitigations{mark}")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
 
 
+def row_of(seed: str, of_seed: dict) -> str:
+    turned = of_seed["turn"]
+    cells = [seed, f"{of_seed['accuracy']:.1%}", f"{turned['peak']:.3f}",
+             f"{turned['peak_kl']:.1f}", f"{turned['fall']:.3f}", f"{turned['errors']:.1f}"]
+    for name in MITIGATIONS:
+        cells.append(f"{of_seed['ends'][name]['truth']:.3f}")
+    return f"| {' | '.join(cells)} |"
+
+
 def table(found: dict[str, dict], cfg: Config) -> str:
     """results/overoptimization.md: the turn, the mitigations, and what hacking looks like."""
+    head = ["seed", "proxy's accuracy", "peak", "at KL", "fall", "standard errors", *MITIGATIONS]
     lines = ["# Over-optimisation", "",
              f"`python experiments/overoptimization.py`: proxies of {cfg.n_pairs:,} pairs, "
-             f"{cfg.label_noise:.0%} of them labelled wrongly; {cfg.steps} steps of PPO.", "",
-             "| seed | proxy's accuracy | peak, at KL | end | fall | standard errors | "
-             + " | ".join(list(MITIGATIONS)[1:]) + " |", "|---" * (6 + len(MITIGATIONS) - 1) + "|"]
+             f"{cfg.label_noise:.0%} of them labelled wrongly; {cfg.steps} steps of PPO. Under the "
+             "names of the mitigations: true reward of the final policy, sampled answers to 500 "
+             "held-out prompts (standard error about .01).", "",
+             f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [row_of(seed, of_seed) for seed, of_seed in found.items()]
+    lines += ["", "What the policies say, by how far they went:", ""]
     for seed, of_seed in found.items():
-        ends = of_seed["ends"]
-        turned = of_seed["turn"]
-        cells = [seed, f"{of_seed['accuracy']:.1%}",
-                 f"{turned['peak']:.3f}, {turned['peak_kl']:.1f}",
-                 f"{ends['no mitigation']['truth']:.3f}", f"{turned['fall']:.3f}",
-                 f"{turned['errors']:.1f}"]
-        cells += [f"{ends[name]['truth']:.3f}" for name in list(MITIGATIONS)[1:]]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "The ends are sampled answers to 500 held-out prompts at temperature 1. What the "
-              "policies say, by how far they went:", ""]
-    for seed, of_seed in found.items():
-        for name in ("SFT", "KL budget", "no mitigation"):
+        for name in SHOWN:
             end = of_seed["ends"][name]
             lines.append(f"- seed {seed}, {name}: {end['words']:.1f} words, "
                          f"{end['distinct_2']:.2f} of the word pairs distinct, "
                          f"{end['repeated_words']:.1f} words repeated")
     first = next(iter(found.values()))["ends"]
-    for number in range(3):
-        lines += ["", f"**{first['SFT']['prompts'][number]}**", ""]
-        for name in ("SFT", "KL budget", "no mitigation"):
+    for number, prompt in enumerate(first["SFT"]["prompts"]):
+        lines += ["", f"**{prompt}**", ""]
+        for name in SHOWN:
             lines.append(f"- {name}: {first[name]['answers'][number] or '(never ended)'}")
     return "\n".join(lines) + "\n"
 
