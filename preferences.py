@@ -104,21 +104,20 @@ def read_data(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, Prefer
 
 def read_labelled(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
     """The labelled answers to train on and the held-out ones. In the place of y_w stands the
-    answer, in that of y_l an answer to another prompt, from which KTO takes its z."""
-    found = []
-    for split, n, dials in (("train", cfg.n_pairs, {"noise": cfg.label_noise}),
-                            ("heldout", cfg.eval_pairs, {})):
-        rows = readers.read_labelled(cfg.data, split=split, n=n, seed=cfg.seed,
-                                     bad_rows=cfg.bad_rows, **dials)
-        found.append(PreferencePairs(mismatched(rows, cfg.seed), tokenizer, length, cfg.seed,
-                                     cfg.truncate))
-    train, heldout = found
+    answer, in that of y_l an answer to another prompt, from which KTO takes its z.
+
+    Raises ValueError where all labels are the same.
+    """
+    train, heldout = split_in_two(cfg, run, tokenizer, length, read_beside_others, "answers")
     n_good = int(labels_of(train).sum())
-    run.say(f"{len(train)} answers, {n_good} of them good; {len(heldout)} held out")
     if n_good in (0, len(train)):
         raise ValueError(f"{cfg.data}: all of its {len(train)} answers have the same label; kto "
                          "needs good and bad ones")
     return train, heldout
+
+
+def read_beside_others(data: str, seed: int, **options) -> list[dict]:
+    return mismatched(readers.read_labelled(data, seed=seed, **options), seed)
 
 
 def mismatched(rows: list[dict], seed: int) -> list[dict]:
