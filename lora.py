@@ -12,8 +12,11 @@ the same base, and merged into the weights, after which inference costs nothing 
     freeze_base(model)                     # 1.3
 
     python train_sft.py --peft lora --lora_rank 16 --lora_targets wq,wv
+    python train_dpo.py --peft lora            # pi_ref is the base with the adapters off
     python lora.py --init out/pretrain --adapter out/sft --out out/merged      # merge by hand
 """
+import contextlib
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -37,10 +40,13 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.base = base                               # W_0, frozen by freeze_base
         self.scale = alpha / rank
+        self.is_on = True                              # off: the base alone (Base)
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_on:
+            return self.base(x)
         low = F.linear(x, self.A.to(x.dtype))          # (..., r): all that the change sees of x
         return self.base(x) + self.scale * F.linear(low, self.B.to(x.dtype))
 
@@ -119,6 +125,73 @@ def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 def adapters_of(model: nn.Module) -> list[LoRALinear]:
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+# ---------------------------------------------------------------------- in the alignment stages
+
+@dataclass
+class Options:
+    """How train_dpo.py, train_rm.py, train_grpo.py and train_ppo.py train what --init names."""
+    peft: str = "none"                # none (train everything) | lora
+    lora_rank: int = 16               # r, >= 1
+    lora_alpha: float = 32.0          # alpha: the change counts alpha / r times, > 0
+    lora_targets: str = "wq,wv"       # comma-separated: wq, wk, wv, wo, w13, w2
+
+
+def begin(model: Transformer, options: Options, run) -> None:
+    """With --peft lora put adapters on the model, which alone learn."""
+    if options.peft == "lora":
+        run.also_writes("adapter.json", "adapter.safetensors")
+        apply(model, options.lora_rank, options.lora_alpha, options.lora_targets)
+
+
+def reference_of(model: Transformer, options: Options) -> nn.Module:
+    """pi_ref: a frozen copy of the model, or with --peft lora its base, without a copy."""
+    if options.peft == "lora":
+        return Base(model)
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def end(model: Transformer, options: Options, run) -> None:
+    """With --peft lora save the adapters alone, and merge them into the model."""
+    if options.peft == "lora":
+        if run.rank == 0:
+            save_adapter(run.out, model, options.lora_rank, options.lora_alpha,
+                         options.lora_targets)
+        merge(model)
+
+
+class Base(nn.Module):
+    """A model as it was before its adapters: its log-probs do not move while they learn."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.models = [model]                          # in a list, or its weights would count twice
+
+    @torch.no_grad()
+    def logps(self, *arguments, **options) -> Tensor:
+        with adapters_off(self.models[0]):
+            return self.models[0].logps(*arguments, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.models[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.models[0].dtype
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    adapters = adapters_of(model)
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
 
 
 # ---------------------------------------------------------------------- adapters off again

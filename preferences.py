@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lora
 import readers
 import sample
 from data import PreferencePairs, encode_prompts, permuted
+from model import Transformer
 from parallel import gathered, join_ranks, ranks
 from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
@@ -47,6 +49,14 @@ def split_in_two(cfg, run, tokenizer, length: int, read: Callable,
     heldout = PreferencePairs(heldout, tokenizer, length, cfg.seed, cfg.truncate)
     run.say(f"{len(train)} {name}, {len(heldout)} held out")
     return train, heldout
+
+
+def read_reference(cfg, run, model: Transformer) -> nn.Module:
+    """pi_ref, frozen: --reference, else the model as it is now."""
+    if not cfg.reference:
+        return lora.reference_of(model, cfg.adapters)
+    reference, _ = load_model(cfg.reference, run.device, run.dtype, cfg.context_length)
+    return reference.requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------------- ratings and rankings

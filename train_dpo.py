@@ -5,7 +5,6 @@ Stage 4: Direct Preference Optimization (001 sections 4.6, 4.7), and its relativ
   2. PRECOMPUTE      log pi_ref(y|x) of every pair, once (--cache_reference)
   3. TRAINING LOOP   3.1 sample  3.2 forward, margin  3.3 loss  3.4 update  3.5 monitor
   4. RETURN theta_aligned
-
 Minimise  L = -mean log sigma(Delta),
   Delta = beta [  (log pi_theta(y_w|x) - log pi_ref(y_w|x))
                 - (log pi_theta(y_l|x) - log pi_ref(y_l|x)) ]
@@ -24,8 +23,7 @@ Differs from the document:
   3.4  the learning rate warms up linearly and falls by a cosine to a tenth.
   4.8  as in the papers, IPO's and KTO's h have no factor beta; KTO's z is of mismatched pairs.
 
-    python train_dpo.py                                    # the embedded world's preferences
-    python train_dpo.py --data pairs.jsonl --truncate left --beta 0.2
+    python train_dpo.py --data pairs.jsonl --truncate left # or the embedded world's preferences
     python train_dpo.py --rounds 5 --reward out/rm         # online: pairs of its own answers (4.10)
 """
 from dataclasses import dataclass, replace
@@ -34,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lora
 from data import PreferencePairs
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
-from plumbing.options import Options, command_line
+from plumbing.options import Options, command_line, nested
 from plumbing.run import start
-from preferences import in_rounds, labels_of, read_data, sides
+from preferences import in_rounds, labels_of, read_data, read_reference, sides
 from scoring import log1mexp, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
@@ -89,6 +88,7 @@ class Config(Options):
     eval_every: int = 250             # steps between evaluations
     eval_pairs: int = 500             # held-out pairs, >= 1
     save_every: int = 100             # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what trains
 
 
 def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float,
@@ -141,8 +141,7 @@ def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tup
     return -F.logsigmoid(margin - gamma).mean(), margin
 
 
-def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float,
-                cfg: Config) -> tuple[Tensor, Tensor]:
+def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float, cfg: Config) -> tuple:
     """The loss and margins of --method. pi, ref (2B,): B chosen, then their B rejected answers; for
     kto B answers, good or not by is_good (B,), then B answers to other prompts."""
     pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
@@ -220,8 +219,8 @@ def main(cfg: Config) -> dict:
     # 1. INITIALIZE
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
     model.eval()                               # because noisy routers would blur what is compared
-    reference, _ = load_model(cfg.reference or cfg.init, run.device, run.dtype, cfg.context_length)
-    reference.requires_grad_(False).eval()     # orpo and simpo read it for 3.5 alone
+    lora.begin(model, cfg.adapters, run)
+    reference = read_reference(cfg, run, model)            # orpo and simpo read it for 3.5 alone
     model.gradient_checkpointing = cfg.gradient_checkpointing
     train, heldout = read_data(cfg, run, tokenizer, model.config.context_length)
     forward = run.prepare(model, "logps")
@@ -271,6 +270,7 @@ def main(cfg: Config) -> dict:
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
+    lora.end(model, cfg.adapters, run)
     # 4. RETURN theta_aligned
     results = run.last("val_accuracy", "val_margin")
     return run.finish(model, tokenizer, results)

@@ -25,21 +25,20 @@ Before its first update a group's loss is 0 whatever the policy, because rho_t i
 up to 0; its gradient is not. With the KL in R_i the policy goes to 4.6.2's pi*; k3 in the loss has
 the gradient of KL(pi_ref || pi), and another limit (Tang and Munos 2025).
 
-    python train_grpo.py                                   # against out/rm, on the world's prompts
     python train_grpo.py --method rloo --reward world --families arithmetic
 """
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import evaluate
+import lora
 import sample
 from data import encode_prompts, permuted, response_batches
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
-from plumbing.options import Options, command_line
+from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_prompts
 from rewards import Reward, score_responses
@@ -74,6 +73,7 @@ class Config(Options):
     max_norm: float = 1.0             # gradient clipping, > 0
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what trains
 
 
 def advantages_of(rewards: Tensor, method: str, baseline: float = 0.0) -> Tensor:
@@ -155,14 +155,14 @@ def main(cfg: Config) -> dict:
     # 1. INITIALIZE: actor, frozen reference, the reward, optimizer
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     actor.eval()                               # because with noisy routers rho_t would not be 1
-    reference = copy.deepcopy(actor).requires_grad_(False)
+    lora.begin(actor, cfg.adapters, run)
+    reference = lora.reference_of(actor, cfg.adapters)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype)
     length = actor.config.context_length
     families = {"families": tuple(cfg.families.split(","))} if cfg.families else {}
     rows = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
                         bad_rows=cfg.bad_rows, **families)
-    room = length - cfg.max_new_tokens
-    prompts, prompt_ids = encode_prompts(rows, tokenizer, room, cfg.truncate)
+    prompts, prompt_ids = encode_prompts(rows, tokenizer, length - cfg.max_new_tokens, cfg.truncate)
     forward = run.prepare(actor, "logps")
     optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     baseline = Baseline()
@@ -231,6 +231,7 @@ def main(cfg: Config) -> dict:
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
+    lora.end(actor, cfg.adapters, run)
     # 3. RETURN theta_aligned
     return run.finish(actor, tokenizer, run.last("kl", "reward"))
 

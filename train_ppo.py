@@ -7,10 +7,8 @@ Stage 4, phase 3: policy optimisation with PPO (001 sections 4.4 and 4.5).
                   OPTIMIZATION  5.3 K epochs of clipped surrogate + value loss - entropy bonus
                   MONITORING    5.4 reward, KL, lengths, clip fraction, ...; adapt beta
   6. RETURN theta_aligned
-
 Maximise  E[r_psi(x, y)] - beta KL(pi_theta || pi_ref)  through
   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + c1 L_critic - c2 H.
-
 Differs from the document (Huang et al. 2024, "The N+ implementation details of RLHF with PPO"):
   4.   the critic starts from the reward model (--critic_init rm) or, as in 001, from SFT (sft).
   5.2  V_t is the value of the state before the action, V(x, y_<t): 001's V(x, y_<=t) has seen y_t,
@@ -23,7 +21,6 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
        and has a factor 1/2; gradients are clipped; Adam's eps is 1e-5; learning rates decay
        linearly to 0.
 
-    python train_ppo.py                                    # the embedded world's prompts
     python train_ppo.py --prompts prompts.jsonl --reward out/rm1,out/rm2 --combine min
 """
 import copy
@@ -34,12 +31,13 @@ import torch
 from torch import Tensor
 
 import evaluate
+import lora
 import sample
 from data import Batch, PackedExamples, encode_prompts, format_examples, permuted, response_batch
 from heads import WithHead
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
-from plumbing.options import Options, command_line
+from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_examples, read_prompts
 from rewards import Reward, score_responses
@@ -85,6 +83,7 @@ class Config(Options):
     max_norm: float = 1.0             # gradient clipping, actor and critic each, > 0
     log_every: int = 1                # steps between rows of metrics.jsonl
     save_every: int = 20              # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what trains of the actor
 
 
 # ---------------------------------------------------------------------- the math
@@ -148,8 +147,7 @@ def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> f
 
 
 class Controller:
-    """What a checkpoint must know besides models and optimizers: the KL coefficient beta; of --gold
-    the best score so far, and how many looks ago it was."""
+    """For checkpoints: the KL coefficient beta; --gold's best score, and how many looks ago."""
 
     def __init__(self, beta: float):
         self.beta = beta
@@ -227,10 +225,10 @@ def read_lm_data(cfg: Config, tokenizer, length: int) -> PackedExamples | None:
     return PackedExamples(format_examples(rows, tokenizer), tokenizer, length, cfg.seed, "drop")
 
 
-def why_stop(actor, kept, controller: Controller, kl: float, gold_score: float | None,
-             cfg: Config) -> str:
+def why_stop(actor, kept, controller: Controller, kl: float, figures: dict, cfg: Config) -> str:
     """Keep the policy that is to be the result if training ends here. Returns why it must end, ""
-    while it may go on. kl: nats per response; gold_score: None between --gold's looks."""
+    while it may go on. kl: nats per response; figures["gold"] is there after --gold's looks."""
+    gold_score = figures.get("gold")
     if cfg.kl_budget and kl > cfg.kl_budget:
         return f"its KL of {kl:.2f} nats is beyond --kl_budget {cfg.kl_budget:g}"
     if gold_score is None and cfg.gold:
@@ -273,7 +271,8 @@ def main(cfg: Config) -> dict:
 
     # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model(s), optimizers
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
-    reference = copy.deepcopy(actor).requires_grad_(False)
+    lora.begin(actor, cfg.adapters, run)
+    reference = lora.reference_of(actor, cfg.adapters)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, cfg.minibatch_size)
     critic = load_critic(reward, cfg, run)
     for model in (actor, critic, reference):
@@ -336,8 +335,8 @@ def main(cfg: Config) -> dict:
         mean_kl = run.mean_over_ranks(figures["kl"].item())
         if gold and step % cfg.gold_every == 0:
             figures["gold"] = look(gold, actor, tokenizer, cfg)
-        if kept and (reason := why_stop(actor, kept["kept"], controller, mean_kl,
-                                        figures.get("gold"), cfg)):
+        reason = kept and why_stop(actor, kept["kept"], controller, mean_kl, figures, cfg)
+        if reason:
             run.say(f"step {step}: {reason}; the policy kept before is the result")
             break
 
@@ -392,6 +391,7 @@ def main(cfg: Config) -> dict:
     # 6. RETURN theta_aligned
     if kept:
         actor.load_state_dict(kept["kept"].state_dict())
+    lora.end(actor, cfg.adapters, run)
     results = run.last("kl", "reward")
     return run.finish(actor, tokenizer, results)
 

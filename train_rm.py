@@ -35,12 +35,13 @@ from torch import Tensor
 
 import diagnostics
 import evaluate
+import lora
 import sample
 from data import PreferencePairs, response_batch
 from heads import WithHead
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
-from plumbing.options import Options, command_line
+from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from preferences import margins_of, numbers, read_ranked
 from readers import read_prompts
@@ -74,6 +75,7 @@ class Config(Options):
     eval_every: int = 200             # steps between evaluations
     eval_pairs: int = 1000            # held-out pairs, >= 1
     save_every: int = 200             # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what trains besides the head
 
 
 def bradley_terry_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
@@ -179,6 +181,7 @@ def main(cfg: Config) -> dict:
     model.eval()                               # because noisy routers would blur what is compared
     reference = copy.deepcopy(model).requires_grad_(False)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    lora.begin(model, cfg.adapters, run)
     model = WithHead(model, 1)                                         # W_r, b_r on top
     train, heldout = read_ranked(cfg, run, tokenizer, model.config.context_length)
     prompts = read_shift_prompts(cfg, model.config.context_length)
@@ -222,6 +225,7 @@ def main(cfg: Config) -> dict:
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
+    lora.end(model.trunk, cfg.adapters, run)
     shift_to_zero(model, reference, tokenizer, prompts, cfg)           # b_r
     # 3. Freeze r_psi
     model.requires_grad_(False)

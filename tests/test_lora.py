@@ -6,12 +6,18 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from stages import write_inputs
 
 import lora
+import train_dpo
+import train_grpo
+import train_ppo
+import train_rm
 from data import Batch
 from lora import LoRALinear
 from model import Linear, ModelConfig, Transformer, parameter_count
-from plumbing.folders import load_model, save_model
+from plumbing.folders import load_model, load_reward_model, save_model
+from plumbing.options import build
 from scoring import token_logps
 from tokenizer import Tokenizer
 
@@ -277,3 +283,59 @@ def test_a_damaged_adapter_is_refused_by_name(tmp_path, damaged):
     with pytest.raises(ValueError, match="adapter.*damaged"):
         lora.load_adapter(model, tmp_path)
     assert torch.equal(model(TOKENS), base_model()(TOKENS))            # as it was
+
+
+# ---------------------------------------------------------------------- in the alignment stages
+
+def test_the_base_under_adapters_does_not_move_by_a_bit_while_they_learn():
+    model = base_model()
+    before = model.logps(TOKENS[:, :-1], TOKENS[:, 1:]).detach()
+    lora.apply(model, 2, 4.0, "wq,wv,w2")
+    base = lora.Base(model)
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=0.1)
+    for _ in range(3):
+        model.logps(TOKENS[:, :-1], TOKENS[:, 1:]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(base.logps(TOKENS[:, :-1], TOKENS[:, 1:]), before)
+    after = model.logps(TOKENS[:, :-1], TOKENS[:, 1:])
+    assert (after - before).abs().max() > 0.1
+    assert not list(base.parameters())                         # no second copy of the weights
+
+
+def test_adapters_are_on_again_after_an_error():
+    model = lora.apply(base_model(), 2, 4.0)
+    with pytest.raises(RuntimeError), lora.adapters_off(model):
+        assert not any(adapter.is_on for adapter in lora.adapters_of(model))
+        raise RuntimeError
+    assert all(adapter.is_on for adapter in lora.adapters_of(model))
+
+
+ALIGNED = {"dpo": (train_dpo, {"data": "pairs.jsonl", "batch_size": 4, "warmup": 0}),
+           "rm": (train_rm, {"data": "pairs.jsonl", "batch_size": 4, "warmup": 0, "n_shift": 4,
+                             "max_new_tokens": 6}),
+           "grpo": (train_grpo, {"prompts": "examples.jsonl", "reward": "rm", "batch_size": 2,
+                                 "group": 2, "max_new_tokens": 6, "method": "reinforce"}),
+           "ppo": (train_ppo, {"prompts": "examples.jsonl", "reward": "rm", "batch_size": 4,
+                               "minibatch_size": 2, "max_new_tokens": 6})}
+
+
+@pytest.mark.parametrize("stage", ALIGNED)
+def test_alignment_by_adapters_moves_their_matrices_alone(tmp_path, monkeypatch, stage):
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    script, options = ALIGNED[stage]
+    script.main(build(script.Config, options | {
+        "init": "sft", "out": "out", "peft": "lora", "lora_rank": 2, "steps": 2, "lr": 1e-2,
+        "device": "cpu", "dtype": "float32"}))
+    before = load_model("sft")[0]
+    if stage == "rm":
+        after = load_reward_model("out")[0].trunk
+    else:
+        after = load_model("out")[0]
+    moved = {name.split(".")[-2] for name, w in after.state_dict().items()
+             if not torch.equal(w, before.state_dict()[name])}
+    assert moved == {"wq", "wv"}
+    merged = lora.merge(lora.load_adapter(before, "out")).state_dict()
+    for name, w in after.state_dict().items():
+        torch.testing.assert_close(w, merged[name], atol=1e-6, rtol=1e-5)

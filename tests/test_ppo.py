@@ -10,6 +10,7 @@ import torch
 from tiny import END, TOKENIZER, ending_model, folder_of, slow_logps, tiny_model, write_rows
 
 import data
+import lora
 import readers
 import rewards
 import sample
@@ -97,7 +98,7 @@ def rolled(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(rewards.Reward, "__call__", watched_rewards)
             patch.setattr(train_ppo, "whiten", stop_after_whitening)
-            patch.setattr(train_ppo, "copy", SimpleNamespace(deepcopy=deepcopy))
+            patch.setattr(lora, "copy", SimpleNamespace(deepcopy=deepcopy))
             with pytest.raises(Stop):
                 train_ppo.main(config(tmp_path, batch_size=n, overwrite=True, **changes))
         return SimpleNamespace(models=models, minibatches=minibatches, **texts)
@@ -592,7 +593,8 @@ def kept_after(kls, golds=None, **changes) -> tuple[list, list[str]]:
     for step, kl in enumerate(kls):
         actor = torch.nn.Linear(1, 1)
         actor.weight.data.fill_(step)
-        said.append(train_ppo.why_stop(actor, kept, controller, kl, golds and golds[step], cfg))
+        looked = {"gold": golds[step]} if golds and golds[step] is not None else {}
+        said.append(train_ppo.why_stop(actor, kept, controller, kl, looked, cfg))
         found.append(kept.weight.item())
     return found, said
 
