@@ -62,12 +62,12 @@ class Config(Options):
     max_new_tokens: int = 64          # longest response, in tokens, >= 1
     temperature: float = 1.0          # of the policy: logits are divided by it everywhere, > 0
     group: int = 8                    # answers to each prompt (G), >= 2
-    steps: int = 60                   # rollout batches, >= 1
+    steps: int = 100                  # rollout batches, >= 1
     batch_size: int = 8               # prompts per rollout and rank, >= 1
     minibatch_size: int = 32          # answers read at once: memory, not mathematics, >= 1
     epochs: int = 1                   # updates per rollout (K), each over all of it, >= 1
     lr: float = 1e-4                  # initial learning rate
-    beta: float = 0.05                # KL coefficient
+    beta: float = 0.2                 # KL coefficient
     clip: float = 0.2                 # epsilon of grpo and dr_grpo, in (0, 1)
     no_end_score: float = -1.0        # the score of a response without <|end|>, any number
     max_norm: float = 1.0             # gradient clipping, > 0
