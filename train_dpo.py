@@ -59,7 +59,7 @@ class Config(Options):
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # pairs longer than the context: error | left | drop
     context_length: int = 0           # tokens of prompt and answer; 0: the model's own
-    beta: float = 0.5                 # pull to the reference, > 0 (lifecycle: dpo 1, ipo 3, kto .2)
+    beta: float = 0.5                 # pull to the reference (lifecycle: dpo 1, ipo 3, kto .2), > 0
     label_smoothing: float = 0.0      # dpo: so many labels are thought wrong, in [0, 0.5)
     nll_coef: float = 0.0             # dpo: of -log p(y_w) per token, which keeps y_w likely
     mean_logps: bool = False          # dpo: h per token, so that length does not count
