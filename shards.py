@@ -414,6 +414,8 @@ def read_index(folder: Path) -> dict:
             raise ValueError(f"dtype is {index['dtype']!r}")
         if type(index["vocab_size"]) is not int:
             raise ValueError(f"vocab_size is {index['vocab_size']!r}")
+        if type(index["tokenizer_sha256"]) is not str:
+            raise ValueError(f"tokenizer_sha256 is {index['tokenizer_sha256']!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); write the shards "
                          "again") from None

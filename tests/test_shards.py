@@ -290,6 +290,8 @@ def damaged(folder, name, change):
     ("index.json", lambda raw: raw[:-9], "index.json is damaged .JSONDecodeError"),
     ("index.json", lambda raw: raw.replace(b'"tokens": 1000', b'"tokens": 999'), "do not add up"),
     ("index.json", lambda raw: b"[]", "index.json is damaged"),
+    ("index.json", lambda raw: raw.replace(b"tokenizer_sha256", b"tokenizer"),
+     "index.json is damaged .KeyError: .tokenizer_sha256"),
 ])
 def test_what_is_missing_or_damaged_is_named(tmp_path, name, change, said):
     folder, _ = written(tmp_path)
