@@ -152,8 +152,11 @@ def reference_of(model: Transformer, options: Options) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def end(model: Transformer, options: Options, run) -> None:
-    """With --peft lora save the adapters alone, and merge them into the model."""
+def end(model: Transformer, options, run) -> None:
+    """With --peft lora save the adapters alone, and merge them into the model (2.5, step 4).
+
+    options: Options, or train_sft.py's own of the same names.
+    """
     if options.peft == "lora":
         if run.rank == 0:
             save_adapter(run.out, model, options.lora_rank, options.lora_alpha,

@@ -10,7 +10,7 @@ Where preferences come from (001 sections 4.3 and 4.10), as data.PreferencePairs
 """
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,22 +89,30 @@ def numbers(items: list[dict], name: str) -> Tensor:
     return torch.tensor([float(item[name]) for item in items])
 
 
+def n_answers(items: list[dict]) -> Tensor:
+    """(B,) how many answers each ranking has."""
+    return torch.tensor([len(item["responses"]) for item in items])
+
+
 def margins_of(rewards: Tensor, items: list[dict]) -> Tensor:
     """(M,) the reward of each better answer minus that of a worse one; rewards (K, B), best first.
 
     The two are answers to one prompt; where each prompt has one rated answer, of the whole batch.
     """
+    if "chosen" in items[0]:
+        return rewards[0] - rewards[1]
     if "rating" in items[0]:
         ratings = numbers(items, "rating").to(rewards.device)
         is_better = ratings[:, None] > ratings[None, :]                        # (B, B)
         return (rewards[0][:, None] - rewards[0][None, :])[is_better]
-    n = torch.tensor([len(item.get("responses", ("y_w", "y_l"))) for item in items])
-    n = n.to(rewards.device)                                                   # (B,) answers
+    n = n_answers(items).to(rewards.device)
     place = torch.arange(len(rewards), device=rewards.device)                  # (K,) 0: the best
     is_better = (place[:, None] < place[None, :])[..., None]                   # (K, K, 1)
     is_there = (place[:, None] < n)[None]                                      # (1, K, B)
     return (rewards[:, None] - rewards[None, :])[is_better & is_there]
 
+
+# ---------------------------------------------------------------------- answers with a thumb
 
 def read_data(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
     """What --method learns from, and what is held out."""
@@ -155,12 +163,20 @@ def sides(values: Tensor, is_good: Tensor | None) -> tuple[Tensor, Tensor]:
     return answers[is_good], answers[~is_good]
 
 
-def labels_of(pairs: PreferencePairs, index: Iterable[int] | None = None) -> Tensor | None:
+def mean_mismatch(pi: Tensor, ref: Tensor) -> float:
+    """The mean of log(pi / pi_ref) over the answers to other prompts, the second half of the rows,
+    in nats: KTO's z of this rank. pi, ref: (2B,)."""
+    _, h = (pi - ref).chunk(2)
+    return h.mean().item()
+
+
+def labels_of(pairs: PreferencePairs, index: Tensor | None = None) -> Tensor | None:
     """(n,) bool: whether each answer of read_labelled(), or each of those at the index, is a good
     one; None for pairs, which have no labels."""
     if "label" not in pairs.pairs[0]:
         return None
-    places = range(len(pairs)) if index is None else index
+    # as a list, because a GPU would be asked for each number of a tensor by itself
+    places = range(len(pairs)) if index is None else index.tolist()
     return torch.tensor([pairs.pairs[i]["label"] for i in places])
 
 
@@ -216,20 +232,25 @@ def make_pairs(cfg, policy: str, file: Path, number: int, steps: int) -> None:
     prompts, ids = encode_prompts(rows, tokenizer, room, cfg.truncate)
     index = permuted(len(prompts), cfg.seed, number, steps * cfg.batch_size, rank, n_ranks)
     asked = [prompts[i] for i in index]
-    # 2. Generate answers with the current policy
-    group = 1 if cfg.spin else cfg.answers
-    y = sample.generate(model, [ids[i] for i in index], cfg.max_new_tokens, (tokenizer.end,), 1.0,
-                        generator=generator, group=group)
-    texts = [tokenizer.decode(answer) for answer in y]
+    x = [ids[i] for i in index]
     if cfg.spin:
-        pairs = demonstrated(asked, texts)
+        # 2. Generate answers with the current policy  4. Construct pairs
+        y = sample.generate(model, x, cfg.max_new_tokens, (tokenizer.end,), 1.0,
+                            generator=generator)
+        pairs = demonstrated(asked, [tokenizer.decode(answer) for answer in y])
     else:
-        # 3. Score by the reward  4. Construct pairs
+        # before the answers are made, because it may be refused
         reward = Reward(cfg.reward, cfg.combine, tokenizer, device, dtype)
-        x = [ids[i] for i in index for _ in range(group)]
-        repeated = [row for row in asked for _ in range(group)]
-        scores, _ = score_responses(reward, repeated, x, y, tokenizer.end, cfg.no_end_score)
-        pairs = best_and_worst(asked, texts, scores.tolist(), group)
+
+        def score(prompts, x, y):
+            scores, _ = score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
+            return scores
+        # 2. Generate answers with the current policy  3. Score them by the reward
+        y, scores = sample.sample_and_score(model, tokenizer, asked, x, cfg.answers, score,
+                                            cfg.max_new_tokens, generator=generator)
+        # 4. Construct pairs
+        texts = [tokenizer.decode(answer) for answer in y]
+        pairs = best_and_worst(asked, texts, scores.flatten().tolist(), cfg.answers)
     pairs = gathered(pairs)
     if not pairs:
         raise ValueError(f"round {number}: all answers to a prompt are equal, empty, or worth the "

@@ -107,6 +107,22 @@ def ranked_right(margin: Tensor) -> Tensor:
     return (margin.sign() + 1).mean() / 2
 
 
+# ---------------------------------------------------------------------- the clipped surrogate
+
+def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
+                      clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) of each token (Schulman et al. 2017, eq.
+    7), the ratio rho_t, 1 where pi_theta = pi_old, and whether clipping binds, 0 or 1.
+
+    All (b, T); advantages may be (b, 1), the same for all tokens. The first is 0 where mask is.
+    """
+    ratio = torch.exp((logps - old_logps) * mask)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    binds = (clipped < unclipped).float()
+    return -torch.minimum(unclipped, clipped) * mask, ratio, binds
+
+
 # ---------------------------------------------------------------------- means and KL
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
-from preferences import in_rounds, labels_of, read_data, read_reference, sides
+from preferences import in_rounds, labels_of, mean_mismatch, read_data, read_reference, sides
 from scoring import log1mexp, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
@@ -188,7 +188,7 @@ def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Conf
         pi = pi / lengths
         ref = ref / lengths
     is_good = labels_of(pairs)                                                 # (N,) or None
-    z = (pi - ref).chunk(2)[1].mean().item()
+    z = mean_mismatch(pi, ref)
     loss, margin = method_loss(pi, ref, is_good, z, cfg)
     drift_w, drift_l = sides(pi - ref, is_good)
     return {"val_loss": loss, "val_margin": margin.mean(), "val_accuracy": ranked_right(margin),
@@ -249,8 +249,8 @@ def main(cfg: Config) -> dict:
             ref = ref / lengths
 
         # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
-        z = (pi - ref).chunk(2)[1].mean().item() if cfg.method == "kto" else 0.0
-        loss, margin = method_loss(pi, ref, is_good, run.mean_over_ranks(z), cfg)
+        z = run.mean_over_ranks(mean_mismatch(pi, ref)) if cfg.method == "kto" else 0.0
+        loss, margin = method_loss(pi, ref, is_good, z, cfg)
         loss = loss + cfg.nll_coef * nll
 
         # 3.4 BACKWARD + UPDATE

@@ -42,7 +42,7 @@ from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_prompts
 from rewards import Reward, score_responses
-from scoring import kl_k1, kl_k3, masked_mean, mean_figures, token_logps
+from scoring import clipped_surrogate, kl_k1, kl_k3, masked_mean, mean_figures, token_logps
 
 ONE_STEP = ("reinforce", "rloo")               # without a ratio a batch is right for one step only
 
@@ -95,27 +95,17 @@ def policy_gradient_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     return -advantages * logps.sum(1)
 
 
-def clipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
-                      clip: float) -> tuple[Tensor, Tensor]:
-    """-min(rho_t A_i, clip(rho_t) A_i) of each token and the ratio rho_t, (b, T) each (Schulman et
-    al. 2017, eq. 7). logps, old_logps, mask (b, T); advantages (b,)."""
-    ratio = torch.exp((logps - old_logps) * mask)
-    unclipped = ratio * advantages[:, None]
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]
-    return -torch.minimum(unclipped, clipped) * mask, ratio
-
-
 def answer_losses(logps: Tensor, rollout: dict, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each answer by --method, (b,), and what the log says of it."""
     mask = rollout["mask"]
     if cfg.method in ONE_STEP:
         return policy_gradient_loss(logps, rollout["advantages"]), {}
-    surrogate, ratio = clipped_surrogate(logps, rollout["old_logps"], rollout["advantages"], mask,
-                                         cfg.clip)                         # (b, T) each
+    advantages = rollout["advantages"][:, None]                            # (b, 1)
+    surrogate, ratio, binds = clipped_surrogate(logps, rollout["old_logps"], advantages, mask,
+                                                cfg.clip)                  # (b, T) each
     penalty = cfg.beta * kl_k3(logps, rollout["ref_logps"]) * mask
     length = mask.sum(1) if cfg.method == "grpo" else cfg.max_new_tokens
-    outside = ((ratio - 1).abs() > cfg.clip).float()
-    figures = {"ratio_max": ratio.max(), "clip_fraction": masked_mean(outside, mask)}
+    figures = {"ratio_max": ratio.max(), "clip_fraction": masked_mean(binds, mask)}
     return (surrogate + penalty).sum(1) / length, figures
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 import evaluate
 import lora
 import sample
+import scoring
 from data import Batch, PackedExamples, encode_prompts, format_examples, permuted, response_batch
 from heads import WithHead
 from plumbing.folders import load_model
@@ -123,11 +124,8 @@ def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
     Returns the loss, the ratio rho_t (B, T), 1 where pi_theta = pi_old, and the fraction of real
     tokens where clipping binds.
     """
-    ratio = torch.exp((logps - old_logps) * mask)
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -masked_mean(torch.minimum(unclipped, clipped), mask)
-    return loss, ratio, masked_mean((clipped < unclipped).float(), mask)
+    surrogate, ratio, binds = scoring.clipped_surrogate(logps, old_logps, advantages, mask, clip)
+    return masked_mean(surrogate, mask), ratio, masked_mean(binds, mask)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
@@ -228,14 +226,14 @@ def read_lm_data(cfg: Config, tokenizer, length: int) -> PackedExamples | None:
 def why_stop(actor, kept, controller: Controller, kl: float, figures: dict, cfg: Config) -> str:
     """Keep the policy that is to be the result if training ends here. Returns why it must end, ""
     while it may go on. kl: nats per response; figures["gold"] is there after --gold's looks."""
-    gold_score = figures.get("gold")
     if cfg.kl_budget and kl > cfg.kl_budget:
         return f"its KL of {kl:.2f} nats is beyond --kl_budget {cfg.kl_budget:g}"
-    if gold_score is None and cfg.gold:
+    if cfg.gold and "gold" not in figures:
         return ""
-    if gold_score is None or gold_score > controller.best_gold:
+    # within a budget every policy is better than the one before
+    if cfg.kl_budget or figures["gold"] > controller.best_gold:
         kept.load_state_dict(actor.state_dict())
-        controller.best_gold = gold_score if cfg.gold else -math.inf
+        controller.best_gold = figures.get("gold", -math.inf)
         controller.looks_since = 0
         return ""
     controller.looks_since += 1

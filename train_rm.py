@@ -43,7 +43,7 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
-from preferences import margins_of, numbers, read_ranked
+from preferences import margins_of, n_answers, numbers, read_ranked
 from readers import read_prompts
 from scoring import ranked_right, response_rewards, score_pairs
 
@@ -119,22 +119,21 @@ def loss_of(rewards: Tensor, items: list[dict], cfg: Config) -> Tensor:
         return margin_loss(r_w, r_l, numbers(items, "margin").to(rewards.device))
     if cfg.loss == "pointwise":
         return pointwise_loss(rewards[0], numbers(items, "rating").to(rewards.device))
-    n = torch.tensor([len(item["responses"]) for item in items], device=rewards.device)
-    return plackett_luce_loss(rewards.T, n)
+    return plackett_luce_loss(rewards.T, n_answers(items).to(rewards.device))
 
 
 @torch.no_grad()
 def heldout_figures(model: WithHead, heldout: PreferencePairs, cfg: Config) -> dict:
     """Loss, accuracy and calibration error on what is not trained on."""
-    losses = []
+    total = 0.0
     margins = []
     for batch in heldout.epoch(cfg.batch_size):
-        items = [heldout.pairs[i] for i in batch.index]
-        rewards = response_rewards(model, batch.to(model.device)).view(-1, len(items)).float()
-        losses += [loss_of(rewards, items, cfg).cpu()] * len(items)            # of all alike
-        margins.append(margins_of(rewards.cpu(), items))
+        items = [heldout.pairs[i] for i in batch.index.tolist()]
+        rewards = response_rewards(model, batch.to(model.device)).view(-1, len(items)).cpu()
+        total += loss_of(rewards, items, cfg).item() * len(items)
+        margins.append(margins_of(rewards, items))
     margin = torch.cat(margins)
-    return {"val_loss": torch.stack(losses).mean(), "accuracy": ranked_right(margin),
+    return {"val_loss": total / len(heldout), "accuracy": ranked_right(margin),
             "ece": evaluate.calibration_error(margin)}
 
 
@@ -200,7 +199,7 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):
         # 2.1 Sample batch {(x, y_w, y_l)}
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
-        items = [train.pairs[i] for i in batch.index]
+        items = [train.pairs[i] for i in batch.index.tolist()]
 
         # 2.2 Compute r_w and r_l, read at the last token of each response
         rewards = response_rewards(forward, batch).view(-1, len(items))        # (2, B): r_w, r_l

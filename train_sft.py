@@ -176,10 +176,7 @@ def main(cfg: Config) -> dict:
             run.save_checkpoint(step + 1)
 
     # 4. MERGE (the adapters alone are kept, too)
-    if cfg.peft == "lora":
-        if run.rank == 0:
-            lora.save_adapter(run.out, model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        lora.merge(model)
+    lora.end(model, cfg, run)
     results = run.last("val_loss") | {"base_loss": base_loss, "unigram_loss": unigram_loss}
     # 5. RETURN phi*, theta_ft
     # 3.7/4 RETURN theta_instruct

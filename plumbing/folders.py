@@ -96,9 +96,10 @@ def parents(cfg) -> dict[str, str]:
 def models_of(cfg) -> dict[str, list[str]]:
     """The model folders that a stage reads, by the options that name them."""
     found = {}
-    if getattr(cfg, "init", ""):
-        found["init"] = [cfg.init]
-    for option in ("reward", "reward_model", "gold"):
+    for option in ("init", "reference"):
+        if getattr(cfg, option, ""):
+            found[option] = [getattr(cfg, option)]
+    for option in ("reward", "gold"):
         # other names are rewards of other kinds: world, gsm8k, module:function
         terms = reward_terms(getattr(cfg, option, ""))
         folders = [name for _, name in terms if is_model_folder(name)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_dpo import config, made_pairs, slow_score
-from tiny import TOKENIZER, ending_model, folder_of, tiny_model, write_rows
+from tiny import TOKENIZER, ending_model, folder_of, own_reward, tiny_model, write_rows
 
 import preferences
 import train_dpo
@@ -320,10 +320,8 @@ def test_spin_puts_the_demonstration_before_the_own_answer():
 
 @pytest.fixture
 def taste(tmp_path, monkeypatch):
-    (tmp_path / "own_length.py").write_text(
-        "def long(prompts, answers):\n    return [len(answer) for answer in answers]\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return "own_length:long"
+    code = "def long(prompts, answers):\n    return [len(answer) for answer in answers]\n"
+    return f"{own_reward(monkeypatch, tmp_path, code)}:long"
 
 
 def online(tmp_path, **changes) -> Config:
@@ -384,14 +382,12 @@ def test_spin_takes_the_policy_of_the_round_before_as_its_reference(tmp_path):
     assert {pair["chosen"] for pair in pairs} == {"yes"}
 
 
-def test_a_reward_that_ranks_nothing_makes_no_pairs(tmp_path):
-    (tmp_path / "own_flat.py").write_text(
-        "def flat(prompts, answers):\n    return [1.0] * len(answers)\n")
-    cfg = online(tmp_path, reward="own_flat:flat", no_end_score=1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tmp_path))
-        with pytest.raises(ValueError, match="round 1: all answers to a prompt are equal, empty"):
-            train_dpo.main(cfg)
+def test_a_reward_that_ranks_nothing_makes_no_pairs(tmp_path, monkeypatch):
+    code = "def flat(prompts, answers):\n    return [1.0] * len(answers)\n"
+    reward = f"{own_reward(monkeypatch, tmp_path, code)}:flat"
+    cfg = online(tmp_path, reward=reward, no_end_score=1.0)
+    with pytest.raises(ValueError, match="round 1: all answers to a prompt are equal, empty"):
+        train_dpo.main(cfg)
     assert not (tmp_path / "dpo").exists()
 
 

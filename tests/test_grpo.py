@@ -1,12 +1,11 @@
 """train_grpo.py: advantages by hand, losses by slow versions and closed forms, the optimal policy
 where all answers can be listed, rollouts, small runs."""
 import math
-import sys
 
 import pytest
 import safetensors.torch
 import torch
-from tiny import END, TOKENIZER, ending_model, folder_of, tiny_model, write_rows
+from tiny import END, TOKENIZER, ending_model, folder_of, own_reward, tiny_model, write_rows
 
 import sample
 import train_grpo
@@ -14,12 +13,12 @@ from plumbing.curves import read_metrics
 from plumbing.folders import load_model
 from plumbing.options import build
 from plumbing.run import Run
+from scoring import clipped_surrogate
 from train_grpo import (
     Baseline,
     Config,
     advantages_of,
     answer_losses,
-    clipped_surrogate,
     policy_gradient_loss,
 )
 
@@ -128,7 +127,7 @@ def test_before_the_first_update_the_surrogate_is_zero_and_its_gradient_the_poli
     logps = (-torch.rand(3, 5)).requires_grad_()
     mask = torch.ones(3, 5)
     advantages = advantages_of(REWARDS[:1], "dr_grpo").flatten()
-    surrogate, ratio = clipped_surrogate(logps, logps.detach(), advantages, mask, 0.2)
+    surrogate, ratio, _ = clipped_surrogate(logps, logps.detach(), advantages[:, None], mask, 0.2)
     assert torch.equal(ratio, torch.ones_like(ratio)) and surrogate.sum().abs() < 1e-6
     [of_surrogate] = torch.autograd.grad(surrogate.sum(), logps)
     [of_reinforce] = torch.autograd.grad(policy_gradient_loss(logps, advantages).sum(), logps)
@@ -139,7 +138,8 @@ def test_before_the_first_update_the_surrogate_is_zero_and_its_gradient_the_poli
 def test_a_ratio_beyond_the_clip_has_a_gradient_only_if_it_made_things_worse():
     logps = torch.tensor([[0.5], [0.5], [-0.5], [-0.5]], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    surrogate, _ = clipped_surrogate(logps, torch.zeros(4, 1), advantages, torch.ones(4, 1), 0.2)
+    surrogate, _, _ = clipped_surrogate(logps, torch.zeros(4, 1), advantages[:, None],
+                                        torch.ones(4, 1), 0.2)
     surrogate.sum().backward()
     assert (logps.grad.flatten() != 0).tolist() == [False, True, True, False]
 
@@ -262,11 +262,8 @@ def weights_of(folder) -> dict:
 
 @pytest.fixture
 def constant(tmp_path, monkeypatch):
-    (tmp_path / "own_constant.py").write_text(
-        "def three(prompts, answers):\n    return [3.0] * len(answers)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "own_constant:three"
-    sys.modules.pop("own_constant", None)
+    code = "def three(prompts, answers):\n    return [3.0] * len(answers)\n"
+    return f"{own_reward(monkeypatch, tmp_path, code)}:three"
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo"])
@@ -295,9 +292,9 @@ def test_ratio_is_one_in_the_first_epoch_and_moves_in_the_second(tmp_path, monke
     real = train_grpo.clipped_surrogate
 
     def watched(*arguments):
-        surrogate, ratio = real(*arguments)
+        surrogate, ratio, binds = real(*arguments)
         seen.append(ratio.detach())
-        return surrogate, ratio
+        return surrogate, ratio, binds
     monkeypatch.setattr(train_grpo, "clipped_surrogate", watched)
     train_grpo.main(config(tmp_path, steps=1, epochs=epochs, lr=1e-2))
     assert len(seen) == 3 * epochs                         # 12 answers, 5 at once

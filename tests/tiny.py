@@ -49,6 +49,14 @@ def ending_model() -> Transformer:
     return model
 
 
+def own_reward(monkeypatch, folder: Path, code: str) -> str:
+    """A module of a user's own, with rewards in it; returns its name, which no other test's has."""
+    name = f"own_{folder.name}"
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(folder))
+    return name
+
+
 def conversation(question: str = "Is it?", answer: str = "yes", after=()) -> data.Batch:
     """One row: prompt, answer with its <|end|>, then tokens that belong to nobody."""
     prompt = TOKENIZER.prompt([{"role": "user", "content": question}])
