@@ -391,6 +391,17 @@ def test_a_reward_that_ranks_nothing_makes_no_pairs(tmp_path, monkeypatch):
     assert not (tmp_path / "dpo").exists()
 
 
+def test_a_run_does_not_go_on_with_another_reference(tmp_path):
+    folder_of(tiny_model(9), tmp_path / "other")
+    cfg = config(tmp_path, reference=str(tmp_path / "other"))
+    train_dpo.main(cfg)
+    folder_of(tiny_model(10), tmp_path / "other")
+    with pytest.raises(ValueError, match="--reference: .*model.safetensors is not the one it was"):
+        train_dpo.main(replace(cfg, resume=True))
+    with pytest.raises(ValueError, match=r"--out .* what this stage reads \(--reference"):
+        train_dpo.main(replace(cfg, out=str(tmp_path / "other"), overwrite=True))
+
+
 # ---------------------------------------------------------------------- refused
 
 @pytest.mark.parametrize("changes, message", [
