@@ -7,6 +7,8 @@ How fast we are beside what others use, measured in one run on this machine.
     python bench.py kernels                # every kernel beside its alternatives (kernels/bench.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
     python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
+    python bench.py dpo                    # a DPO step of 8 pairs, beside TRL's
+    python bench.py rollout                # 16 answers and a GRPO or RLOO update, beside TRL's
 
 Every row is measured in fresh processes, alternated with the other rows over several rounds, and
 printed at once; the table shows medians. Training: bf16 by autocast (ours: by the model's own
@@ -26,11 +28,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bench_alignment
 import kernels
 import readers
 from model import ModelConfig, Transformer
@@ -43,11 +47,15 @@ from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
               "generate": ("hf_llama", "nanogpt", "lifecycle"),
-              "tokenizer": ("hf_tokenizers", "lifecycle")}
-NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers"}
+              "tokenizer": ("hf_tokenizers", "lifecycle"),
+              "dpo": ("trl", "lifecycle"), "rollout": ("trl", "lifecycle")}
+MODES = {"train": ("eager", "compile"), "generate": ("eager",), "tokenizer": ("eager",),
+         "dpo": ("cached", "default"), "rollout": ("grpo", "rloo")}
+NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers", "trl": "trl"}
 FIGURES = {"train": ("tokens_per_s", "ms_per_step"), "generate": ("tokens_per_s", "ms_per_step"),
-           "tokenizer": ("mb_per_s", "seconds")}               # a speed and a time
-BATCH_SIZES = {"train": [16], "generate": [1, 16], "tokenizer": [1]}
+           "tokenizer": ("mb_per_s", "seconds"), "dpo": ("steps_per_s", "ms_per_step"),
+           "rollout": ("steps_per_s", "ms_per_step")}          # a speed and a time
+BATCH_SIZES = {"train": [16], "generate": [1, 16], "tokenizer": [1], "dpo": [8], "rollout": [16]}
 
 
 @dataclass
@@ -57,11 +65,11 @@ class Config:
     n_heads: int = 8                  # >= 1
     vocab_size: int = 4096            # >= 1
     context_length: int = 256         # train: tokens per row, >= 1
-    batch_size: int = 0               # rows; 0: 16 for train, both 1 and 16 for generate
+    batch_size: int = 0               # rows; 0: 16, 8 pairs of dpo, both 1 and 16 for generate
     new_tokens: int = 256             # generate: tokens after a prompt of 16, >= 1
     dtype: str = "auto"               # auto (what is fast here) | bfloat16 | float32 | float16
     device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
-    modes: str = "eager,compile"      # train: comma-separated; generate is eager
+    modes: str = "all"                # with commas: eager, compile; cached, default; grpo, rloo
     contenders: str = "all"           # comma-separated: hf_llama, nanogpt, nanochat, lifecycle ...
     data: str = "world"               # tokenizer: text, as for train_pretrain.py; 10 MB of it
     rounds: int = 3                   # fresh processes per row, >= 1
@@ -447,7 +455,9 @@ def measure(bench: str, cfg: Config, name: str, mode: str) -> dict:
 def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
     """The fresh process: measures one row and prints it as JSON."""
     torch.manual_seed(0)
-    measure_row = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row}[bench]
+    measure_row = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row,
+                   "dpo": partial(bench_alignment.dpo_row, hf_llama),
+                   "rollout": partial(bench_alignment.rollout_row, hf_llama)}[bench]
     row = measure_row(Config(**cfg), name, mode)
     if torch.cuda.is_available():
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6           # bytes
@@ -469,9 +479,10 @@ def main(bench: str, cfg: Config) -> list[dict]:
     if cfg.quick:
         cfg = dataclasses.replace(cfg, rounds=1, steps=5)
     names = pick_contenders(bench, cfg)
-    modes = cfg.modes.split(",") if bench == "train" else ["eager"]
-    if not {*modes} <= {"eager", "compile"}:
-        raise ValueError(f"--modes {cfg.modes}: give eager, compile or both with a comma")
+    modes = MODES[bench] if cfg.modes == "all" else cfg.modes.split(",")
+    if not {*modes} <= {*MODES[bench]}:
+        raise ValueError(f"--modes {cfg.modes}: {bench} knows {', '.join(MODES[bench])}; give some "
+                         "of them with commas, or all")
     if bench == "tokenizer":
         next(readers.read_documents(cfg.data, 1))          # raises for what cannot be read
     print(machine(device), flush=True)
@@ -489,7 +500,8 @@ def main(bench: str, cfg: Config) -> list[dict]:
     rows = []
     for name, mode, size in conditions:
         row = {"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
-        for figure in (*FIGURES[bench], "peak_mb"):
+        shares = [figure for figure in measured[name, mode, size][0] if figure.endswith("_share")]
+        for figure in (*FIGURES[bench], "peak_mb", *shares):
             values = [of_round[figure] for of_round in measured[name, mode, size]]
             row[figure] = statistics.median(values)
         rows.append(row)

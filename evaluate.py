@@ -46,8 +46,8 @@ from world.judge import (
 from world.tasks import HELDOUT_FAMILIES
 
 MAX_ANSWER = 64                       # tokens
-# Of evaluate_policy's figures those with a number for each prompt, by which models are compared.
-PER_PROMPT = ("rewards", "plain_rewards", "right", "whole", "words")
+# Of evaluate_policy's figures those that are one for each prompt, by which models are compared.
+PER_PROMPT = ("rewards", "plain_rewards", "right", "whole", "words", "texts")
 
 
 @dataclass
@@ -367,8 +367,7 @@ def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]])
     because an imitator's loss still falls when its answers no longer get better."""
     scores = {}
     for name, examples in quizzes.items():
-        responses = answers(model, tokenizer, examples)
-        texts = complete_texts(tokenizer, responses)
+        texts = greedy_texts(model, tokenizer, examples)
         by_family = accuracy_by_family(examples, texts)
         if by_family:                                      # {} of examples without an answer
             scores[name] = by_family["all"]
@@ -492,15 +491,19 @@ def length_accuracy(pairs: data.PreferencePairs) -> float:
     return score / len(pairs.sequences)
 
 
-def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int) -> dict:
-    """Greedy answers of a model to the exam: {"accuracy", "families", "true_reward", "parts": the
-    mean of each part of it, "manners"}, and for comparisons, (n,) each: "rewards", "right",
-    "whole", and without the courtesies of the answers "plain_rewards" and "words"."""
+def greedy_texts(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
+    return complete_texts(tokenizer, answers(model, tokenizer, examples))
+
+
+def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: int,
+                    answer: Callable = greedy_texts) -> dict:
+    """The answers of a model to the exam: {"accuracy", "families", "true_reward", "parts": the
+    mean of each part of it, "manners"}, and for comparisons, n each: "rewards", "right", "whole",
+    without the courtesies of the answers "plain_rewards" and "words", and the "texts"."""
     tasks = exam(name, n_tasks)
     prompts = reward_prompts(name, n)
     # Answered in one go, because prompts of similar length are then batched together.
-    responses = answers(model, tokenizer, tasks + prompts)
-    texts = complete_texts(tokenizer, responses)
+    texts = answer(model, tokenizer, tasks + prompts)
     families = accuracy_by_family(tasks, texts[:n_tasks])
     accuracy = families.pop("all")
     judged_texts = texts[n_tasks:]
@@ -512,7 +515,8 @@ def evaluate_policy(model: Transformer, tokenizer, name: str, n_tasks: int, n: i
             "manners": manners(judged_texts, parts["right"]),
             "rewards": rewards, "right": parts["right"], "whole": parts["whole"],
             "plain_rewards": true_rewards(prompts, plain),
-            "words": np.array([len(text.split()) for text in plain])}
+            "words": np.array([len(text.split()) for text in plain]),
+            "texts": judged_texts}
 
 
 # ---------------------------------------------------------------------- the table

@@ -27,7 +27,7 @@ from parallel import gathered, join_ranks, ranks
 from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
-from rewards import Reward, score_responses
+from rewards import Reward
 
 
 def read_pairs(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
@@ -241,13 +241,10 @@ def make_pairs(cfg, policy: str, file: Path, number: int, steps: int) -> None:
     else:
         # before the answers are made, because it may be refused
         reward = Reward(cfg.reward, cfg.combine, tokenizer, device, dtype)
-
-        def score(prompts, x, y):
-            scores, _ = score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
-            return scores
         # 2. Generate answers with the current policy  3. Score them by the reward
-        y, scores = sample.sample_and_score(model, tokenizer, asked, x, cfg.answers, score,
-                                            cfg.max_new_tokens, generator=generator)
+        y, scores = sample.sample_and_score(model, tokenizer, asked, x, cfg.answers, reward,
+                                            cfg.max_new_tokens, cfg.no_end_score,
+                                            generator=generator)
         # 4. Construct pairs
         texts = [tokenizer.decode(answer) for answer in y]
         pairs = best_and_worst(asked, texts, scores.flatten().tolist(), cfg.answers)

@@ -119,14 +119,6 @@ def combined(scores: Tensor, combine: str) -> Tensor:
     return scores.mean(1) - scores.std(1, correction=0)
 
 
-def score_responses(reward: Reward, prompts: list[dict], x: list[list[int]], y: list[list[int]],
-                    end: int, no_end_score: float) -> tuple[Tensor, Tensor]:
-    """R of each response, (N,), and whether it has ended with the token `end`: one that was cut off
-    gets no_end_score, because no reward model ever saw such."""
-    ended = torch.tensor([ids[-1:] == [end] for ids in y], device=reward.device)
-    return torch.where(ended, reward(prompts, x, y), no_end_score), ended
-
-
 # ---------------------------------------------------------------------- the terms
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import BASE_STAGES, lineage, load_any_model, load_model
 from plumbing.options import command_line
 from readers import world_named
+from scoring import score_responses
 from world.world import World
 
 KEEP = 0.75          # finished rows are carried along until this share is left: less copying
@@ -238,17 +239,20 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 
 def sample_and_score(model: Transformer, tokenizer, prompts: list[dict], ids: list[list[int]],
-                     n: int, reward: Callable, max_new_tokens: int, temperature: float = 1.0,
+                     n: int, reward: Callable, max_new_tokens: int, no_end_score: float = -1.0,
+                     temperature: float = 1.0,
                      generator: torch.Generator | None = None) -> tuple[list[list[int]], Tensor]:
     """n answers to each prompt, prompt by prompt, and their rewards (prompts, n).
 
-    prompts, ids: rows of readers.read_prompts() and their tokens; reward: of rewards.Reward.
+    prompts, ids: rows of readers.read_prompts() and their tokens; reward: of rewards.Reward;
+    no_end_score: the score of an answer that never ended.
     """
     answers = generate(model, ids, max_new_tokens, (tokenizer.end,), temperature,
                        generator=generator, group=n)
     repeated = [row for row in prompts for _ in range(n)]
     x = [prompt for prompt in ids for _ in range(n)]
-    return answers, reward(repeated, x, answers).view(-1, n)
+    scores, _ = score_responses(reward, repeated, x, answers, tokenizer.end, no_end_score)
+    return answers, scores.view(-1, n)
 
 
 def best_of_n(model: Transformer, tokenizer, prompts: list[dict], n: int, reward: Callable,

@@ -102,6 +102,15 @@ def response_rewards(rewards: Callable, batch: data.Batch) -> Tensor:
     return last_value(values.squeeze(-1), batch.loss_mask)
 
 
+def score_responses(reward: Callable, prompts: list[dict], x: list[list[int]], y: list[list[int]],
+                    end: int, no_end_score: float) -> tuple[Tensor, Tensor]:
+    """R of each response, (N,), and whether it has ended with the token `end`: one that was cut off
+    gets no_end_score, because no reward model ever saw such. reward: a rewards.Reward."""
+    scores = reward(prompts, x, y)
+    ended = torch.tensor([ids[-1:] == [end] for ids in y], device=scores.device)
+    return torch.where(ended, scores, no_end_score), ended
+
+
 def ranked_right(margin: Tensor) -> Tensor:
     """Share of the pairs whose margin (N,), better minus worse, is above 0; ties count half."""
     return (margin.sign() + 1).mean() / 2

@@ -44,6 +44,7 @@ class Config:
     n: int = 8                        # answers to each (N), >= 2
     temperature: float = 1.0          # of the answers, > 0
     max_new_tokens: int = 64          # longest answer, in tokens, >= 1
+    no_end_score: float = -1.0        # the score of an answer without <|end|>, any number
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # prompts too long for an answer to fit: error | left | drop
     out: str = "best.jsonl"           # new file to write
@@ -69,20 +70,22 @@ def main(cfg: Config) -> list[dict]:
         # 1. SAMPLE, 2. SCORE, 3. SELECT
         answers, scores = sample.sample_and_score(
             model, tokenizer, asked, ids[first:first + 64], cfg.n, reward, cfg.max_new_tokens,
-            cfg.temperature, generator)
+            cfg.no_end_score, cfg.temperature, generator)
         if cfg.method == "pairs":
             texts = [tokenizer.decode(answer) for answer in answers]
             written += best_and_worst(asked, texts, scores.flatten().tolist(), cfg.n)
             continue
         for number, (row, best) in enumerate(zip(asked, scores.argmax(1).tolist())):
-            text = tokenizer.decode(answers[number * cfg.n + best])
-            if text.strip():
+            answer = answers[number * cfg.n + best]
+            text = tokenizer.decode(answer)
+            # nor one that was cut off, because a model would learn to end there
+            if text.strip() and answer[-1] == tokenizer.end:
                 written.append({"prompt": row["messages"], "response": text,
                                 "score": scores[number, best].item()})
     # 4. WRITE
     if not written:
-        raise ValueError(f"--prompts {cfg.prompts}: no answer is worth keeping: all are empty, or "
-                         "with --method pairs worth the same")
+        raise ValueError(f"--prompts {cfg.prompts}: no answer is worth keeping: all are empty, "
+                         "cut off, or with --method pairs worth the same")
     text = "".join(json.dumps(row) + "\n" for row in written)
     claim.write_whole(Path(cfg.out), lambda file: file.write_text(text))
     print(f"{len(written)} of {len(prompts)} prompts are in {cfg.out}; the best of {cfg.n} answers "

@@ -42,6 +42,7 @@ from preferences import in_rounds, labels_of, mean_mismatch, read_data, read_ref
 from scoring import log1mexp, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
+NO_REFERENCE = ("orpo", "simpo")               # held-out pairs alone are compared with it, for 3.5
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
            "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",)}
@@ -143,40 +144,39 @@ def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tup
 
 def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float, cfg: Config) -> tuple:
     """The loss and margins of --method. pi, ref (2B,): B chosen, then their B rejected answers; for
-    kto B answers, good or not by is_good (B,), then B answers to other prompts."""
+    kto B answers, good or not by is_good (B,), then B to other prompts; orpo, simpo: ref None."""
     pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
+    if cfg.method == "orpo":
+        return orpo_loss(pi_w, pi_l, cfg.lam)
+    if cfg.method == "simpo":
+        return simpo_loss(pi_w, pi_l, cfg.simpo_beta, cfg.gamma)
     ref_w, ref_l = ref.chunk(2)
-    if cfg.method == "dpo":
-        return dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
     if cfg.method == "ipo":
         return ipo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     if cfg.method == "kto":
         return kto_loss(pi_w, ref_w, is_good, z, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
-    if cfg.method == "orpo":
-        return orpo_loss(pi_w, pi_l, cfg.lam)
-    return simpo_loss(pi_w, pi_l, cfg.simpo_beta, cfg.gamma)
+    return dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
 
 
 @torch.no_grad()
-def reference_logps(reference, ref_logps: Tensor | None, batch) -> Tensor:
+def reference_logps(reference, ref_logps: Tensor | None, batch) -> Tensor | None:
     """log pi_ref(y|x) of the batch's rows, (2B,) in nats: looked up in ref_logps (N, 2), or
-    computed where --cache_reference is false."""
+    computed where --cache_reference is false; None without a reference."""
     if ref_logps is not None:
         return ref_logps[batch.index].T.flatten()
-    return response_logps(reference.logps, batch)
+    return response_logps(reference.logps, batch) if reference else None
 
 
-def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor, ref_w: Tensor,
-                   ref_l: Tensor) -> dict[str, Tensor]:
-    """What 3.5 tracks, means over the pairs. logratio_*: log pi_theta - log pi_ref in nats per
-    response, which shows where the policy drifts; kl_proxy: the mean of its size."""
-    logratio_w = pi_w - ref_w                                                  # (B,)
-    logratio_l = pi_l - ref_l
-    log_ratios = torch.cat([logratio_w, logratio_l])                           # (2B,)
+def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor) -> dict[str, Tensor]:
+    """What 3.5 tracks, means over the pairs; margin, pi_w, pi_l: (B,)."""
     return {"margin": margin.mean(), "accuracy": ranked_right(margin),
-            "logratio_chosen": logratio_w.mean(), "logratio_rejected": logratio_l.mean(),
-            "kl_proxy": log_ratios.abs().mean(), "logp_chosen": pi_w.mean(),
-            "logp_rejected": pi_l.mean()}
+            "logp_chosen": pi_w.mean(), "logp_rejected": pi_l.mean()}
+
+
+def drift_figures(logratio_w: Tensor, logratio_l: Tensor) -> dict[str, Tensor]:
+    """Where the policy drifts: log(pi_theta / pi_ref) of both sides, (B,), nats per response."""
+    return {"logratio_chosen": logratio_w.mean(), "logratio_rejected": logratio_l.mean(),
+            "kl_proxy": torch.cat([logratio_w, logratio_l]).abs().mean()}
 
 
 def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
@@ -188,8 +188,7 @@ def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Conf
         pi = pi / lengths
         ref = ref / lengths
     is_good = labels_of(pairs)                                                 # (N,) or None
-    z = mean_mismatch(pi, ref)
-    loss, margin = method_loss(pi, ref, is_good, z, cfg)
+    loss, margin = method_loss(pi, ref, is_good, mean_mismatch(pi, ref), cfg)
     drift_w, drift_l = sides(pi - ref, is_good)
     return {"val_loss": loss, "val_margin": margin.mean(), "val_accuracy": ranked_right(margin),
             "val_logratio_chosen": drift_w.mean(), "val_logratio_rejected": drift_l.mean()}
@@ -205,8 +204,7 @@ def check(cfg: Config) -> Config:
         raise ValueError(f"--rounds {cfg.rounds}: give at most --steps, and --reward or --spin "
                          "true, which make the pairs of each round")
     if bool(cfg.reward) + cfg.spin + (cfg.method == "kto") > 1:
-        raise ValueError("--reward and --spin make pairs, --method kto reads single answers; give "
-                         "one of the three")
+        raise ValueError("--reward, --spin and --method kto each bring their data; give one")
     return replace(cfg, init=cfg.init or ("out/pretrain" if cfg.method == "orpo" else "out/sft"))
 
 
@@ -220,7 +218,7 @@ def main(cfg: Config) -> dict:
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
     model.eval()                               # because noisy routers would blur what is compared
     lora.begin(model, cfg.adapters, run)
-    reference = read_reference(cfg, run, model)            # orpo and simpo read it for 3.5 alone
+    reference = read_reference(cfg, run, model)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     train, heldout = read_data(cfg, run, tokenizer, model.config.context_length)
     forward = run.prepare(model, "logps")
@@ -230,8 +228,10 @@ def main(cfg: Config) -> dict:
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
     heldout_ref = score_pairs(reference, heldout, cfg.batch_size)              # (N, 2)
-    ref_logps = score_pairs(reference, train, cfg.batch_size) if cfg.cache_reference else None
-    reference = None if cfg.cache_reference else reference
+    reference = None if cfg.method in NO_REFERENCE else reference
+    ref_logps = None
+    if reference and cfg.cache_reference:
+        ref_logps, reference = score_pairs(reference, train, cfg.batch_size), None
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
@@ -246,7 +246,7 @@ def main(cfg: Config) -> dict:
         nll = -(pi / lengths).chunk(2)[0].mean()                           # of y_w, per token
         if cfg.method in MEANS or cfg.mean_logps:
             pi = pi / lengths
-            ref = ref / lengths
+            ref = None if ref is None else ref / lengths
 
         # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
         z = run.mean_over_ranks(mean_mismatch(pi, ref)) if cfg.method == "kto" else 0.0
@@ -261,8 +261,9 @@ def main(cfg: Config) -> dict:
         optimizer.zero_grad()
 
         # 3.5 MONITORING
-        figures = {"loss": loss}
-        figures |= margin_figures(margin, *sides(pi, is_good), *sides(ref, is_good))
+        figures = {"loss": loss} | margin_figures(margin, *sides(pi, is_good))
+        if ref is not None:
+            figures |= drift_figures(*sides(pi - ref, is_good))
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, heldout_ref, cfg)
         tokens = batch.tokens.numel()
@@ -272,8 +273,7 @@ def main(cfg: Config) -> dict:
 
     lora.end(model, cfg.adapters, run)
     # 4. RETURN theta_aligned
-    results = run.last("val_accuracy", "val_margin")
-    return run.finish(model, tokenizer, results)
+    return run.finish(model, tokenizer, run.last("val_accuracy", "val_margin"))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ from torch import Tensor
 import evaluate
 import lora
 import sample
+import scoring
 from data import encode_prompts, permuted, response_batches
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_prompts
-from rewards import Reward, score_responses
+from rewards import Reward
 from scoring import clipped_surrogate, kl_k1, kl_k3, masked_mean, mean_figures, token_logps
 
 ONE_STEP = ("reinforce", "rloo")               # without a ratio a batch is right for one step only
@@ -175,8 +176,8 @@ def main(cfg: Config) -> dict:
         y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,), cfg.temperature,
                             generator=generator, group=cfg.group)          # N = prompts * G
         x = [ids for ids in x for _ in range(cfg.group)]
-        score, ended = score_responses(reward, asked, x, y, tokenizer.end,
-                                       cfg.no_end_score)                   # (N,)
+        score, ended = scoring.score_responses(reward, asked, x, y, tokenizer.end,
+                                               cfg.no_end_score)           # (N,)
         rollouts = []
         with torch.no_grad():
             for batch in response_batches(x, y, tokenizer.pad, length, cfg.minibatch_size):

@@ -41,7 +41,7 @@ from plumbing.optimizers import linear_decay, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_examples, read_prompts
-from rewards import Reward, score_responses
+from rewards import Reward
 from scoring import kl_k1, kl_k3, last_place, masked_mean, mean_figures, token_logps
 
 
@@ -256,7 +256,7 @@ def look(gold: tuple[Reward, list, list], actor, tokenizer, cfg: Config) -> floa
     """The mean gold reward of greedy answers to the held-out prompts."""
     reward, prompts, x = gold
     y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,))
-    score, _ = score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
+    score, _ = scoring.score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
     return score.mean().item()
 
 
@@ -318,7 +318,7 @@ def main(cfg: Config) -> dict:
                 old_logps = token_logps(actor.logps, batch, cfg.temperature)       # old log-probs
                 ref_logps = token_logps(reference.logps, batch, cfg.temperature)   # reference's
                 kl = kl_k1(old_logps, ref_logps)                           # KL of each token, nats
-                score, ended = score_responses(reward, asked[rows], x[rows], y[rows],
+                score, ended = scoring.score_responses(reward, asked[rows], x[rows], y[rows],
                                                tokenizer.end, cfg.no_end_score)    # score R (b,)
                 rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
                 values = values_before(critic, batch) * mask               # values V_t

@@ -1,15 +1,32 @@
-"""What the experiments on alignment start from: the lifecycle's own base model, SFT model and
-reward model, one of each for a seed, in out/exp_base/SEED, made once for all experiments.
+"""
+What the experiments on alignment share: where they start, how a policy is examined, what is kept.
+They start from the lifecycle's own base model, SFT model and reward model, one of each for a seed,
+in out/exp_base/SEED, made once for all experiments.
 
     python experiments/base.py --seeds 0,1,2               # a quarter of an hour each, on two cores
 """
+import importlib
+import json
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+import torch
+
+import corpus
+import evaluate
 import lifecycle
+import train_pretrain
+from plumbing.claim import write_whole
+from plumbing.device import pick_device, pick_dtype
+from plumbing.folders import load_model, read_record
 from plumbing.options import build, command_line
 
 BASE = Path("out/exp_base")
@@ -31,9 +48,128 @@ def base_models(seed: int) -> Path:
     return out
 
 
+def run_apart(name: str, **options) -> None:
+    """run() of the script with this name, in a process of its own: its memory is its own. Rounds of
+    DPO go on by themselves, and synthesize.py writes a file and no folder."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(run_by_name, name, options).result()
+
+
+def run_by_name(name: str, options: dict) -> None:
+    script = importlib.import_module(name)
+    if options.get("rounds", 1) > 1:
+        options["resume"] = Path(f"{options['out']}_rounds").exists()
+    elif name != "synthesize":
+        run(script, **options)
+        return
+    script.main(build(script.Config, options))
+
+
 def run(script, **options) -> dict:
     """A stage of an experiment: skipped if it is finished, gone on with if it was stopped."""
     return lifecycle.run_stage(script.main, build(script.Config, options))
+
+
+# ---------------------------------------------------------------------- what a policy is worth
+
+def length_controlled(wins: np.ndarray, longer: np.ndarray) -> float:
+    """The share of wins that is to be expected of answers of equal length (Dubois et al. 2024).
+
+    wins: (n,) 1 won, 1/2 tied, 0 lost; longer: (n,) how many words our answer has more. Fits
+    p(win) = sigma(a + b tanh(longer / its deviation)) and returns sigma(a).
+    """
+    x = np.tanh(longer / max(longer.std(), 1e-9))
+    features = np.stack([np.ones_like(x), x], 1)                               # (n, 2)
+    ab = np.zeros(2)
+    for _ in range(20):                        # Newton's steps; the function is concave
+        p = 1 / (1 + np.exp(-features @ ab))
+        slope = features.T @ (wins - p) - 1e-3 * ab            # because all may be won: a -> inf
+        curvature = (features * (p * (1 - p))[:, None]).T @ features + 1e-3 * np.eye(2)
+        ab += np.linalg.solve(curvature, slope)
+    return float(1 / (1 + np.exp(-ab[0])))
+
+
+def compare(found: dict, sft: dict) -> dict:
+    """A method's figures in the columns of the table."""
+    words = np.array([len(text.split()) for text in found["texts"]])
+    sft_words = np.array([len(text.split()) for text in sft["texts"]])
+    ties = np.abs(found["rewards"] - sft["rewards"]) <= 1e-9
+    wins = np.where(ties, 0.5, found["rewards"] > sft["rewards"])
+    against = evaluate.wins_over(found, sft)
+    return {"true_reward": found["true_reward"], "win_rate": against["win_rate"],
+            "length_controlled": length_controlled(wins, words - sft_words),
+            "plain_win_rate": against["plain_win_rate"], "accuracy": found["accuracy"],
+            "accuracy_gain": found["accuracy"] - sft["accuracy"],
+            "distinct_3": evaluate.fluency(found["texts"], [])["distinct"],
+            "words": float(words.mean())}
+
+
+def base_loss(model, tokenizer, seed: int) -> float:
+    """Nats per token on held-out documents of the world: what pretraining taught and alignment may
+    have made the model forget."""
+    cfg = build(train_pretrain.Config, {"data": f"world:{seed}"})
+    texts = corpus.read_texts(cfg)
+    streams = corpus.concatenate(corpus.tokenize(texts, tokenizer), texts, tokenizer)
+    windows = corpus.cut(streams, cfg, model.config.context_length, tokenizer.endoftext)
+    return evaluate.validation_loss(model, windows[cfg.data, "heldout"], 64, 16)
+
+
+@cache
+def sft_figures(base: Path, seed: int, n: int) -> dict:
+    model, tokenizer = load_model(base / "sft", pick_device("auto"), fast_dtype())
+    return evaluate.evaluate_policy(model, tokenizer, f"world:{seed}", 2 * n, n)
+
+
+def examine(folder: Path, seed: int, base: Path, n: int = 500,
+            answer: Callable = evaluate.greedy_texts) -> dict:
+    """A policy beside the SFT model of its base: answers to n unseen prompts, accuracy on 2 n
+    tasks, KL, and loss on documents."""
+    device = pick_device("auto")
+    world = f"world:{seed}"
+    model, tokenizer = load_model(folder, device, fast_dtype())
+    figures = evaluate.evaluate_policy(model, tokenizer, world, 2 * n, n, answer)
+    figures = compare(figures, sft_figures(base, seed, n))
+    sft, _ = load_model(base / "sft", device, fast_dtype())
+    prompts = evaluate.reward_prompts(world, n)
+    figures["kl"] = evaluate.kl_to(model, sft, tokenizer, prompts, seed)
+    figures["base_loss"] = base_loss(model, tokenizer, seed)
+    return figures
+
+
+def examined(folder: Path, seed: int, base: Path, n: int = 500) -> dict:
+    """examine(), once for a model."""
+    of = {"model": read_record(folder)["sha256"], "n": n}
+    return kept(folder.with_name(f"{folder.name}_exam.json"), of,
+                partial(examine, folder, seed, base, n))
+
+
+def fast_dtype() -> torch.dtype:
+    return pick_dtype("auto", pick_device("auto"))
+
+
+# ---------------------------------------------------------------------- what is kept
+
+def kept(file: Path, of: dict, make: Callable[[], dict]) -> dict:
+    """What make() returns; what it returned before is read from the file, if it was of the same."""
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found["of"] == of:
+            return found["figures"]
+    figures = make()
+    keep(file, json.dumps({"of": of, "figures": figures}, indent=2) + "\n")
+    return figures
+
+
+def keep(file: Path, text: str) -> None:
+    """Write a table or figures, in the place of what the experiment wrote there before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda temporary: temporary.write_text(text))
+
+
+def save(figure, file: Path) -> None:
+    """The same for a picture."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
 
 
 def main(cfg: Config) -> None:

@@ -32,12 +32,12 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import torch
-from base import base_models, run
 from matplotlib import pyplot as plt
 
 import evaluate
 import train_ppo
 import train_rm
+from experiments.base import base_models, run
 from plumbing.claim import write_whole
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype

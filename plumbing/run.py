@@ -366,8 +366,8 @@ class Run:
             # a peak below that was measured while other processes were busy
             self.matmul_peak = max(self.matmul_peak, flops_per_s)
             row["mfu"] = flops_per_s / self.matmul_peak
-            row["memory_gb"] = peak_memory(self.device) / 1e9
-            self.metrics.last |= row
+        row["memory_gb"] = peak_memory(self.device) / 1e9
+        self.metrics.last |= row
         if self.rank == 0:
             self.metrics.write(row)
             shown = {}

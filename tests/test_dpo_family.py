@@ -18,7 +18,7 @@ from plumbing.folders import load_model
 from plumbing.options import build
 from preferences import best_and_worst, demonstrated, labels_of, mismatched, sides
 from readers import read_preferences
-from scoring import log1mexp, response_logps
+from scoring import log1mexp, response_logps, score_pairs
 from train_dpo import Config, dpo_loss, ipo_loss, kto_loss, method_loss, orpo_loss, simpo_loss
 
 METHODS = ("dpo", "ipo", "kto", "orpo", "simpo")
@@ -412,8 +412,8 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path):
     ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a number in"),
     ({"rounds": 3}, "--rounds 3: give at most --steps, and --reward or --spin true"),
     ({"rounds": 9, "spin": True}, "--rounds 9: give at most --steps"),
-    ({"reward": "world", "spin": True}, "give one of the three"),
-    ({"method": "kto", "spin": True}, "--method kto reads single answers")])
+    ({"reward": "world", "spin": True}, "each bring their data; give one"),
+    ({"method": "kto", "spin": True}, "--method kto each bring their data")])
 def test_options_that_mean_nothing_together_are_refused(tmp_path, changes, message):
     options = {"steps": 8, "init": "sft", "out": str(tmp_path / "dpo"), "device": "cpu"} | changes
     with pytest.raises(ValueError, match=message):
@@ -448,3 +448,20 @@ def test_response_logps_are_what_the_batch_scores(tmp_path):
     lengths = pairs.response_tokens()[batch.index].T.flatten()
     assert torch.equal(lengths, batch.loss_mask.sum(1))
     assert response_logps(tiny_model().logps, batch).shape == (12,)
+
+
+@pytest.mark.parametrize("method", ["orpo", "simpo"])
+def test_a_method_without_a_reference_scores_no_training_data_with_one(tmp_path, monkeypatch,
+                                                                       method):
+    """Only the held-out pairs, which show how far it has gone."""
+    scored = []
+
+    def counted(model, pairs, batch_size):
+        scored.append(len(pairs))
+        return score_pairs(model, pairs, batch_size)
+    monkeypatch.setattr(train_dpo, "score_pairs", counted)
+    cfg = config(tmp_path, method=method, beta=Config.beta)
+    train_dpo.main(cfg)
+    rows = read_metrics(cfg.out)
+    assert len({*scored}) == 1                                 # at the start, and in evaluations
+    assert "logratio_chosen" not in rows[0] and "val_logratio_chosen" in rows[-1]

@@ -274,8 +274,9 @@ def test_figures_of_several_corpora_by_hand():
 
 def test_two_models_are_compared_prompt_by_prompt():
     def found(rewards, right, whole, words):
-        names = evaluate.PER_PROMPT
-        return dict(zip(names, map(np.array, (rewards, rewards, right, whole, words))))
+        texts = [""] * 4
+        columns = rewards, rewards, right, whole, words, texts
+        return dict(zip(evaluate.PER_PROMPT, map(np.array, columns)))
 
     before = found([0.5, 0.5, 0.5, 0.0], [1, 1, 1, 0], [1, 1, 0, 0], [4, 4, 4, 4])
     after = found([0.7, 0.5, 0.1, 0.9], [1, 1, 0, 1], [1, 1, 1, 1], [5, 4, 9, 9])

@@ -384,7 +384,7 @@ def test_a_wrong_command_ends_in_one_clear_line_and_no_traceback(complaints, cas
     (compare, "--init base --out text.txt", "--out 'text.txt': give a file that ends in .jsonl"),
     (compare, "", "give one of --init (models that answer), --data (answers that are there)"),
     (bench, "--contenders gpt5", "--contenders gpt5: train knows hf_llama, nanogpt"),
-    (bench, "--modes fast", "--modes fast: give eager, compile or both"),
+    (bench, "--modes fast", "--modes fast: train knows eager, compile; give some"),
 ])
 def test_each_script_says_what_is_wrong_with_its_options(monkeypatch, bad, script, options,
                                                          message):

@@ -10,8 +10,8 @@ import rewards
 from data import response_batch
 from plumbing.folders import reward_terms
 from readers import read_prompts
-from rewards import Reward, combined, number_in, score_responses
-from scoring import response_rewards
+from rewards import Reward, combined, number_in
+from scoring import response_rewards, score_responses
 from tokenizer import Tokenizer
 from world.judge import true_reward
 

@@ -37,7 +37,7 @@ PARTS_OF_5_2 = [
     ("old_logps", "token_logps"),               # old log-probs
     ("ref_logps", "token_logps"),               # reference log-probs
     ("kl", "kl_k1"),                            # KL
-    ("score", "score_responses"),               # score R
+    ("score", "scoring.score_responses"),       # score R
     ("rewards", "shaped_rewards"),              # reward signal r_t
     ("values", "values_before"),                # values V_t
     ("advantages", "gae"),                      # advantages A_t

@@ -29,11 +29,14 @@ def test_the_best_answer_is_the_one_with_the_highest_reward():
     answers, scores = sample.sample_and_score(model, TOKENIZER, ASKED, ids, 5, length, 9,
                                               generator=seeded())
     assert scores.shape == (3, 5) and len(answers) == 15
-    assert scores.flatten().tolist() == [len(answer) for answer in answers]
+    for answer, score in zip(answers, scores.flatten().tolist()):
+        # of 9 tokens at most; those that are cut off there have the score of no answer
+        assert score == (len(answer) if answer[-1] == TOKENIZER.end else -1)
     best = sample.best_of_n(model, TOKENIZER, ASKED, 5, length, 9, generator=seeded())
     for row in range(3):
         group = answers[5 * row:5 * row + 5]
-        assert best[row] == TOKENIZER.decode(max(group, key=len))
+        place = scores[row].argmax().item()
+        assert best[row] == TOKENIZER.decode(group[place])
 
 
 @pytest.mark.parametrize("n, kl", [(1, 0), (2, math.log(2) - 0.5), (16, math.log(16) - 15 / 16)])
@@ -70,11 +73,17 @@ def config(tmp_path, monkeypatch):
 def test_the_best_answers_are_examples_for_fine_tuning(config, tmp_path):
     written = synthesize.main(config())
     examples = readers.read_examples(tmp_path / "best.jsonl")
-    assert len(examples) == len(written) > 50
+    assert len(examples) == len(written) > 30
     assert examples[0]["messages"][-1] == {"role": "assistant", "content": written[0]["response"]}
     worse = synthesize.main(config(n=2, out="two.jsonl"))
     mean = [sum(row["score"] for row in rows) / len(rows) for rows in (worse, written)]
     assert mean[1] > mean[0]                                   # more to choose from
+
+
+def test_an_answer_that_was_cut_off_is_no_example(config):
+    # the only token of an answer is its end, or the answer has none
+    with pytest.raises(ValueError, match="no answer is worth keeping: all are empty, cut off"):
+        synthesize.main(config(max_new_tokens=1))
 
 
 def test_best_and_worst_are_pairs_for_dpo(config, tmp_path):

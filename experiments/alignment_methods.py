@@ -1,0 +1,269 @@
+"""
+Seventeen ways from the same SFT model to a better one, by the same measures: the table of 001
+section 4.11, measured.
+
+The sentences of the documents: PPO needs four models and samples online, DPO two and none; "DPO is
+simpler, more stable"; KTO does with unpaired labels, ORPO with one stage; best-of-N trains nothing
+and pays at every answer. Each method gets the same SFT model (ORPO the base model before it), the
+same world, and the pairs or the reward model that were made from its judge.
+
+    python experiments/alignment_methods.py            # results/alignment_methods.md and .png
+    python experiments/alignment_methods.py --quick    # one seed, a tenth of the steps
+    python experiments/alignment_methods.py --methods DPO,GRPO --seeds 3
+
+Each run is a process of its own, so that its memory is its own, and what is finished is kept in
+out/alignment_methods/SEED. Greedy answers to 500 unseen prompts are compared with the SFT model's.
+"""
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+import evaluate
+from experiments.base import base_models, examine, keep, kept, run_apart, save
+from plumbing.curves import read_metrics
+from plumbing.options import command_line
+from readers import checked_turns
+from rewards import Reward
+from sample import best_of_n
+from scoring import best_of_n_kl
+
+N = 16                                 # answers of which best-of-N and rejection sampling take one
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Method(NamedTuple):
+    script: str                        # that trains; "": nothing is trained
+    models: str                        # what is in memory while it trains
+    data: str
+    signal: str                        # what tells a better answer from a worse one
+    options: dict
+
+
+PAIRS = "8,000 pairs"
+OWN = "own answers"
+SCORE = "reward model's score"
+DPO = {"n_pairs": 8000, "steps": 500, "lr": 1e-4}
+GROUPS = {"steps": 100, "batch_size": 8, "group": 8, "lr": 1.5e-4}
+METHODS = {
+    "SFT": Method("", "policy", "demonstrations", "imitation", {}),
+    "SFT on chosen": Method(
+        "train_sft", "policy", "8,000 chosen answers", "imitation",
+        {"chosen": True, "n_examples": 8000, "steps": 100, "lr": 5e-4}),
+    "best of 16": Method("", "policy, reward model, at every answer", OWN, SCORE, {}),
+    "rejection sampling": Method(
+        "train_sft", "policy, reward model", f"{OWN}, best of 16", SCORE,
+        {"n_examples": 1000, "steps": 40, "lr": 5e-4}),
+    "PPO": Method(
+        "train_ppo", "policy, critic, reference, reward model", OWN, SCORE,
+        {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0}),
+    "REINFORCE": Method(
+        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        GROUPS | {"method": "reinforce", "beta": 0.5}),
+    "RLOO": Method(
+        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        GROUPS | {"method": "rloo", "beta": 0.5}),
+    "GRPO": Method(
+        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        GROUPS | {"method": "grpo", "beta": 0.2}),
+    "Dr. GRPO": Method(
+        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        GROUPS | {"method": "dr_grpo", "beta": 0.35}),
+    "DPO": Method("train_dpo", "policy, reference once", PAIRS, "pairs", DPO | {"beta": 1.0}),
+    "IPO": Method(
+        "train_dpo", "policy, reference once", PAIRS, "pairs",
+        DPO | {"method": "ipo", "beta": 3.0}),
+    "KTO": Method(
+        "train_dpo", "policy, reference once", "8,000 answers", "thumbs up or down",
+        DPO | {"method": "kto", "beta": 0.2, "lr": 3e-4}),
+    "ORPO": Method(
+        "train_dpo", "policy", "40,000 pairs", "pairs",
+        {"method": "orpo", "n_pairs": 40_000, "steps": 2400, "optimizer": "muon", "lr": 4e-3}),
+    "SimPO": Method("train_dpo", "policy", PAIRS, "pairs", DPO | {"method": "simpo", "lr": 2e-5}),
+    "online DPO": Method(
+        "train_dpo", "policy, reference, reward model", OWN, SCORE,
+        {"rounds": 5, "steps": 500, "beta": 1.0, "lr": 1e-4}),
+    "SPIN": Method(
+        "train_dpo", "policy, reference once", "demonstrations, own answers",
+        "not to be told from them", {"spin": True, "rounds": 3, "steps": 300, "lr": 1e-4}),
+}
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"              # of world, models, batches and samples
+    methods: str = ""                 # some of the table's rows, with commas; empty: all
+    out: str = "out/alignment_methods"             # folder for models and figures
+    figure: str = "results/alignment_methods.png"  # the picture; the table beside it, as .md
+    quick: bool = False               # one seed, a tenth of the steps, marked in the picture
+
+
+# ---------------------------------------------------------------------- a run
+
+def train(name: str, seed: int, base: Path, out: Path, quick: bool) -> None:
+    """Write the method's model folder, `out`; what was stopped goes on."""
+    method = METHODS[name]
+    options = {"init": str(base / "sft"), "out": str(out), "seed": seed} | method.options
+    if quick:
+        options["steps"] //= 10
+    if name == "ORPO":
+        options["init"] = str(base / "pretrain")
+    if method.script in ("train_ppo", "train_grpo"):
+        options |= {"reward": str(base / "rm"), "prompts": f"world:{seed}"}
+    elif name == "online DPO":
+        options |= {"reward": str(base / "rm"), "prompts": f"world:{seed}", "data": "world"}
+    elif name == "rejection sampling":
+        options["data"] = str(best_answers(seed, base, out, options["n_examples"], quick))
+    else:
+        options["data"] = f"world:{seed}"
+    run_apart(method.script, **options)
+
+
+def best_answers(seed: int, base: Path, out: Path, n_prompts: int, quick: bool) -> Path:
+    """The file with the best of N answers to each prompt, which rejection sampling imitates."""
+    file = out.with_name("best.jsonl")
+    if not file.exists():
+        run_apart("synthesize", init=str(base / "sft"), reward=str(base / "rm"), out=str(file),
+                  prompts=f"world:{seed}", seed=seed, n=N,
+                  n_prompts=n_prompts // 10 if quick else n_prompts)
+    return file
+
+
+# ---------------------------------------------------------------------- its figures
+
+def best_of_16(base: Path, model, tokenizer, examples: list[dict]) -> list[str]:
+    """Of 16 answers to each example the one that the reward model likes best."""
+    reward = Reward(str(base / "rm"), "min", tokenizer, model.device, model.dtype)
+    rows = []
+    for example in examples:
+        turns = checked_turns(example["prompt"], "prompt", "user")
+        rows.append({"messages": turns, "example": example})
+    texts = []
+    for first in range(0, len(rows), 64):
+        generator = torch.Generator(model.device).manual_seed(first)
+        texts += best_of_n(model, tokenizer, rows[first:first + 64], N, reward,
+                           evaluate.MAX_ANSWER, generator=generator)
+    return texts
+
+
+def figures_of(name: str, seed: int, base: Path, out: Path, quick: bool) -> dict:
+    """A cell of each column, for one seed."""
+    method = METHODS[name]
+    folder = out / name.replace(" ", "_").replace(".", "").lower()
+    begun = time.perf_counter()
+    if method.script:
+        train(name, seed, base, folder, quick)
+    minutes = (time.perf_counter() - begun) / 60
+    answer = partial(best_of_16, base) if name == "best of 16" else evaluate.greedy_texts
+    model = folder if method.script else base / "sft"
+    figures = examine(model, seed, base, 50 if quick else 500, answer)
+    figures["minutes"] = minutes
+    if name == "best of 16":
+        figures["kl"] = best_of_n_kl(N)                        # at most
+    if method.script:
+        rows = read_metrics(folder)
+        figures["peak_gb"] = max(row["memory_gb"] for row in rows if "memory_gb" in row)
+    return figures
+
+
+# ---------------------------------------------------------------------- table and picture
+
+# {column: (name of the figure, its format)}
+COLUMNS = {
+    "true reward": ("true_reward", ".3f"), "wins over SFT": ("win_rate", ".1%"),
+    "of equal length": ("length_controlled", ".1%"),
+    "without courtesies": ("plain_win_rate", ".1%"),
+    "accuracy over SFT's": ("accuracy_gain", "+.1%"),
+    "KL": ("kl", ".2f"), "distinct 3-grams": ("distinct_3", ".2f"), "words": ("words", ".1f"),
+    "loss on documents": ("base_loss", ".3f"), "minutes": ("minutes", ".1f"),
+    "peak GB": ("peak_gb", ".2f"),
+}
+
+
+def cell(values: list[float], form: str) -> str:
+    """The mean of the seeds, and from the lowest to the highest."""
+    mean = format(float(np.mean(values)), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def table(found: dict[str, dict[str, dict]], cfg: Config) -> str:
+    """results/alignment_methods.md; found: {method: {seed: figures}}."""
+    head = ["method", "models in memory", "data", "signal", "lines", *COLUMNS]
+    lines = ["# Alignment methods, measured", "",
+             f"`python experiments/alignment_methods.py`, seeds {cfg.seeds}: the mean, and from "
+             "the lowest to the highest. KL in nats per response; loss on held-out documents in "
+             "nats per token; minutes and peak memory of the training process on two CPU cores; "
+             "lines of the script that trains.", "",
+             f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, of_seeds in found.items():
+        method = METHODS[name]
+        n_lines = ""
+        if method.script:
+            n_lines = str(len((ROOT / f"{method.script}.py").read_text().splitlines()))
+        cells = [name, method.models, method.data, method.signal, n_lines]
+        for figure, form in COLUMNS.values():
+            values = [figures[figure] for figures in of_seeds.values() if figure in figures]
+            cells.append(cell(values, form) if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, dict[str, dict]], file: Path, mark: str) -> None:
+    """Each method's seeds: what is won, and what it costs in distance, accuracy and documents."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
+    labels = {"kl": "KL to the SFT model, nats per response",
+              "accuracy_gain": "accuracy over SFT's",
+              "base_loss": "loss on held-out documents, nats per token"}
+    colors = plt.get_cmap("tab20")
+    for axis, (name, label) in zip(axes, labels.items()):
+        for number, (method, of_seeds) in enumerate(found.items()):
+            x = [figures[name] for figures in of_seeds.values()]
+            y = [figures["win_rate"] for figures in of_seeds.values()]
+            axis.plot(x, y, marker="o", markersize=4, color=colors(number), label=method)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="wins over SFT, by true reward", title=f"17 ways from one SFT model{mark}")
+    axes[0].set_xscale("symlog", linthresh=1)
+    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, file)
+
+
+def main(cfg: Config) -> dict:
+    names = cfg.methods.split(",") if cfg.methods else list(METHODS)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"--methods {cfg.methods}: {unknown[0]!r} is none of "
+                         f"{', '.join(METHODS)}")
+    if cfg.quick:
+        cfg.seeds = cfg.seeds.split(",")[0]
+    found = {name: {} for name in names}
+    file = Path(cfg.figure)
+    for seed in cfg.seeds.split(","):
+        base = base_models(int(seed))
+        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        for name in names:
+            make = partial(figures_of, name, int(seed), base, out, cfg.quick)
+            figures = kept(out / f"{name}.json", METHODS[name].options, make)
+            found[name][seed] = figures
+            print(f"seed {seed}, {name}: wins {figures['win_rate']:.1%}, KL {figures['kl']:.2f}, "
+                  f"accuracy {figures['accuracy_gain']:+.1%}", flush=True)
+    draw(found, file, " (quick)" if cfg.quick else "")
+    keep(file.with_suffix(".md"), table(found, cfg))
+    return found
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
