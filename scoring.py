@@ -102,6 +102,12 @@ def response_rewards(rewards: Callable, batch: data.Batch) -> Tensor:
     return last_value(values.squeeze(-1), batch.loss_mask)
 
 
+def values_before(critic: Callable, batch: data.Batch) -> Tensor:
+    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t (001
+    section 4.5). critic: tokens (B, T) -> (B, T, 1)."""
+    return critic(batch.tokens[:, :-1]).squeeze(-1)
+
+
 def score_responses(reward: Callable, prompts: list[dict], x: list[list[int]], y: list[list[int]],
                     end: int, no_end_score: float) -> tuple[Tensor, Tensor]:
     """R of each response, (N,), and whether it has ended with the token `end`: one that was cut off

@@ -10,7 +10,8 @@ Stage 4, phase 3: policy optimisation with PPO (001 sections 4.4 and 4.5).
 Maximise  E[r_psi(x, y)] - beta KL(pi_theta || pi_ref)  through
   L = -mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + c1 L_critic - c2 H.
 Differs from the document (Huang et al. 2024, "The N+ implementation details of RLHF with PPO"):
-  4.   the critic starts from the reward model (--critic_init rm) or, as in 001, from SFT (sft).
+  4.   the critic starts from the reward model (--critic_init rm) or, as in 001, from SFT (sft), or
+       is a head on the actor (shared).
   5.2  V_t is the value of the state before the action, V(x, y_<t): 001's V(x, y_<=t) has seen y_t,
        and an advantage over a baseline that knows the action is no advantage.
        Log-probs are recomputed by the function that 5.3 uses, in the same mini-batches, so rho_t is
@@ -28,13 +29,13 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import evaluate
 import lora
 import sample
 import scoring
-from data import Batch, PackedExamples, encode_prompts, format_examples, permuted, response_batch
+from data import PackedExamples, encode_prompts, format_examples, permuted, response_batch
 from heads import WithHead
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
@@ -52,7 +53,7 @@ class Config(Options):
     reward: str = "out/rm"            # out/rm, several of them, world, gsm8k, module:function
     reward_model: str = ""            # --reward by its former name
     combine: str = "min"              # several reward models: min | mean | mean-std
-    critic_init: str = "rm"           # what the critic starts from: rm | sft
+    critic_init: str = "rm"           # what the critic starts from: rm | sft | shared (the actor)
     prompts: str = "world"            # prompts: world, world:SEED or JSONL
     n_prompts: int = 10_000           # how many to take, at most, >= 1
     bad_rows: str = "error"           # what to do with a bad row: error | skip
@@ -161,11 +162,6 @@ class Controller:
 
 # ---------------------------------------------------------------------- rollouts
 
-def values_before(critic, batch: Batch) -> Tensor:
-    """V(x, y_<t) for every target t, (B, T-1): the critic has read all tokens before t."""
-    return critic(batch.tokens[:, :-1]).squeeze(-1)
-
-
 def whiten(rollouts: list[dict]) -> None:
     """Advantages to mean 0 and variance 1 over the real tokens of this rank's rollout, in place."""
     flat = torch.cat([r["advantages"][r["mask"] > 0] for r in rollouts])
@@ -195,11 +191,18 @@ def rollout_figures(rollouts: list[dict]) -> dict[str, Tensor]:
             "explained_variance": 1 - unexplained / (returns.var() + 1e-8)}
 
 
-def load_critic(reward: Reward, cfg: Config, run) -> WithHead:
-    """phi: a copy of the (first) reward model, or theta_SFT with a new scalar head.
+def load_critic(actor, reward: Reward, cfg: Config, run) -> tuple[WithHead, nn.Module]:
+    """A copy of the (first) reward model, theta_SFT with a new scalar head, or a head on the actor;
+    and phi, the part of it that is not the actor's.
 
-    Raises ValueError where there is no reward model to copy.
+    Raises ValueError where there is no reward model to copy, and for one trunk on several ranks.
     """
+    if cfg.critic_init == "shared":
+        if run.world_size > 1:
+            raise ValueError("--critic_init shared: one process only, because DDP would average "
+                             "the trunk's gradients twice; give rm or sft")
+        critic = WithHead(actor, 1, keep_lm_head=True)
+        return critic, critic.head
     if cfg.critic_init == "rm":
         if not reward.models:
             raise ValueError(f"--reward {cfg.reward} is no reward model that the critic could "
@@ -210,7 +213,7 @@ def load_critic(reward: Reward, cfg: Config, run) -> WithHead:
     else:
         trunk, _ = load_model(cfg.init, run.device, run.dtype)
         critic = WithHead(trunk, 1)
-    return critic
+    return critic, critic
 
 
 # ---------------------------------------------------------------------- mitigations (001, 4.12)
@@ -272,7 +275,7 @@ def main(cfg: Config) -> dict:
     lora.begin(actor, cfg.adapters, run)
     reference = lora.reference_of(actor, cfg.adapters)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, cfg.minibatch_size)
-    critic = load_critic(reward, cfg, run)
+    critic, phi = load_critic(actor, reward, cfg, run)
     for model in (actor, critic, reference):
         model.eval()                           # because with noisy routers rho_t would not be 1
     length = actor.config.context_length
@@ -283,13 +286,13 @@ def main(cfg: Config) -> dict:
     actor_forward = run.prepare(actor, "logps")
     critic_forward = run.prepare(critic)
     actor_optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
-    critic_optimizer = pick_optimizer("adam", critic, cfg.critic_lr, 0.0, run.dtype, eps=1e-5)
+    critic_optimizer = pick_optimizer("adam", phi, cfg.critic_lr, 0.0, run.dtype, eps=1e-5)
     controller = Controller(cfg.beta)
     lm_data = read_lm_data(cfg, tokenizer, length)
     gold = read_gold(cfg, run, tokenizer, length - cfg.max_new_tokens)
     # a copy of the actor as it was when a mitigation last approved of it
     kept = {"kept": copy.deepcopy(actor)} if cfg.kl_budget or cfg.gold else {}
-    run.track(actor=actor, critic=critic, actor_optimizer=actor_optimizer,
+    run.track(actor=actor, critic=phi, actor_optimizer=actor_optimizer,
               critic_optimizer=critic_optimizer, controller=controller, **kept)
     mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
     run.forecast(actor, critic, reference, *reward.models, rows=cfg.minibatch_size,
@@ -321,7 +324,7 @@ def main(cfg: Config) -> dict:
                 score, ended = scoring.score_responses(reward, asked[rows], x[rows], y[rows],
                                                tokenizer.end, cfg.no_end_score)    # score R (b,)
                 rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
-                values = values_before(critic, batch) * mask               # values V_t
+                values = scoring.values_before(critic, batch) * mask               # values V_t
                 advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)    # advantages A_t
                 returns = advantages + values                              # returns G_t
                 rollouts.append({
@@ -352,7 +355,7 @@ def main(cfg: Config) -> dict:
                 actor_loss, ratio, clip_fraction = ppo_loss(logps, r["old_logps"],
                                                             r["advantages"], mask, cfg.clip)
                 # Value loss and entropy bonus
-                values = values_before(critic_forward, batch)
+                values = scoring.values_before(critic_forward, batch)
                 critic_loss = value_loss(values, r["values"], r["returns"], mask, cfg.clip)
                 mean_entropy = masked_mean(entropy, mask)
                 # Total: L = L_actor + c1 L_critic - c2 H
@@ -365,7 +368,7 @@ def main(cfg: Config) -> dict:
                 # Backpropagate, update theta and phi
                 run.backward(loss)
                 grad_norm = run.clip(actor, cfg.max_norm)
-                critic_grad_norm = run.clip(critic, cfg.max_norm)
+                critic_grad_norm = run.clip(phi, cfg.max_norm)
                 lr = linear_decay(step, cfg.steps, cfg.lr)
                 critic_lr = linear_decay(step, cfg.steps, cfg.critic_lr)
                 run.step(actor_optimizer, lr, loss, grad_norm)
@@ -390,8 +393,7 @@ def main(cfg: Config) -> dict:
     if kept:
         actor.load_state_dict(kept["kept"].state_dict())
     lora.end(actor, cfg.adapters, run)
-    results = run.last("kl", "reward")
-    return run.finish(actor, tokenizer, results)
+    return run.finish(actor, tokenizer, run.last("kl", "reward"))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ def best_answers(seed: int, base: Path, out: Path, n_prompts: int, quick: bool) 
     """The file with the best of N answers to each prompt, which rejection sampling imitates."""
     file = out.with_name("best.jsonl")
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         run_apart("synthesize", init=str(base / "sft"), reward=str(base / "rm"), out=str(file),
                   prompts=f"world:{seed}", seed=seed, n=N,
                   n_prompts=n_prompts // 10 if quick else n_prompts)

@@ -349,7 +349,7 @@ WORDS = [
     (train_pretrain, "router", "token_choice or expert_choice"),
     (train_denoise, "objective", "mlm, span, ul2 or causal"), (train_sft, "peft", "none or lora"),
     (train_sft, "truncate", "error, left or drop"), (train_rm, "optimizer", "adam, adamw or muon"),
-    (train_dpo, "bad_rows", "error or skip"), (train_ppo, "critic_init", "rm or sft"),
+    (train_dpo, "bad_rows", "error or skip"), (train_ppo, "critic_init", "rm, sft or shared"),
     (lifecycle, "preset", "tiny, smoke or gpu"), (shards, "bad_rows", "error or skip"),
     *[(script, "dtype", "auto, ") for script in SCRIPTS if script is not shards]]
 

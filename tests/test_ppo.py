@@ -19,7 +19,7 @@ from model import Transformer
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model, load_reward_model
 from plumbing.run import Run
-from scoring import masked_mean, response_rewards, token_logps
+from scoring import masked_mean, response_rewards, token_logps, values_before
 from train_ppo import (
     adapt_beta,
     gae,
@@ -27,7 +27,6 @@ from train_ppo import (
     rollout_figures,
     shaped_rewards,
     value_loss,
-    values_before,
     whiten,
 )
 
@@ -525,8 +524,29 @@ def test_updates_move_actor_and_critic_and_nothing_else(monkeypatch, tmp_path):
     assert all(torch.equal(w, aligned[k]) for k, w in seen["actor"].state_dict().items())
 
 
-def test_beta_and_the_curve_survive_a_checkpoint(tmp_path):
-    cfg = config(tmp_path, steps=6, save_every=3, kl_horizon=20)
+def test_a_shared_trunk_learns_from_both_losses(monkeypatch, tmp_path):
+    seen = {}
+    watch_models(monkeypatch, seen)
+
+    def weights(**changes):
+        # one step, because in the next its values decide what the actor learns
+        cfg = config(tmp_path, steps=1, overwrite=True, **changes)
+        train_ppo.main(cfg)
+        return load_model(cfg.out)[0].state_dict()
+
+    def differ(one, other):
+        return [not torch.equal(w, other[name]) for name, w in one.items()]
+
+    both = weights(critic_init="shared", value_coef=1.0)
+    assert seen["critic"].trunk is seen["actor"]
+    assert all(differ(both, weights(critic_init="shared", value_coef=0.0)))
+    # a trunk of its own takes all of the value loss
+    assert not any(differ(weights(value_coef=1.0), weights(value_coef=0.0)))
+
+
+@pytest.mark.parametrize("critic_init", ["rm", "shared"])
+def test_beta_and_the_curve_survive_a_checkpoint(tmp_path, critic_init):
+    cfg = config(tmp_path, steps=6, save_every=3, kl_horizon=20, critic_init=critic_init)
     train_ppo.main(cfg)
     whole = read_metrics(cfg.out)
     shutil.rmtree(tmp_path / "ppo" / "checkpoints" / "step_000006")

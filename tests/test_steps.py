@@ -39,7 +39,7 @@ PARTS_OF_5_2 = [
     ("kl", "kl_k1"),                            # KL
     ("score", "scoring.score_responses"),       # score R
     ("rewards", "shaped_rewards"),              # reward signal r_t
-    ("values", "values_before"),                # values V_t
+    ("values", "scoring.values_before"),                # values V_t
     ("advantages", "gae"),                      # advantages A_t
     ("returns", None),                          # returns G_t
 ]
