@@ -141,15 +141,17 @@ def read_beside_others(data: str, seed: int, **options) -> list[dict]:
 def mismatched(rows: list[dict], seed: int) -> list[dict]:
     """Each labelled answer beside the answer to another prompt.
 
-    Raises ValueError for a single row, which has no other.
+    Raises ValueError where there is only one prompt.
     """
-    if len(rows) < 2:
+    if all(row["prompt"] == rows[0]["prompt"] for row in rows):
         raise ValueError("kto needs two answers at least, to different prompts")
     # a permutation, so that neighbours in a sorted file do not become partners
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     pairs = []
-    for i, other in zip(order, order[1:] + order[:1]):
+    for place, i in enumerate(order):
         row = rows[i]
+        following = (order[k % len(rows)] for k in range(place + 1, place + len(rows)))
+        other = next(j for j in following if rows[j]["prompt"] != row["prompt"])
         pairs.append({"prompt": row["prompt"], "chosen": row["response"], "label": row["label"],
                       "rejected": rows[other]["response"], "where": row["where"]})
     return pairs

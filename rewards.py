@@ -60,6 +60,9 @@ class Reward:
         if self.weights and len(self.weights) < len(terms):
             raise ValueError(f"--reward {spec}: some terms have a weight and some none; give each "
                              "one, as in 0.7*out/safe,0.3*out/help")
+        if self.weights and combine != "min":              # which is the default
+            raise ValueError(f"--combine {combine}: weights make a sum of {spec}; leave it out, or "
+                             "the weights")
         for _, name in terms:
             self.terms.append(self.term(name, dtype))
 

@@ -200,9 +200,9 @@ def check(cfg: Config) -> Config:
         if getattr(cfg, name) != getattr(Config, name) and cfg.method not in methods:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --method {cfg.method} does not read "
                              f"it; {', '.join(methods)} would")
-    if cfg.rounds > 1 and not (cfg.reward or cfg.spin) or cfg.rounds > cfg.steps:
-        raise ValueError(f"--rounds {cfg.rounds}: give at most --steps, and --reward or --spin "
-                         "true, which make the pairs of each round")
+    if cfg.rounds > 1 and not (cfg.reward or cfg.spin) or cfg.steps % cfg.rounds:
+        raise ValueError(f"--rounds {cfg.rounds}: must divide --steps, and needs --reward or "
+                         "--spin true, which make the pairs of each round")
     if bool(cfg.reward) + cfg.spin + (cfg.method == "kto") > 1:
         raise ValueError("--reward, --spin and --method kto each bring their data; give one")
     return replace(cfg, init=cfg.init or ("out/pretrain" if cfg.method == "orpo" else "out/sft"))

@@ -1,11 +1,12 @@
 """
-Seventeen ways from the same SFT model to a better one, by the same measures: the table of 001
-section 4.11, measured.
+Fifteen ways to align one SFT model, by the same measures: the table of 001 section 4.11,
+measured.
 
-The sentences of the documents: PPO needs four models and samples online, DPO two and none; "DPO is
-simpler, more stable"; KTO does with unpaired labels, ORPO with one stage; best-of-N trains nothing
-and pays at every answer. Each method gets the same SFT model (ORPO the base model before it), the
-same world, and the pairs or the reward model that were made from its judge.
+That table says what each method needs: PPO "4 (actor, critic, ref, RM)" models and no stability
+("Low (unstable)"), DPO "2 (policy, ref)" and a "High" one, IPO a "Higher than DPO", KTO no pairs,
+ORPO "1 (policy only)", best-of-N no training. Here stands beside it what each gains, and what that
+costs. All begin with one SFT model (ORPO with the base model before it) in one world, and read the
+pairs, or the reward model, that its judge has made.
 
     python experiments/alignment_methods.py            # results/alignment_methods.md and .png
     python experiments/alignment_methods.py --quick    # one seed, a tenth of the steps
@@ -86,10 +87,11 @@ METHODS = {
         DPO | {"method": "ipo", "beta": 3.0}),
     "KTO": Method(
         "train_dpo", "policy, reference once", "8,000 answers", "thumbs up or down",
-        DPO | {"method": "kto", "beta": 0.2, "lr": 3e-4}),
+        DPO | {"method": "kto", "beta": 0.2, "lr": 2e-4}),
     "ORPO": Method(
         "train_dpo", "policy", "40,000 pairs", "pairs",
-        {"method": "orpo", "n_pairs": 40_000, "steps": 2400, "optimizer": "muon", "lr": 4e-3}),
+        {"method": "orpo", "lam": 0.2, "n_pairs": 40_000, "steps": 1200, "batch_size": 32,
+         "optimizer": "muon", "lr": 4e-3}),
     "SimPO": Method("train_dpo", "policy", PAIRS, "pairs", DPO | {"method": "simpo", "lr": 2e-5}),
     "online DPO": Method(
         "train_dpo", "policy, reference, reward model", OWN, SCORE,
@@ -236,7 +238,8 @@ def draw(found: dict[str, dict[str, dict]], file: Path, mark: str) -> None:
             axis.plot(x, y, marker="o", markersize=4, color=colors(number), label=method)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="wins over SFT, by true reward", title=f"17 ways from one SFT model{mark}")
+    axes[0].set(ylabel="wins over SFT, by true reward",
+                title=f"15 ways to align one SFT model{mark}")
     axes[0].set_xscale("symlog", linthresh=1)
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)

@@ -243,6 +243,17 @@ def test_every_labelled_answer_stands_beside_one_to_another_prompt():
         mismatched(rows[:1], seed=0)
 
 
+def test_two_answers_to_one_prompt_are_no_partners():
+    rows = [{"prompt": str(i // 4), "response": f"r{i}", "label": True, "where": f"x:{i}"}
+            for i in range(12)]
+    prompt_of = {row["response"]: row["prompt"] for row in rows}
+    for seed in range(20):
+        for pair in mismatched(rows, seed):
+            assert pair["prompt"] != prompt_of[pair["rejected"]]
+    with pytest.raises(ValueError, match="two answers at least"):
+        mismatched(rows[:4], seed=0)
+
+
 def test_sides_are_chosen_and_rejected_or_good_and_bad():
     values = torch.arange(6.0)
     assert [side.tolist() for side in sides(values, None)] == [[0, 1, 2], [3, 4, 5]]
@@ -410,8 +421,9 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path):
     ({"method": "ipo", "gamma": 0.5}, "--gamma 0.5: --method ipo does not read it; simpo would"),
     ({"method": "orpo", "label_smoothing": 0.1}, "--label_smoothing 0.1: --method orpo does not"),
     ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a number in"),
-    ({"rounds": 3}, "--rounds 3: give at most --steps, and --reward or --spin true"),
-    ({"rounds": 9, "spin": True}, "--rounds 9: give at most --steps"),
+    ({"rounds": 3}, "--rounds 3: must divide --steps, and needs --reward or --spin true"),
+    ({"rounds": 9, "spin": True}, "--rounds 9: must divide --steps"),
+    ({"rounds": 3, "spin": True, "steps": 10}, "--rounds 3: must divide --steps"),
     ({"reward": "world", "spin": True}, "each bring their data; give one"),
     ({"method": "kto", "spin": True}, "--method kto each bring their data")])
 def test_options_that_mean_nothing_together_are_refused(tmp_path, changes, message):

@@ -91,6 +91,8 @@ def test_an_ensemble_never_scores_above_its_mean(models, combine):
 def test_weights_make_a_sum_of_different_signals(models):
     found = scores_of("0.7*rm0,0.3*rm1")
     torch.testing.assert_close(found, 0.7 * scores_of("rm0") + 0.3 * scores_of("rm1"))
+    with pytest.raises(ValueError, match="--combine mean: weights make a sum of 0.7"):
+        scores_of("0.7*rm0,0.3*rm1", "mean")
 
 
 def test_a_response_without_an_end_gets_the_fixed_score(models):
