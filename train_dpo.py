@@ -42,7 +42,6 @@ from preferences import in_rounds, labels_of, mean_mismatch, read_data, read_ref
 from scoring import log1mexp, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
-NO_REFERENCE = ("orpo", "simpo")               # held-out pairs alone are compared with it, for 3.5
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
            "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",)}
@@ -228,10 +227,11 @@ def main(cfg: Config) -> dict:
 
     # 2. PRECOMPUTE: pi_ref never changes, so score the data once and free the second model
     heldout_ref = score_pairs(reference, heldout, cfg.batch_size)              # (N, 2)
-    reference = None if cfg.method in NO_REFERENCE else reference
+    reference = None if cfg.method in ("orpo", "simpo") else reference     # held-out pairs suffice
     ref_logps = None
     if reference and cfg.cache_reference:
-        ref_logps, reference = score_pairs(reference, train, cfg.batch_size), None
+        ref_logps = score_pairs(reference, train, cfg.batch_size)
+        reference = None
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):

@@ -12,7 +12,7 @@ true reward is an inverted U over beta, and the KL falls along it. For each seed
         model of the base
 
     python experiments/beta_sweep.py             # results/beta_sweep.png and .md
-    python experiments/beta_sweep.py --quick     # one seed, a tenth of the steps
+    python experiments/beta_sweep.py --quick     # one seed, three betas, a tenth of steps and pairs
 
 True reward, accuracy and wins are of greedy answers to unseen prompts, the KL of sampled ones.
 """
@@ -51,7 +51,7 @@ class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
     out: str = "out/beta_sweep"       # folder for the models
     figure: str = "results/beta_sweep.png"        # the picture; the table beside it, as .md
-    quick: bool = False               # one seed, a tenth of the steps, marked in the picture
+    quick: bool = False               # one seed, three betas, a tenth of steps and pairs, marked
 
 
 def options(method: str, beta: float, seed: str, base: Path, quick: bool) -> dict:
@@ -62,7 +62,8 @@ def options(method: str, beta: float, seed: str, base: Path, quick: bool) -> dic
     else:
         found |= {"reward": str(base / "rm"), "prompts": f"world:{seed}"}
     if quick:
-        found["steps"] //= 10
+        tenths = {name: found[name] // 10 for name in ("steps", "n_pairs") if name in found}
+        found |= tenths
     return found
 
 
@@ -76,79 +77,87 @@ def hump(rewards: list[float]) -> tuple[int, float, float]:
     return best, rewards[best] - rewards[0], rewards[best] - rewards[-1]
 
 
-def values(exams: list[dict], name: str) -> list[float]:
-    return [exam[name] for exam in exams]
+def curve(of_betas: dict[float, dict], seed: str, name: str) -> list[float]:
+    """A figure of this seed's runs, by beta."""
+    return [of_seeds[seed][name] for of_seeds in of_betas.values()]
 
 
-def draw(found: dict[str, dict[str, list[dict]]], sft: dict[str, dict], file: Path,
-         mark: str) -> None:
+def draw(found: dict[str, dict[float, dict]], sft: dict[str, dict], file: Path, mark: str) -> None:
     """A panel for each method: true reward on the left axis, KL on the right, a color a seed."""
-    figure, axes = plt.subplots(1, len(found), figsize=(13, 4.8), layout="constrained")
-    for axis, (method, of_seeds) in zip(axes, found.items()):
+    figure, axes = plt.subplots(1, len(found), figsize=(13, 5), layout="constrained", sharey=True)
+    for axis, (method, of_betas) in zip(axes, found.items()):
         other = axis.twinx()
         # The betas at equal distances, because a logarithm has no place for 0.
-        places = range(len(BETAS[method]))
-        for number, (seed, exams) in enumerate(of_seeds.items()):
+        places = range(len(of_betas))
+        for number, seed in enumerate(sft):
             color = f"C{number}"
-            axis.plot(places, values(exams, "true_reward"), color=color, marker="o",
+            axis.plot(places, curve(of_betas, seed, "true_reward"), color=color, marker="o",
                       label=f"seed {seed}")
-            axis.axhline(sft[seed]["true_reward"], color=color, linestyle=":", linewidth=1)
-            other.plot(places, values(exams, "kl"), color=color, marker=".", linestyle="--",
-                       alpha=0.6)
+            axis.axhline(sft[seed]["true_reward"], color=color, linestyle=":")
+            other.plot(places, curve(of_betas, seed, "kl"), color=color, marker=".",
+                       linestyle="--", alpha=0.6)
         axis.set(title=f"{method}{mark}", xlabel="beta",
                  ylabel="true reward: solid; of the SFT model: dotted")
-        axis.set_xticks(places, [f"{beta:g}" for beta in BETAS[method]])
+        axis.set_xticks(places, [f"{beta:g}" for beta in of_betas])
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")
+        # The KL falls by 100 from the smallest beta to the largest, and its estimate may be < 0.
         other.set_yscale("symlog", linthresh=1)
-        other.set(ylabel="dashed: KL to the SFT model, nats per response", ylim=(0, None))
+        other.set_yticks([0, 0.5, 1, 3, 10, 30, 100], ["0", ".5", "1", "3", "10", "30", "100"])
+        highest = max(max(curve(of_betas, seed, "kl")) for seed in sft)
+        other.set(ylabel="dashed: KL to the SFT model, nats per response",
+                  ylim=(-0.1, 1.2 * max(1, highest)))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sft))
     save(figure, file)
 
 
-def row(name: str, exams: list[dict]) -> str:
-    """A line of the table; exams: one of each seed."""
-    cells = [cell(values(exams, figure), form) for figure, form in COLUMNS.values()]
-    return f"| {' | '.join([name, *cells])} |"
+def row(name: str, of_seeds: dict[str, dict]) -> str:
+    """A line of the table."""
+    cells = [name]
+    for figure, form in COLUMNS.values():
+        cells.append(cell([exam[figure] for exam in of_seeds.values()], form))
+    return f"| {' | '.join(cells)} |"
 
 
-def table(found: dict[str, dict[str, list[dict]]], sft: dict[str, dict], cfg: Config) -> str:
-    """results/beta_sweep.md; found: {method: {seed: an exam of each beta}}, sft: {seed: exam}."""
+def table(found: dict[str, dict[float, dict]], sft: dict[str, dict], cfg: Config) -> str:
+    """results/beta_sweep.md; found: {method: {beta: {seed: exam}}}, sft: {seed: exam}."""
     lines = ["# The true reward against beta", "",
              f"`python experiments/beta_sweep.py`, seeds {cfg.seeds}: the mean, and from the "
              "lowest to the highest. Greedy answers to unseen prompts; KL in nats per response.",
              "", f"| {' | '.join(['', *COLUMNS])} |", "|---" * (len(COLUMNS) + 1) + "|",
-             row("SFT", list(sft.values()))]
-    for method, of_seeds in found.items():
-        for number, beta in enumerate(BETAS[method]):
-            exams = [of_seed[number] for of_seed in of_seeds.values()]
-            lines.append(row(f"{method}, beta {beta:g}", exams))
-    lines += ["", "An inverted U is high at neither end:", "",
+             row("SFT", sft)]
+    for method, of_betas in found.items():
+        for beta, of_seeds in of_betas.items():
+            lines.append(row(f"{method}, beta {beta:g}", of_seeds))
+    lines += ["", "How far the best true reward is above those of the smallest and the largest "
+              "beta; of an inverted U neither is 0:", "",
               "| | best beta | above the smallest | above the largest |", "|---|---|---|---|"]
-    for method, of_seeds in found.items():
-        for seed, exams in of_seeds.items():
-            best, left, right = hump(values(exams, "true_reward"))
-            lines.append(f"| {method}, seed {seed} | {BETAS[method][best]:g} | {left:.3f} | "
+    for method, of_betas in found.items():
+        for seed in sft:
+            best, left, right = hump(curve(of_betas, seed, "true_reward"))
+            lines.append(f"| {method}, seed {seed} | {list(of_betas)[best]:g} | {left:.3f} | "
                          f"{right:.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def main(cfg: Config) -> None:
+    betas = BETAS
+    n = 500                                            # prompts of an exam
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
-    n = 50 if cfg.quick else 500                       # prompts of an exam
-    found = {method: {} for method in BETAS}
+        betas = {method: of_method[::2] for method, of_method in BETAS.items()}
+        n = 50
+    found = {method: {beta: {} for beta in of_method} for method, of_method in betas.items()}
     sft = {}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
         out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
         sft[seed] = examined(base / "sft", int(seed), base, n)
-        for method, betas in BETAS.items():
-            found[method][seed] = []
-            for beta in betas:
+        for method, of_method in betas.items():
+            for beta in of_method:
                 folder = out / f"{method}_{beta}"
                 run(SCRIPTS[method], out=str(folder),
                     **options(method, beta, seed, base, cfg.quick))
-                found[method][seed].append(examined(folder, int(seed), base, n))
+                found[method][beta][seed] = examined(folder, int(seed), base, n)
     file = Path(cfg.figure)
     draw(found, sft, file, " (quick)" if cfg.quick else "")
     keep(file.with_suffix(".md"), table(found, sft, cfg))

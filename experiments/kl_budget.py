@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 from matplotlib import pyplot as plt
 
 import evaluate
@@ -95,22 +96,31 @@ def at_the_end(folder: Path) -> dict:
 
 
 def draw(folders: dict[str, dict[str, Path]], file: Path, mark: str) -> None:
-    """A panel for each figure of the rollouts: a color for each variant, a line for each seed that
-    ends in a dot."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 4.8), layout="constrained")
+    """A panel for each figure of the rollouts, a color for each variant: pale a line for each seed,
+    which ends in a dot, and their mean while all of them go on."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 5), layout="constrained")
     for axis, (name, label) in zip(axes, PANELS.items()):
         for number, (variant, of_seeds) in enumerate(folders.items()):
-            for place, folder in enumerate(of_seeds.values()):
-                rows = read_metrics(folder)
-                axis.plot([row["step"] for row in rows], [row[name] for row in rows], alpha=0.8,
-                          color=f"C{number}", marker="o", markevery=[len(rows) - 1],
-                          label=variant if place == 0 else None)
+            lines = [[row[name] for row in read_metrics(folder)] for folder in of_seeds.values()]
+            for line in lines:
+                axis.plot(line, color=f"C{number}", alpha=0.3, marker="o",
+                          markevery=[len(line) - 1])
+            shortest = min(len(line) for line in lines)
+            # Dashed, because until it stops the budget's run is the one without a penalty.
+            style = "--" if variant == "hard budget" else "-"
+            axis.plot(np.mean([line[:shortest] for line in lines], 0), style, color=f"C{number}",
+                      linewidth=2, label=variant)
         axis.set(title=label + mark, xlabel="step")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
-    axes[0].axhline(BUDGET, color="gray", linestyle=":")
+    axes[0].axhline(BUDGET, color="gray", linestyle=":", label="target and budget")
     # Linear up to the budget, because beyond it the runs without one may go ten times as far.
     axes[0].set_yscale("symlog", linthresh=BUDGET)
-    axes[0].legend()
+    axes[0].set_yticks([0, 1, 2, 3, 10, 30, 100], ["0", "1", "2", "3", "10", "30", "100"])
+    highest = max(row["kl"] for of_seeds in folders.values() for folder in of_seeds.values()
+                  for row in read_metrics(folder))
+    axes[0].set_ylim(-0.2, 1.2 * max(BUDGET, highest))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, file)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import alignment_methods
 from experiments.alignment_methods import METHODS, Config, table
-from experiments.base import compare, length_controlled
+from experiments.base import compare, kept, length_controlled
 from plumbing.options import build
 
 
@@ -70,3 +70,11 @@ def test_each_method_names_options_that_its_script_has(name, monkeypatch, tmp_pa
         assert cfg.seed == 3
         world = {"prompts", "data"} & {field.name for field in dataclasses.fields(config)}
         assert any(getattr(cfg, option) == "world:3" for option in world) or cfg.data
+
+
+def test_figures_are_kept_for_what_they_are_of(tmp_path):
+    file = tmp_path / "deep" / "figures.json"
+    assert kept(file, {"beta": 1}, lambda: {"wins": 0.5}) == {"wins": 0.5}
+    assert kept(file, {"beta": 1}, lambda: 1 / 0) == {"wins": 0.5}         # not made again
+    assert kept(file, {"beta": 2}, lambda: {"wins": 0.75}) == {"wins": 0.75}
+    assert kept(file, {"beta": 2}, lambda: 1 / 0) == {"wins": 0.75}
