@@ -27,12 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
 import evaluate
-from experiments.base import base_models, examine, keep, kept, run_apart, save
+from experiments.base import base_models, cell, examine, keep, kept, run_apart, save
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 from readers import checked_turns
@@ -192,14 +191,6 @@ COLUMNS = {
     "loss on documents": ("base_loss", ".3f"), "minutes": ("minutes", ".1f"),
     "peak GB": ("peak_gb", ".2f"),
 }
-
-
-def cell(values: list[float], form: str) -> str:
-    """The mean of the seeds, and from the lowest to the highest."""
-    mean = format(float(np.mean(values)), form)
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
 
 
 def table(found: dict[str, dict[str, dict]], cfg: Config) -> str:

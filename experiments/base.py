@@ -147,7 +147,7 @@ def fast_dtype() -> torch.dtype:
     return pick_dtype("auto", pick_device("auto"))
 
 
-# ---------------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------------- what is kept and shown
 
 def kept(file: Path, of: dict, make: Callable[[], dict]) -> dict:
     """What make() returns; what it returned before is read from the file, if it was of the same."""
@@ -158,6 +158,14 @@ def kept(file: Path, of: dict, make: Callable[[], dict]) -> dict:
     figures = make()
     keep(file, json.dumps({"of": of, "figures": figures}, indent=2) + "\n")
     return figures
+
+
+def cell(values: list[float], form: str) -> str:
+    """The mean of the seeds, and from the lowest to the highest."""
+    mean = format(float(np.mean(values)), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
 
 
 def keep(file: Path, text: str) -> None:
