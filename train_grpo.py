@@ -158,6 +158,9 @@ def main(cfg: Config) -> dict:
     optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     baseline = Baseline()
     run.track(actor=actor, optimizer=optimizer, baseline=baseline)
+    if cfg.method == "grpo":
+        run.say("the loss is 0 but for the KL in each first update, because rho_t is 1 and the A_i "
+                "of a group add up to 0; whether it learns is seen in reward and kl")
     mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
     n_answers = cfg.batch_size * cfg.group
     run.forecast(actor, reference, *reward.models, rows=cfg.minibatch_size, length=mean_length,

@@ -302,6 +302,15 @@ def test_ratio_is_one_in_the_first_epoch_and_moves_in_the_second(tmp_path, monke
     assert all((ratio != 1).any() for ratio in seen[3:])
 
 
+def test_a_loss_that_is_zero_by_construction_is_said_to_be(tmp_path, capsys):
+    train_grpo.main(config(tmp_path, steps=1))
+    assert abs(read_metrics(tmp_path / "grpo")[0]["loss"]) < 1e-6
+    assert "the loss is 0 but for the KL" in capsys.readouterr().err
+    train_grpo.main(config(tmp_path, steps=1, method="rloo", overwrite=True))
+    assert abs(read_metrics(tmp_path / "grpo")[0]["loss"]) > 1e-3
+    assert "the loss is 0" not in capsys.readouterr().err
+
+
 def test_how_many_answers_are_read_at_once_changes_no_update(tmp_path):
     for size in (2, 12):
         train_grpo.main(config(tmp_path, minibatch_size=size, out=str(tmp_path / f"by{size}")))
