@@ -24,6 +24,7 @@ import corpus
 import evaluate
 import lifecycle
 import train_pretrain
+from data import TokenStream
 from plumbing.claim import write_whole
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, read_record
@@ -104,14 +105,15 @@ def compare(found: dict, sft: dict) -> dict:
             "words": float(words.mean())}
 
 
-def base_loss(model, tokenizer, seed: int) -> float:
-    """Nats per token on held-out documents of the world: what pretraining taught and alignment may
-    have made the model forget."""
+@cache
+def documents(base: Path, seed: int) -> TokenStream:
+    """Held-out documents of the world, as windows of the base's tokens."""
+    model, tokenizer = load_model(base / "sft")
     cfg = build(train_pretrain.Config, {"data": f"world:{seed}"})
     texts = corpus.read_texts(cfg)
     streams = corpus.concatenate(corpus.tokenize(texts, tokenizer), texts, tokenizer)
     windows = corpus.cut(streams, cfg, model.config.context_length, tokenizer.endoftext)
-    return evaluate.validation_loss(model, windows[cfg.data, "heldout"], 64, 16)
+    return windows[cfg.data, "heldout"]
 
 
 @cache
@@ -132,7 +134,8 @@ def examine(folder: Path, seed: int, base: Path, n: int = 500,
     sft, _ = load_model(base / "sft", device, fast_dtype())
     prompts = evaluate.reward_prompts(world, n)
     figures["kl"] = evaluate.kl_to(model, sft, tokenizer, prompts, seed)
-    figures["base_loss"] = base_loss(model, tokenizer, seed)
+    # what pretraining taught, in nats per token, and alignment may have made it forget
+    figures["base_loss"] = evaluate.validation_loss(model, documents(base, seed), 64, 16)
     return figures
 
 

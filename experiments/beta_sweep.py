@@ -30,8 +30,7 @@ from matplotlib import pyplot as plt
 
 import train_dpo
 import train_ppo
-from experiments.alignment_methods import cell
-from experiments.base import base_models, examined, keep, run, save
+from experiments.base import base_models, cell, examined, keep, run, save
 from plumbing.options import command_line
 
 SCRIPTS = {"DPO": train_dpo, "PPO": train_ppo}
@@ -120,7 +119,8 @@ def row(name: str, of_seeds: dict[str, dict]) -> str:
 
 def table(found: dict[str, dict[float, dict]], sft: dict[str, dict], cfg: Config) -> str:
     """results/beta_sweep.md; found: {method: {beta: {seed: exam}}}, sft: {seed: exam}."""
-    lines = ["# The true reward against beta", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# The true reward against beta{mark}", "",
              f"`python experiments/beta_sweep.py`, seeds {cfg.seeds}: the mean, and from the "
              "lowest to the highest. Greedy answers to unseen prompts; KL in nats per response.",
              "", f"| {' | '.join(['', *COLUMNS])} |", "|---" * (len(COLUMNS) + 1) + "|",

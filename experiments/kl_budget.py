@@ -10,7 +10,8 @@ twice the lifecycle's learning rate:
   no penalty         --beta 0 --kl_target 0
   fixed penalty      --beta 0.4 --kl_target 0
   adaptive penalty   --beta 0.05 --kl_target 3: beta rises while the KL is above 3 nats, and falls
-                     below them, by at most 0.6 % a step (0.2 * 64 responses / --kl_horizon 2000)
+                     below them, by at most 6 % a step (0.2 * 64 responses / --kl_horizon 200; of
+                     the default, 2000, 40 steps would see little)
   hard budget        --beta 0 --kl_target 0 --kl_budget 3: stops at the first rollout beyond 3 nats,
                      and keeps the policy before it
 
@@ -35,8 +36,7 @@ from matplotlib import pyplot as plt
 
 import evaluate
 import train_ppo
-from experiments.alignment_methods import cell
-from experiments.base import base_models, examined, fast_dtype, keep, kept, run, save
+from experiments.base import base_models, cell, examined, fast_dtype, keep, kept, run, save
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
@@ -49,7 +49,7 @@ PPO = {"steps": 40, "batch_size": 64, "lr": 3e-4, "no_end_score": -1.0}
 VARIANTS = {
     "no penalty": {"beta": 0.0, "kl_target": 0.0},
     "fixed penalty": {"beta": 0.4, "kl_target": 0.0},
-    "adaptive penalty": {"beta": 0.05, "kl_target": BUDGET, "kl_horizon": 2000},
+    "adaptive penalty": {"beta": 0.05, "kl_target": BUDGET, "kl_horizon": 200},
     "hard budget": {"beta": 0.0, "kl_target": 0.0, "kl_budget": BUDGET},
 }
 # {figure of a rollout: the label of its panel}
@@ -90,7 +90,7 @@ def proxy_of(folder: Path, rm: Path, seed: int, n: int) -> dict:
 
 
 def at_the_end(folder: Path) -> dict:
-    """How many rollouts were trained on, and the KL coefficient of the last."""
+    """How many rollouts were within the budget, or all, and the KL coefficient of the last."""
     rows = read_metrics(folder)
     return {"steps": len(rows), "beta": rows[-1]["beta"]}
 
@@ -126,7 +126,8 @@ def draw(folders: dict[str, dict[str, Path]], file: Path, mark: str) -> None:
 
 def table(found: dict[str, list[dict]], cfg: Config) -> str:
     """results/kl_budget.md; found: {variant: the figures of each seed}."""
-    lines = ["# What keeps PPO near its reference", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# What keeps PPO near its reference{mark}", "",
              f"`python experiments/kl_budget.py`, seeds {cfg.seeds}: the mean, and from the lowest "
              f"to the highest. Target and budget are {BUDGET:g} nats per response. Proxy, true "
              "reward, wins and accuracy of greedy answers to unseen prompts, the KL of sampled "

@@ -14,8 +14,8 @@ regularization". For each seed from the SFT model, on 8,000 pairs that are each 
       DPO                on their pairs, --beta 1
       PPO                against a reward model of their pairs, --beta 0.4 --kl_target 0
 
-    python experiments/noise_robustness.py             # results/noise_robustness.png and .md
-    python experiments/noise_robustness.py --quick     # one seed, two noises, a tenth of steps and pairs
+    python experiments/noise_robustness.py           # results/noise_robustness.png and .md
+    python experiments/noise_robustness.py --quick   # one seed, two noises, a tenth of the steps
 
 Figures are of greedy answers to unseen prompts, judged without noise and bias.
 """
@@ -36,8 +36,7 @@ import readers
 import train_dpo
 import train_ppo
 import train_rm
-from experiments.alignment_methods import cell
-from experiments.base import base_models, examined, keep, run, save
+from experiments.base import base_models, cell, examined, keep, run, save
 from plumbing.options import command_line
 
 NOISES = (0.0, 0.2, 0.4)
@@ -48,7 +47,8 @@ LOSSES = {"DPO": {"method": "dpo", "beta": 1.0}, "IPO": {"method": "ipo", "beta"
 RM = {"n_pairs": 8000, "steps": 500, "batch_size": 16, "optimizer": "muon", "lr": 1e-3}
 PPO = {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0}
 # {column: (name of the figure, its format)}
-NOISE_COLUMNS = {"true reward": ("true_reward", ".3f"), "over no noise": ("change", "+.3f"),
+NOISE_COLUMNS = {"true reward": ("true_reward", ".3f"),
+                 "over its own without noise": ("change", "+.3f"),
                  "accuracy over SFT's": ("accuracy_gain", "+.1%"),
                  "held-out pairs ranked right": ("val_accuracy", ".1%")}
 BIAS_COLUMNS = {"words": ("words", ".1f"), "true reward": ("true_reward", ".3f"),
@@ -68,10 +68,8 @@ class Config:
 
 def shortened(options: dict, quick: bool) -> dict:
     """The options, or with --quick a tenth of their steps and pairs."""
-    if not quick:
-        return options
     tenths = {name: options[name] // 10 for name in ("steps", "n_pairs") if name in options}
-    return options | tenths
+    return options | tenths if quick else options
 
 
 def noisy(loss: str, noise: float, seed: str, base: Path, out: Path, quick: bool) -> dict:
@@ -123,17 +121,6 @@ def values(of_seeds: dict[str, dict], name: str) -> list[float]:
     return [figures[name] for figures in of_seeds.values()]
 
 
-def changes(of_noise: dict[float, dict]) -> dict[float, dict]:
-    """With each figures' change of the true reward from that of the same seed without noise."""
-    found = {}
-    for noise, of_seeds in of_noise.items():
-        found[noise] = {}
-        for seed, figures in of_seeds.items():
-            change = figures["true_reward"] - of_noise[0.0][seed]["true_reward"]
-            found[noise][seed] = figures | {"change": change}
-    return found
-
-
 def rows(found: dict[str, dict[float, dict]], dial: str, columns: dict) -> list[str]:
     """The lines of a table: a method at a setting of the dial each."""
     lines = [f"| {' | '.join(['', dial, *columns])} |", "|---" * (len(columns) + 2) + "|"]
@@ -146,8 +133,8 @@ def rows(found: dict[str, dict[float, dict]], dial: str, columns: dict) -> list[
 
 def table(noise: dict, bias: dict, cfg: Config) -> str:
     """results/noise_robustness.md; noise and bias: {method: {setting: {seed: figures}}}."""
-    noise = {loss: changes(of_noise) for loss, of_noise in noise.items()}
-    lines = ["# What annotators' errors do to the policy", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# What annotators' errors do to the policy{mark}", "",
              f"`python experiments/noise_robustness.py`, seeds {cfg.seeds}: the mean, and from the "
              "lowest to the highest. Greedy answers to unseen prompts.", "",
              "(a) Wrong labels, a share of all:", "", *rows(noise, "noise", NOISE_COLUMNS), "",
@@ -175,13 +162,11 @@ def draw(noise: dict, bias: dict, file: Path, mark: str) -> None:
     draw_against(axes[1], noise, "accuracy_gain")
     draw_against(axes[2], bias, "words")
     draw_against(axes[3], bias, "true_reward")
-    labels = ("true reward", "accuracy over SFT's", "words per answer", "true reward")
-    for axis, label in zip(axes, labels):
-        axis.set(title=label + mark)
-    for axis in axes[:2]:
-        axis.set(xlabel="share of wrong labels")
-    for axis in axes[2:]:
-        axis.set(xlabel="share of annotators who go by length")
+    titles = ("(a) true reward", "(a) accuracy over SFT's", "(b) words per answer",
+              "(b) true reward")
+    dials = ["share of wrong labels"] * 2 + ["share of annotators who go by length"] * 2
+    for axis, title, dial in zip(axes, titles, dials):
+        axis.set(title=title + mark, xlabel=dial)
     save(figure, file)
 
 
@@ -197,7 +182,10 @@ def main(cfg: Config) -> None:
         out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
         for loss in LOSSES:
             for share in noises:
-                noise[loss][share][seed] = noisy(loss, share, seed, base, out, cfg.quick)
+                figures = noisy(loss, share, seed, base, out, cfg.quick)
+                without = noise[loss][0.0].get(seed, figures)          # itself, at first
+                change = figures["true_reward"] - without["true_reward"]
+                noise[loss][share][seed] = figures | {"change": change}
         for method in bias:
             for share in BIASES:
                 bias[method][share][seed] = biased(method, share, seed, base, out, cfg.quick)
