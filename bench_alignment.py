@@ -138,6 +138,8 @@ def clocked(seconds: dict[str, float], part: str, function: Callable) -> Callabl
     def timed(*arguments, **options):
         begun = time.perf_counter()
         found = function(*arguments, **options)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()           # the call returns before the GPU is done
         if part == "rollout" or not torch.is_grad_enabled():
             seconds[part] += time.perf_counter() - begun
         return found

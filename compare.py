@@ -14,7 +14,8 @@ On an axis 1 says that the chosen answer is better, -1 that the rejected one is,
 data for train_rm.py and train_dpo.py. They would refuse a tie, because it is no preference, but an
 agreement counts it: ties go to a second file, OUT.ties, with "first" and "second" in the place of
 "chosen" and "rejected". Its name does not end in .jsonl, so that no stage reads it.
-With the models of PPO and SFT this is 4.12's human evaluation, which says when PPO is to stop.
+With the models of PPO and SFT this is 4.12's human evaluation, which says when PPO is to stop. The
+world's prompts are those of training; --prompts FILE asks others.
 
     python compare.py --init out/sft,out/ppo --out pairs.jsonl           # answers of two models
     python compare.py --init out/sft --prompts prompts.jsonl --out pairs.jsonl       # two samples

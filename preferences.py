@@ -26,8 +26,15 @@ from model import Transformer
 from parallel import gathered, join_ranks, ranks
 from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
-from plumbing.folders import load_model
+from plumbing.folders import load_model, parents
 from rewards import Reward
+
+# Options of train_dpo.py on which the pairs of its rounds depend.
+MAKE_PAIRS = ("init", "reference", "data", "n_pairs", "prompts", "seed", "rounds", "steps",
+              "batch_size", "reward", "combine", "answers", "no_end_score", "spin",
+              "max_new_tokens")
+# Those that say how own answers become pairs: a round's own run has none of them.
+OWN = ("rounds", "reward", "spin", "combine", "prompts", "answers", "no_end_score")
 
 
 def read_pairs(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, PreferencePairs]:
@@ -134,8 +141,13 @@ def read_labelled(cfg, run, tokenizer, length: int) -> tuple[PreferencePairs, Pr
     return train, heldout
 
 
-def read_beside_others(data: str, seed: int, **options) -> list[dict]:
-    return mismatched(readers.read_labelled(data, seed=seed, **options), seed)
+def read_beside_others(data: str, seed: int, split: str, **options) -> list[dict]:
+    rows = readers.read_labelled(data, seed=seed, split=split, **options)
+    try:
+        return mismatched(rows, seed)
+    except ValueError as error:
+        raise ValueError(f"{data}: {len(rows)} rows in the {split} part, which are too few: "
+                         f"{error}") from None
 
 
 def mismatched(rows: list[dict], seed: int) -> list[dict]:
@@ -188,14 +200,21 @@ def in_rounds(train: Callable, cfg) -> dict:
     """Online DPO (001 section 4.10), and with --spin SPIN: train(cfg) again and again, each time on
     pairs that the policy has just made. Returns what the last round does.
 
-    OUT_rounds holds the pairs and the model of each round; the last one's model is OUT itself. The
-    reference stays where the first round began; SPIN's is the policy of the round before.
+    OUT_rounds holds the pairs and the model of each round, and in rounds.json the options that made
+    them; the last one's model is OUT itself. The reference stays where the first round began;
+    SPIN's is the policy of the round before.
     """
+    for name in ("label_noise",) if cfg.spin else ("label_noise", "data"):
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            raise ValueError(f"--{name} {getattr(cfg, name)}: pairs of the policy's own answers do "
+                             "not read it; leave it out")
     join_ranks(on_gpu=pick_device(cfg.device).type == "cuda")
     folder = Path(f"{cfg.out}_rounds")
     rank, _ = ranks()
     if rank == 0:
         claim.lock(folder)
+        begin_rounds(cfg, folder)
+    gathered([])                                       # the others wait for what it finds
     per_round = cfg.steps // cfg.rounds
     policy = cfg.init
     reference = cfg.reference or cfg.init
@@ -203,19 +222,46 @@ def in_rounds(train: Callable, cfg) -> dict:
         out = cfg.out if number == cfg.rounds else str(folder / str(number))
         pairs = folder / f"pairs_{number}.jsonl"
         # 1 to 4. Prompts, pairs of the current policy, scores, fresh preference pairs
-        if pairs.exists() and not (cfg.resume or cfg.overwrite):
-            raise ValueError(f"{pairs} is there already; --resume goes on with these rounds, "
-                             "--overwrite begins them afresh, or give another --out")
-        if not (cfg.resume and pairs.exists()):
+        goes_on = cfg.resume and pairs.exists()
+        if not goes_on:
             make_pairs(cfg, policy, pairs, number, per_round)
-        # 5. DPO on the new data
+        # 5. DPO on the new data. What may lie in `out` when its pairs are new is of an earlier run,
+        # which --overwrite was to replace when it was stopped
         result = train(replace(cfg, init=policy, out=out, data=str(pairs), steps=per_round,
                                reference=policy if cfg.spin else reference, n_pairs=10 ** 9,
-                               rounds=1, reward="", spin=False))
+                               resume=goes_on, **{name: getattr(type(cfg), name) for name in OWN},
+                               overwrite=cfg.overwrite or cfg.resume and not goes_on))
         policy = out
     if rank == 0:
         claim.unlock(folder)
     return result
+
+
+def begin_rounds(cfg, folder: Path) -> None:
+    """Keep what the pairs are made of, in rounds.json.
+
+    Raises ValueError when --resume would make the rest of other options or models, unless --insist,
+    and when there are pairs already and neither --resume nor --overwrite.
+    """
+    file = folder / "rounds.json"
+    wanted = {name: getattr(cfg, name) for name in MAKE_PAIRS} | {"models": parents(cfg)}
+    if cfg.resume and file.exists():
+        before = claim.read_json(file)
+        for name, value in wanted.items():
+            if before.get(name) != value and not cfg.insist:
+                raise ValueError(f"{file}: these rounds began with {name} {before.get(name)!r}, "
+                                 f"not {value!r}; give that, --insist to go on, or --overwrite")
+        return
+    for pairs in folder.glob("pairs_*.jsonl"):
+        if not (cfg.resume or cfg.overwrite):
+            raise ValueError(f"{pairs} is there already; --resume goes on with these rounds, "
+                             "--overwrite begins them afresh, or give another --out")
+        if cfg.overwrite and pairs.name in claim.written(folder):
+            pairs.unlink()
+    claim.refuse_foreign(folder, [file.name])
+    claim.add(folder, file.name)
+    text = json.dumps(wanted, indent=1) + "\n"
+    claim.write_whole(file, lambda temporary: temporary.write_text(text))
 
 
 def make_pairs(cfg, policy: str, file: Path, number: int, steps: int) -> None:
@@ -248,8 +294,7 @@ def make_pairs(cfg, policy: str, file: Path, number: int, steps: int) -> None:
                                             cfg.max_new_tokens, cfg.no_end_score,
                                             generator=generator)
         # 4. Construct pairs
-        texts = [tokenizer.decode(answer) for answer in y]
-        pairs = best_and_worst(asked, texts, scores.flatten().tolist(), cfg.answers)
+        pairs = best_and_worst(asked, y, scores.flatten().tolist(), cfg.answers, tokenizer)
     pairs = gathered(pairs)
     if not pairs:
         raise ValueError(f"round {number}: all answers to a prompt are equal, empty, or worth the "
@@ -277,18 +322,23 @@ def own_prompts(cfg) -> list[dict]:
     return rows
 
 
-def best_and_worst(asked: list[dict], texts: list[str], scores: list[float],
-                   group: int) -> list[dict]:
-    """Of each prompt's answers, `group` of them in a row, the best against the worst; empty ones
-    do not count, because no stage reads them."""
+def best_and_worst(asked: list[dict], answers: list[list[int]], scores: list[float], group: int,
+                   tokenizer) -> list[dict]:
+    """Of each prompt's answers, `group` of them in a row, the best against the worst.
+
+    Empty ones do not count, because no stage reads them. One that was cut off may be the worst, and
+    never the best, because a model would learn to end there.
+    """
+    texts = [tokenizer.decode(answer) for answer in answers]
     pairs = []
     for number, row in enumerate(asked):
         places = range(number * group, (number + 1) * group)
-        answers = [place for place in places if texts[place].strip()]
-        if not answers:
+        filled = [place for place in places if texts[place].strip()]
+        ended = [place for place in filled if answers[place][-1] == tokenizer.end]
+        if not ended:
             continue
-        best = max(answers, key=scores.__getitem__)
-        worst = min(answers, key=scores.__getitem__)
+        best = max(ended, key=scores.__getitem__)
+        worst = min(filled, key=scores.__getitem__)
         if scores[best] > scores[worst] and texts[best] != texts[worst]:
             pairs.append({"prompt": row["messages"], "chosen": texts[best],
                           "rejected": texts[worst]})

@@ -553,8 +553,10 @@ def parse_chosen(row: dict) -> dict:
 
 
 def parse_prompt(row: dict) -> dict:
+    formats = (*FORMATS, ULTRAFEEDBACK)
     # `prompt` alone counts only if nothing else fits: prompt/response would be two formats
-    formats = FORMATS if formats_in(row, FORMATS) else (("prompt",), *FORMATS)
+    if not formats_in(row, formats):
+        formats = (("prompt",), *formats)
     names = format_of(row, formats)
     return {"messages": prompt_of(row, names), "answer": own_answer(row, names), "example": row}
 

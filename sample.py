@@ -257,13 +257,16 @@ def sample_and_score(model: Transformer, tokenizer, prompts: list[dict], ids: li
 
 def best_of_n(model: Transformer, tokenizer, prompts: list[dict], n: int, reward: Callable,
               max_new_tokens: int, **options) -> list[str]:
-    """The best of n sampled answers to each prompt, by a reward (001 section 4.9). options: those
-    of sample_and_score()."""
+    """The best of n sampled answers to each prompt, by a reward (001 section 4.9); "" where that
+    one never ended. options: those of sample_and_score()."""
     ids = [tokenizer.prompt(row["messages"]) for row in prompts]
     answers, scores = sample_and_score(model, tokenizer, prompts, ids, n, reward, max_new_tokens,
                                        **options)
-    best = scores.argmax(1).tolist()
-    return [tokenizer.decode(answers[row * n + place]) for row, place in enumerate(best)]
+    texts = []
+    for row, place in enumerate(scores.argmax(1).tolist()):
+        answer = answers[row * n + place]
+        texts.append(tokenizer.decode(answer) if answer[-1:] == [tokenizer.end] else "")
+    return texts
 
 
 def respond(model: Transformer, tokenizer, conversations: list[list[dict]], max_new_tokens: int,

@@ -68,7 +68,8 @@ def score_pairs(model: nn.Module, pairs: data.PreferencePairs, batch_size: int) 
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0: two forms, because each loses all digits at the other's end."""
+    """log(1 - e^x) for x <= 0: two forms, because each loses all digits at the other's end."""
+    x = x.clamp(max=-1e-7)                         # a certainty of 1, which fp32 rounds to, is -inf
     near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
     far = torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
     return torch.where(x > -math.log(2), near, far)
@@ -145,12 +146,17 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def mean_if_any(x: Tensor) -> Tensor | None:
+    """The mean of x (n,); None of nothing, as of the good answers in a batch of bad ones."""
+    return x.mean() if len(x) else None
+
+
 def mean_figures(updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each figure over the updates of a step."""
+    """The mean of each figure over the updates of a step; the highest of one called *_max."""
     means = {}
     for name in updates[0]:
-        values = torch.stack([update[name] for update in updates])
-        means[name] = values.detach().mean()
+        values = torch.stack([update[name] for update in updates]).detach()
+        means[name] = values.max() if name.endswith("_max") else values.mean()
     return means
 
 
@@ -161,9 +167,24 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: KL(best of n || pi), where no two answers score the same; else less
-    (001 section 4.9)."""
+    """log n - (n - 1) / n nats: KL(best of n || pi) where no answer is ever drawn twice; else it is
+    less (001 section 4.9)."""
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_kl_of(counts: list[int], n: int) -> float:
+    """KL(best of n || pi) in nats, pi being a prompt's distinct answers as often as they were
+    drawn; counts: how often each was, from the worst answer to the best."""
+    drawn = sum(counts)
+    kl = 0.0
+    below = 0                                      # draws of answers that are worse
+    for count in counts:
+        p = count / drawn
+        # the best of n is this answer if none is better, and not all are worse
+        p_best = ((below + count) / drawn) ** n - (below / drawn) ** n
+        kl += p_best * math.log(p_best / p)
+        below += count
+    return kl
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ Data made by a model, as JSONL that train_sft.py and train_dpo.py read.
   1. SAMPLE   y_1, ..., y_N ~ pi_theta(.|x)     2. SCORE  r(x, y_i)
   3. SELECT   y* = argmax_i r(x, y_i)           4. WRITE  {"prompt", "response", "score"}
 
-The best of N lies at most log N - (N - 1) / N nats from pi_theta, exactly there if no two answers
-score the same (scoring.best_of_n_kl).
+The best of N lies at most log N - (N - 1) / N nats from pi_theta, less if an answer is drawn twice
+(scoring.best_of_n_kl).
 
     python synthesize.py --n 8 --out best.jsonl && python train_sft.py --init out/sft \\
         --data best.jsonl --steps 200 --lr 5e-4 --out out/best
@@ -72,8 +72,7 @@ def main(cfg: Config) -> list[dict]:
             model, tokenizer, asked, ids[first:first + 64], cfg.n, reward, cfg.max_new_tokens,
             cfg.no_end_score, cfg.temperature, generator)
         if cfg.method == "pairs":
-            texts = [tokenizer.decode(answer) for answer in answers]
-            written += best_and_worst(asked, texts, scores.flatten().tolist(), cfg.n)
+            written += best_and_worst(asked, answers, scores.flatten().tolist(), cfg.n, tokenizer)
             continue
         for number, (row, best) in enumerate(zip(asked, scores.argmax(1).tolist())):
             answer = answers[number * cfg.n + best]

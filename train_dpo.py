@@ -39,12 +39,13 @@ from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from preferences import in_rounds, labels_of, mean_mismatch, read_data, read_reference, sides
-from scoring import log1mexp, ranked_right, response_logps, score_pairs
+from scoring import log1mexp, mean_if_any, ranked_right, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
-           "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",)}
+           "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",),
+           **dict.fromkeys(("prompts", "answers", "combine", "no_end_score"), ("--reward",))}
 
 
 @dataclass
@@ -141,9 +142,14 @@ def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tup
     return -F.logsigmoid(margin - gamma).mean(), margin
 
 
-def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float, cfg: Config) -> tuple:
-    """The loss and margins of --method. pi, ref (2B,): B chosen, then their B rejected answers; for
-    kto B answers, good or not by is_good (B,), then B to other prompts; orpo, simpo: ref None."""
+def method_loss(pi: Tensor, ref: Tensor | None, lengths: Tensor, is_good: Tensor | None, z: float,
+                cfg: Config) -> tuple[Tensor, Tensor]:
+    """The loss and margins of --method. pi, ref, lengths |y| (2B,): B chosen, then their B rejected
+    answers; for kto B answers, good or not by is_good (B,), then B to other prompts."""
+    nll = -(pi / lengths).chunk(2)[0].mean()                                   # of y_w, per token
+    if cfg.method in MEANS or cfg.mean_logps:
+        pi = pi / lengths
+        ref = None if ref is None else ref / lengths                           # orpo, simpo: None
     pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
     if cfg.method == "orpo":
         return orpo_loss(pi_w, pi_l, cfg.lam)
@@ -154,7 +160,8 @@ def method_loss(pi: Tensor, ref: Tensor, is_good: Tensor | None, z: float, cfg: 
         return ipo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     if cfg.method == "kto":
         return kto_loss(pi_w, ref_w, is_good, z, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
-    return dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
+    loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
+    return loss + cfg.nll_coef * nll, margin
 
 
 @torch.no_grad()
@@ -166,39 +173,39 @@ def reference_logps(reference, ref_logps: Tensor | None, batch) -> Tensor | None
     return response_logps(reference.logps, batch) if reference else None
 
 
-def margin_figures(margin: Tensor, pi_w: Tensor, pi_l: Tensor) -> dict[str, Tensor]:
-    """What 3.5 tracks, means over the pairs; margin, pi_w, pi_l: (B,)."""
-    return {"margin": margin.mean(), "accuracy": ranked_right(margin),
-            "logp_chosen": pi_w.mean(), "logp_rejected": pi_l.mean()}
-
-
-def drift_figures(logratio_w: Tensor, logratio_l: Tensor) -> dict[str, Tensor]:
-    """Where the policy drifts: log(pi_theta / pi_ref) of both sides, (B,), nats per response."""
-    return {"logratio_chosen": logratio_w.mean(), "logratio_rejected": logratio_l.mean(),
-            "kl_proxy": torch.cat([logratio_w, logratio_l]).abs().mean()}
+def monitored(loss: Tensor, margin: Tensor, pi: Tensor, ref: Tensor | None,
+              is_good: Tensor | None) -> dict:
+    """What 3.5 tracks, means over the rows. logratio_*: log pi_theta - log pi_ref in nats per
+    response, which shows where the policy drifts; kl_proxy: the mean of its size."""
+    pi_w, pi_l = sides(pi, is_good)
+    figures = {"loss": loss, "margin": margin.mean(), "accuracy": ranked_right(margin),
+               "logp_chosen": mean_if_any(pi_w), "logp_rejected": mean_if_any(pi_l)}
+    if ref is None:
+        return figures
+    drift_w, drift_l = sides(pi - ref, is_good)
+    return figures | {"logratio_chosen": mean_if_any(drift_w),
+                      "logratio_rejected": mean_if_any(drift_l),
+                      "kl_proxy": torch.cat([drift_w, drift_l]).abs().mean()}
 
 
 def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
     """Loss, margin, accuracy and drift from the reference on pairs that are not trained on."""
     pi = score_pairs(policy, pairs, cfg.batch_size).T.flatten()                # (2N,)
     ref = ref_logps.T.flatten()
-    if cfg.method in MEANS or cfg.mean_logps:
-        lengths = pairs.response_tokens().T.flatten().to(pi.device)
-        pi = pi / lengths
-        ref = ref / lengths
+    lengths = pairs.response_tokens().T.flatten().to(pi.device)
     is_good = labels_of(pairs)                                                 # (N,) or None
-    loss, margin = method_loss(pi, ref, is_good, mean_mismatch(pi, ref), cfg)
-    drift_w, drift_l = sides(pi - ref, is_good)
-    return {"val_loss": loss, "val_margin": margin.mean(), "val_accuracy": ranked_right(margin),
-            "val_logratio_chosen": drift_w.mean(), "val_logratio_rejected": drift_l.mean()}
+    loss, margin = method_loss(pi, ref, lengths, is_good, mean_mismatch(pi, ref), cfg)
+    figures = monitored(loss, margin, pi, ref, is_good)
+    return {f"val_{name}": value for name, value in figures.items()}
 
 
 def check(cfg: Config) -> Config:
     """The config with its --init. Raises ValueError for options that do not go together."""
-    for name, methods in READ_BY.items():
-        if getattr(cfg, name) != getattr(Config, name) and cfg.method not in methods:
+    given = {cfg.method, "--reward" if cfg.reward else ""}
+    for name, readers in READ_BY.items():
+        if getattr(cfg, name) != getattr(Config, name) and not given & {*readers}:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --method {cfg.method} does not read "
-                             f"it; {', '.join(methods)} would")
+                             f"it; {', '.join(readers)} would")
     if cfg.rounds > 1 and not (cfg.reward or cfg.spin) or cfg.steps % cfg.rounds:
         raise ValueError(f"--rounds {cfg.rounds}: must divide --steps, and needs --reward or "
                          "--spin true, which make the pairs of each round")
@@ -243,15 +250,10 @@ def main(cfg: Config) -> dict:
         pi = response_logps(forward, batch)                                # (2B,): B y_w, B y_l
         ref = reference_logps(reference, ref_logps, batch)                 # (2B,)
         lengths = batch.loss_mask.sum(1)                                   # (2B,) |y|
-        nll = -(pi / lengths).chunk(2)[0].mean()                           # of y_w, per token
-        if cfg.method in MEANS or cfg.mean_logps:
-            pi = pi / lengths
-            ref = None if ref is None else ref / lengths
 
         # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
         z = run.mean_over_ranks(mean_mismatch(pi, ref)) if cfg.method == "kto" else 0.0
-        loss, margin = method_loss(pi, ref, is_good, z, cfg)
-        loss = loss + cfg.nll_coef * nll
+        loss, margin = method_loss(pi, ref, lengths, is_good, z, cfg)
 
         # 3.4 BACKWARD + UPDATE
         run.backward(loss)
@@ -261,9 +263,7 @@ def main(cfg: Config) -> dict:
         optimizer.zero_grad()
 
         # 3.5 MONITORING
-        figures = {"loss": loss} | margin_figures(margin, *sides(pi, is_good))
-        if ref is not None:
-            figures |= drift_figures(*sides(pi - ref, is_good))
+        figures = monitored(loss, margin, pi, ref, is_good)
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, heldout_ref, cfg)
         tokens = batch.tokens.numel()

@@ -21,9 +21,10 @@ reward, the advantage A_i is the same for all of its tokens:
 
 Sources: Williams 1992; Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO; std divides by G - 1);
 Liu et al. 2025 (Dr. GRPO: neither the std nor |y_i|, which favour easy prompts and long mistakes).
-Before its first update a group's loss is 0 whatever the policy, because rho_t is 1 and the A_i add
-up to 0; its gradient is not. With the KL in R_i the policy goes to 4.6.2's pi*; k3 in the loss has
-the gradient of KL(pi_ref || pi), and another limit (Tang and Munos 2025).
+Before its first update grpo's loss of a group is 0 but for the KL, whatever the policy, because
+rho_t is 1 and the A_i add up to 0; its gradient is not. With the KL in R_i the policy goes to
+4.6.2's pi*; k3 in the loss has the gradient of KL(pi_ref || pi), and another limit (Tang and Munos
+2025).
 
     python train_grpo.py --method rloo --reward world --families arithmetic
 """
@@ -141,6 +142,8 @@ def main(cfg: Config) -> dict:
     if cfg.method in ONE_STEP and cfg.epochs > 1:
         raise ValueError(f"--epochs {cfg.epochs}: {cfg.method} has no ratio pi_theta / pi_old, and "
                          "after one update the answers are not its own; give 1, or grpo")
+    if cfg.method in ONE_STEP and cfg.clip != Config.clip:
+        raise ValueError(f"--clip {cfg.clip}: {cfg.method} clips nothing; grpo and dr_grpo do")
     run = start(cfg, __file__)
 
     # 1. INITIALIZE: actor, frozen reference, the reward, optimizer
@@ -194,10 +197,13 @@ def main(cfg: Config) -> dict:
         rewards = score - cfg.beta * kl if cfg.method in ONE_STEP else score   # R_i
 
         # 2.3 Advantages, from each prompt's own group
-        advantages = advantages_of(rewards.view(-1, cfg.group), cfg.method, baseline.value or 0.0)
+        mean_reward = run.mean_over_ranks(rewards.mean().item())
+        if baseline.value is None:             # the first batch, which has no earlier one
+            baseline.update(mean_reward)
+        advantages = advantages_of(rewards.view(-1, cfg.group), cfg.method, baseline.value)
         for r, part in zip(rollouts, advantages.flatten().split(cfg.minibatch_size)):
             r["advantages"] = part
-        baseline.update(run.mean_over_ranks(rewards.mean().item()))        # for later batches
+        baseline.update(mean_reward)                                       # for later batches
 
         # 2.4 K epochs, one update each: the mean loss over all answers
         updates = []

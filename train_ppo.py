@@ -77,7 +77,7 @@ class Config(Options):
     no_end_score: float = -1.0        # the score of a response without <|end|>, any number
     lm_coef: float = 0.0              # of -log p per token on --lm_data: less is forgotten
     lm_data: str = "world"            # demonstrations, as for train_sft.py
-    kl_budget: float = 0.0            # nats per response: the last policy inside is kept; 0: none
+    kl_budget: float = 0.0            # nats per response: the last rollout inside is kept; 0: none
     gold: str = ""                    # another --reward, which decides when to stop; empty: none
     gold_every: int = 5               # steps between its looks at held-out prompts, >= 1
     gold_prompts: int = 200           # how many of them, >= 1
@@ -245,12 +245,12 @@ def why_stop(actor, kept, controller: Controller, kl: float, figures: dict, cfg:
     return f"--gold was better {controller.looks_since} looks ago: {controller.best_gold:.3f}"
 
 
-def read_gold(cfg: Config, run, tokenizer, limit: int) -> tuple[Reward, list, list] | None:
-    """The reward behind --gold, and the held-out prompts and ids that it looks at."""
+def read_gold(cfg: Config, run, tokenizer, limit: int) -> tuple | None:
+    """The reward behind --gold, and the held-out prompts, none of the exam's, and their ids."""
     if not cfg.gold:
         return None
     gold = Reward(cfg.gold, cfg.combine, tokenizer, run.device, run.dtype)
-    rows = read_prompts(cfg.prompts, split="heldout", n=cfg.gold_prompts, seed=cfg.seed,
+    rows = read_prompts(cfg.prompts, split="heldout", n=cfg.gold_prompts, seed=cfg.seed + 10_007,
                         bad_rows=cfg.bad_rows)
     return gold, *encode_prompts(rows, tokenizer, limit, cfg.truncate)
 

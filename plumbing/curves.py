@@ -87,7 +87,7 @@ def keys_by_panel(rows: list[dict]) -> dict[str, list[str]]:
     panels = {}
     for row in rows:
         for key in row:
-            if key in NO_PANEL:
+            if key.removeprefix("val_") in NO_PANEL:
                 continue
             keys = panels.setdefault(panel_of(key), [])
             if key not in keys:

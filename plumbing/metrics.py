@@ -30,13 +30,17 @@ class Metrics:
         self.row_time = time.perf_counter()
 
     def add(self, tokens: int, figures: dict) -> None:
-        """One step's figures; tokens: how many all ranks together have processed in it."""
+        """One step's figures, None for those that it has none of; tokens: how many all ranks
+        together have processed in it."""
         self.tokens += tokens
         self.pending_tokens += tokens
         for name, value in figures.items():
             if isinstance(value, Tensor):
                 value = value.detach()                 # else its whole graph would stay in memory
-            self.pending.setdefault(name, []).append(value)
+            # also without a value, because all ranks must have the same names
+            values = self.pending.setdefault(name, [])
+            if value is not None:
+                values.append(value)
 
     def row(self, step: int, skipped: int, mean_over_ranks: Callable) -> dict:
         """The means of all that was added since the last row, over steps and ranks.

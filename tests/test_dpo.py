@@ -13,7 +13,7 @@ import train_dpo
 from plumbing.curves import keys_by_panel, read_metrics
 from plumbing.folders import load_model
 from scoring import response_logps
-from train_dpo import dpo_loss, drift_figures, margin_figures
+from train_dpo import dpo_loss, monitored
 
 LOG2 = math.log(2)
 
@@ -97,11 +97,13 @@ def test_extreme_margins_neither_overflow_nor_lose_the_gradient():
 def test_drift_from_the_reference_is_what_a_hand_computes():
     pi_w, ref_w = torch.tensor([-10.0, -7.0]), torch.tensor([-12.0, -6.0])     # + 2, - 1
     pi_l, ref_l = torch.tensor([-9.0, -5.0]), torch.tensor([-8.0, -8.0])       # - 1, + 3
-    figures = margin_figures(torch.tensor([0.3, -0.4]), pi_w, pi_l)
-    figures |= drift_figures(pi_w - ref_w, pi_l - ref_l)
+    margin = torch.tensor([0.3, -0.4])
+    figures = monitored(torch.tensor(0.5), margin, torch.cat([pi_w, pi_l]),
+                        torch.cat([ref_w, ref_l]), None)
     found = {name: value.item() for name, value in figures.items()}
     assert found == pytest.approx({
         "logratio_chosen": 0.5, "logratio_rejected": 1.0, "kl_proxy": 7 / 4, "margin": -0.05,
+        "loss": 0.5,
         "accuracy": 0.5, "logp_chosen": -8.5, "logp_rejected": -7.0})
 
 

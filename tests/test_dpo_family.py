@@ -15,6 +15,7 @@ import train_dpo
 from data import PreferencePairs
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model
+from plumbing.metrics import Metrics
 from plumbing.options import build
 from preferences import best_and_worst, demonstrated, labels_of, mismatched, sides
 from readers import read_preferences
@@ -132,7 +133,7 @@ def test_gradients_are_the_closed_forms(method):
     x["is_good"] = torch.tensor([True, False, False, True, True, False])
     pi = torch.cat([x["pi_w"], x["pi_l"]]).requires_grad_()
     ref = torch.cat([x["ref_w"], x["ref_l"]])
-    loss, _ = method_loss(pi, ref, x["is_good"], 0.3, cfg)
+    loss, _ = method_loss(pi, ref, torch.ones(12), x["is_good"], 0.3, cfg)
     loss.backward()
     expected_w, expected_l = closed_gradient(method, cfg, x)
     torch.testing.assert_close(pi.grad[:6], expected_w.double(), rtol=1e-6, atol=1e-7)
@@ -316,12 +317,23 @@ ASKED = [{"messages": [{"role": "user", "content": text}], "answer": f"{text}!",
 
 
 def test_the_best_of_an_own_answers_stands_against_the_worst():
-    texts = ["p", "q", "r", "s", "same", "same"]
-    pairs = best_and_worst(ASKED, ["p", "q", "r", "s", "t", "u"], [1, 3, 2, 5, 5, 5], group=3)
-    assert pairs == [{"prompt": ASKED[0]["messages"], "chosen": "q", "rejected": "p"}]
-    assert best_and_worst(ASKED[:1], texts[4:], [1, 2], group=2) == []       # equal texts
-    assert best_and_worst(ASKED[:1], [" ", "x"], [2, 1], group=2) == []      # an empty one
-    assert best_and_worst(ASKED[:1], ["", ""], [2, 1], group=2) == []
+    def pairs_of(texts, scores, group, asked=ASKED):
+        # "..." was cut off
+        answers = [TOKENIZER.encode(text) + [TOKENIZER.end] * (not text.endswith("..."))
+                   for text in texts]
+        return best_and_worst(asked, answers, scores, group, TOKENIZER)
+
+    one = ASKED[:1]
+    found = pairs_of(["p", "q", "r", "s", "t", "u"], [1, 3, 2, 5, 5, 5], 3)
+    assert found == [{"prompt": ASKED[0]["messages"], "chosen": "q", "rejected": "p"}]
+    assert pairs_of(["same", "same"], [1, 2], 2, one) == []
+    assert pairs_of([" ", "x"], [2, 1], 2, one) == []                        # an empty one
+    assert pairs_of(["", ""], [2, 1], 2, one) == []
+    # a cut-off answer is never the best, whatever its score; it may be the worst
+    assert pairs_of(["and on...", "x"], [2, 1], 2, one) == []
+    assert pairs_of(["and...", "on..."], [2, 1], 2, one) == []
+    assert pairs_of(["and on...", "x"], [1, 2], 2, one) == [
+        {"prompt": ASKED[0]["messages"], "chosen": "x", "rejected": "and on..."}]
 
 
 def test_spin_puts_the_demonstration_before_the_own_answer():
@@ -336,11 +348,15 @@ def taste(tmp_path, monkeypatch):
 
 
 def online(tmp_path, **changes) -> Config:
-    cfg = config(tmp_path, **{"rounds": 2, "steps": 8, "lr": 3e-3, "max_new_tokens": 8,
-                              "prompts": str(tmp_path / "prompts.jsonl"), "batch_size": 8,
-                              "eval_every": 2, "no_end_score": -99.0} | changes)
-    folder_of(ending_model(), tmp_path / "sft")
+    """A config of two rounds; with spin=True those of the demonstrations, else of a reward."""
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{i}{'?' * (i % 5)}"} for i in range(60)])
+    source = {"prompts": str(tmp_path / "prompts.jsonl"), "no_end_score": -99.0, "data": "world"}
+    if "spin" in changes:
+        demonstrations = [{"prompt": f"{i}?", "response": "yes"} for i in range(60)]
+        source = {"data": str(write_rows(tmp_path / "demonstrations.jsonl", demonstrations))}
+    cfg = config(tmp_path, **{"rounds": 2, "steps": 8, "lr": 3e-3, "max_new_tokens": 8,
+                              "batch_size": 8, "eval_every": 2} | source | changes)
+    folder_of(ending_model(), tmp_path / "sft")
     return cfg
 
 
@@ -377,16 +393,41 @@ def test_rounds_go_on_where_they_stopped(tmp_path, taste, monkeypatch):
     monkeypatch.setattr(preferences, "make_pairs", make)
     with pytest.raises(ValueError, match="pairs_1.jsonl is there already; --resume goes on"):
         train_dpo.main(again)
+    # other pairs would be made than these rounds began with
+    for changed in ({"reward": "world"}, {"answers": 5}, {"no_end_score": 0.0}):
+        [name] = changed
+        with pytest.raises(ValueError, match=f"rounds.json: these rounds began with {name} "):
+            train_dpo.main(replace(again, resume=True, **changed))
     train_dpo.main(replace(again, resume=True))
     rows = read_metrics(tmp_path / "again")
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
+def test_rounds_that_replace_others_go_on_where_they_stopped(tmp_path, taste, monkeypatch):
+    """What was killed between the rounds of an --overwrite: the former second round's pairs, its
+    model, and the former result are not taken for the new ones."""
+    cfg = online(tmp_path, reward=taste)
+    train_dpo.main(replace(cfg, seed=1))
+    before = read_metrics(tmp_path / "dpo")
+    make = preferences.make_pairs
+
+    def killed(cfg, policy, file, number, steps):
+        if number == 2:
+            raise KeyboardInterrupt
+        make(cfg, policy, file, number, steps)
+    monkeypatch.setattr(preferences, "make_pairs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_dpo.main(replace(cfg, overwrite=True))
+    assert read_metrics(tmp_path / "dpo") == before            # still there
+    monkeypatch.setattr(preferences, "make_pairs", make)
+    train_dpo.main(replace(cfg, resume=True))
+    train_dpo.main(replace(cfg, out=str(tmp_path / "whole")))
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("dpo", "whole")]
+    assert losses[0] == losses[1] != [row["loss"] for row in before]
+
+
 def test_spin_takes_the_policy_of_the_round_before_as_its_reference(tmp_path):
-    demonstrations = [{"prompt": f"{i}?", "response": "yes"} for i in range(60)]
-    cfg = online(tmp_path, spin=True)
-    cfg.data = str(write_rows(tmp_path / "demonstrations.jsonl", demonstrations))
-    train_dpo.main(cfg)
+    train_dpo.main(online(tmp_path, spin=True))
     found = json.loads((tmp_path / "dpo" / "config.json").read_text())["config"]
     assert found["reference"] == found["init"] == str(tmp_path / "dpo_rounds" / "1")
     pairs = read_preferences(tmp_path / "dpo_rounds" / "pairs_2.jsonl")
@@ -419,6 +460,10 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path):
     ({"method": "ppo"}, "--method ppo: give dpo, ipo, kto, orpo or simpo"),
     ({"method": "simpo", "beta": 0.1}, "--beta 0.1: --method simpo does not read it; dpo, ipo"),
     ({"method": "ipo", "gamma": 0.5}, "--gamma 0.5: --method ipo does not read it; simpo would"),
+    ({"answers": 9}, "--answers 9: --method dpo does not read it; --reward would"),
+    ({"prompts": "no.jsonl"}, "--prompts no.jsonl: .* --reward would"),
+    ({"reward": "world", "data": "my.jsonl"}, "--data my.jsonl: pairs of the policy's own answers"),
+    ({"reward": "world", "label_noise": 0.3}, "--label_noise 0.3: pairs of the policy's own"),
     ({"method": "orpo", "label_smoothing": 0.1}, "--label_smoothing 0.1: --method orpo does not"),
     ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a number in"),
     ({"rounds": 3}, "--rounds 3: must divide --steps, and needs --reward or --spin true"),
@@ -477,3 +522,29 @@ def test_a_method_without_a_reference_scores_no_training_data_with_one(tmp_path,
     rows = read_metrics(cfg.out)
     assert len({*scored}) == 1                                 # at the start, and in evaluations
     assert "logratio_chosen" not in rows[0] and "val_logratio_chosen" in rows[-1]
+
+
+@pytest.mark.parametrize("changes", [{"mean_logps": True}, {"method": "ipo"}])
+def test_drift_is_per_response_whatever_the_loss_divides(tmp_path, changes):
+    """The loss of pairs without a weight moves nothing, so that the same policy is looked at."""
+    drifts = []
+    for more in ({}, changes):
+        cfg = config(tmp_path, steps=1, lr=0.0, overwrite=True, **more)
+        folder_of(tiny_model(8), tmp_path / "other")
+        train_dpo.main(replace(cfg, reference=str(tmp_path / "other")))
+        [row] = read_metrics(tmp_path / "dpo")
+        drifts.append([row[name] for name in ("logratio_chosen", "val_logratio_rejected",
+                                              "kl_proxy", "logp_chosen")])
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-6)
+
+
+def test_a_batch_without_good_answers_leaves_their_figures_out_of_the_mean(tmp_path):
+    pi, ref = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-2.0, -2.0, -2.0, -2.0])
+    found = train_dpo.monitored(torch.tensor(0.1), torch.tensor([0.1, 0.2]), pi, ref,
+                                torch.tensor([False, False]))
+    assert found["logp_chosen"] is None and found["logratio_chosen"] is None
+    assert found["logp_rejected"].item() == -1.5 and found["logratio_rejected"].item() == 0.5
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.add(0, {"a": torch.tensor(2.0), "b": None})
+    metrics.add(0, {"a": torch.tensor(4.0), "b": torch.tensor(7.0)})
+    assert {name: len(values) for name, values in metrics.pending.items()} == {"a": 2, "b": 1}

@@ -10,6 +10,7 @@ import torch
 from tiny import END, TOKENIZER, ending_model, folder_of, slow_logps, tiny_model, write_rows
 
 import data
+import evaluate
 import lora
 import readers
 import rewards
@@ -29,6 +30,7 @@ from train_ppo import (
     value_loss,
     whiten,
 )
+from world.text import text_of
 
 
 @pytest.fixture(autouse=True)
@@ -684,3 +686,14 @@ def test_two_rules_for_the_policy_to_keep_are_refused(tmp_path):
 def test_a_critic_cannot_start_from_a_reward_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="--reward gsm8k is no reward model .*--critic_init sft"):
         train_ppo.main(config(tmp_path, reward="gsm8k"))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_gold_looks_at_no_prompt_of_the_exam(tmp_path, seed):
+    cfg = config(tmp_path, gold="world", prompts="world", seed=seed, gold_prompts=100)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    _, prompts, _ = train_ppo.read_gold(cfg, run, load_model(cfg.init)[1], 10_000)
+    looked_at = [prompt["messages"][-1]["content"] for prompt in prompts]
+    asked = [text_of(example["prompt"]) for example in evaluate.reward_prompts("world", 500)]
+    # a few short ones, such as "hello", are drawn by every seed
+    assert len({*looked_at} & {*asked}) <= 10

@@ -531,3 +531,18 @@ def test_columns_called_like_the_worlds_are_no_answer_key(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": QUESTION, "family": "reading", "key": 3}])
     prompts = readers.read_prompts(path)
     assert evaluate.rollout_truth(prompts, [[65]], Tokenizer.bytes()) == {}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "ask"}, {"prompt": "ask", "chosen": "yes", "rejected": "no", "margin": 1.0},
+    {"prompt": "ask", "completions": ["yes", "no"], "ranks": [1, 2]},
+    {"prompt": "ask", "completions": ["yes", "no"], "ratings": [5, 1]},
+    {"prompt": "ask", "completion": "yes", "rating": 4, "scale": [1, 5]},
+    {"prompt": "ask", "completion": "yes", "label": True},
+    {"instruction": "ask", "completions": [{"response": "yes", "overall_score": 9},
+                                           {"response": "no", "overall_score": 2}]}])
+def test_of_every_form_of_preferences_the_prompts_can_be_read(tmp_path, row):
+    """By PPO and GRPO, and by the reward model, which is centred on answers to them."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    [found] = readers.read_prompts(tmp_path / "rows.jsonl")
+    assert found["messages"] == [{"role": "user", "content": "ask"}]

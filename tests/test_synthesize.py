@@ -10,7 +10,7 @@ import readers
 import sample
 import synthesize
 from plumbing.options import build
-from scoring import best_of_n_kl
+from scoring import best_of_n_kl, best_of_n_kl_of
 
 ASKED = [{"messages": [{"role": "user", "content": text}], "answer": "", "example": {},
           "where": text} for text in ("a", "bcd", "ef")]
@@ -36,7 +36,8 @@ def test_the_best_answer_is_the_one_with_the_highest_reward():
     for row in range(3):
         group = answers[5 * row:5 * row + 5]
         place = scores[row].argmax().item()
-        assert best[row] == TOKENIZER.decode(group[place])
+        has_ended = group[place][-1] == TOKENIZER.end
+        assert best[row] == (TOKENIZER.decode(group[place]) if has_ended else "")
 
 
 @pytest.mark.parametrize("n, kl", [(1, 0), (2, math.log(2) - 0.5), (16, math.log(16) - 15 / 16)])
@@ -51,6 +52,12 @@ def test_the_kl_of_best_of_n_is_what_drawing_it_gives():
         p = (k / 1000) ** n - ((k - 1) / 1000) ** n
         kl = (p * (p * 1000).log()).sum().item()
         assert kl == pytest.approx(best_of_n_kl(n), abs=0.01) and kl <= best_of_n_kl(n)
+        # and counted: each of a thousand answers was drawn once
+        assert best_of_n_kl_of([1] * 1000, n) == pytest.approx(kl, abs=1e-9)
+    # two answers of which the better is drawn half of the time: the best of 2 is it in 3 of 4
+    by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert best_of_n_kl_of([3, 3], 2) == pytest.approx(by_hand)
+    assert best_of_n_kl_of([6], 4) == 0                        # only one answer: nothing to choose
     # with ties it is less: three answers
     p = (k[:3] / 3) ** 8 - ((k[:3] - 1) / 3) ** 8
     assert (p * (p * 3).log()).sum().item() < best_of_n_kl(8) - 0.1
