@@ -6,7 +6,9 @@ That table says what each method needs: PPO "4 (actor, critic, ref, RM)" models 
 ("Low (unstable)"), DPO "2 (policy, ref)" and a "High" one, IPO a "Higher than DPO", KTO no pairs,
 ORPO "1 (policy only)", best-of-N no training. Here stands beside it what each gains, and what that
 costs. All begin with one SFT model (ORPO with the base model before it) in one world, and read the
-pairs, or the reward model, that its judge has made.
+pairs, or the reward model, that its judge has made. They are not given equal time or data, which
+stand in the table, but ORPO: as many tokens as SFT and DPO together. Learning rates and betas were
+chosen on seed 0.
 
     python experiments/alignment_methods.py            # results/alignment_methods.md and .png
     python experiments/alignment_methods.py --quick    # one seed, a tenth of the steps
@@ -31,7 +33,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import evaluate
-from experiments.base import base_models, cell, examine, keep, kept, run_apart, save
+from experiments.base import base_models, cell, examine, keep, kept, made_by, run_apart, save
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 from readers import checked_turns
@@ -52,7 +54,6 @@ class Method(NamedTuple):
 
 
 PAIRS = "8,000 pairs"
-OWN = "own answers"
 SCORE = "reward model's score"
 DPO = {"n_pairs": 8000, "steps": 500, "lr": 1e-4}
 GROUPS = {"steps": 100, "batch_size": 8, "group": 8, "lr": 1.5e-4}
@@ -61,24 +62,24 @@ METHODS = {
     "SFT on chosen": Method(
         "train_sft", "policy", "8,000 chosen answers", "imitation",
         {"chosen": True, "n_examples": 8000, "steps": 100, "lr": 5e-4}),
-    "best of 16": Method("", "policy, reward model, at every answer", OWN, SCORE, {}),
+    "best of 16": Method("", "policy, reward model, at every answer", "none", SCORE, {}),
     "rejection sampling": Method(
-        "train_sft", "policy, reward model", f"{OWN}, best of 16", SCORE,
+        "train_sft", "policy, reward model", "16,000 own answers, best of 16", SCORE,
         {"n_examples": 1000, "steps": 40, "lr": 5e-4}),
     "PPO": Method(
-        "train_ppo", "policy, critic, reference, reward model", OWN, SCORE,
+        "train_ppo", "policy, critic, reference, reward model", "2,560 own answers", SCORE,
         {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0}),
     "REINFORCE": Method(
-        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
         GROUPS | {"method": "reinforce", "beta": 0.5}),
     "RLOO": Method(
-        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
         GROUPS | {"method": "rloo", "beta": 0.5}),
     "GRPO": Method(
-        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
         GROUPS | {"method": "grpo", "beta": 0.2}),
     "Dr. GRPO": Method(
-        "train_grpo", "policy, reference, reward model", OWN, SCORE,
+        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
         GROUPS | {"method": "dr_grpo", "beta": 0.35}),
     "DPO": Method("train_dpo", "policy, reference once", PAIRS, "pairs", DPO | {"beta": 1.0}),
     "IPO": Method(
@@ -93,10 +94,10 @@ METHODS = {
          "optimizer": "muon", "lr": 4e-3}),
     "SimPO": Method("train_dpo", "policy", PAIRS, "pairs", DPO | {"method": "simpo", "lr": 2e-5}),
     "online DPO": Method(
-        "train_dpo", "policy, reference, reward model", OWN, SCORE,
+        "train_dpo", "policy, reference, reward model", "32,000 own answers", SCORE,
         {"rounds": 5, "steps": 500, "beta": 1.0, "lr": 1e-4}),
     "SPIN": Method(
-        "train_dpo", "policy, reference once", "demonstrations, own answers",
+        "train_dpo", "policy, reference once", "demonstrations, 4,800 own answers",
         "not to be told from them", {"spin": True, "rounds": 3, "steps": 300, "lr": 1e-4}),
 }
 
@@ -133,13 +134,23 @@ def train(name: str, seed: int, base: Path, out: Path, quick: bool) -> None:
 
 def best_answers(seed: int, base: Path, out: Path, n_prompts: int, quick: bool) -> Path:
     """The file with the best of N answers to each prompt, which rejection sampling imitates."""
-    file = out.with_name("best.jsonl")
+    # named by the models that made it, because others would make another
+    sums = [made_by(base)[name]["model.safetensors"][:8] for name in ("sft", "rm")]
+    file = out.with_name(f"best_of_{N}_{'_'.join(sums)}.jsonl")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         run_apart("synthesize", init=str(base / "sft"), reward=str(base / "rm"), out=str(file),
                   prompts=f"world:{seed}", seed=seed, n=N,
                   n_prompts=n_prompts // 10 if quick else n_prompts)
     return file
+
+
+def timed(name: str, seed: int, base: Path, out: Path, quick: bool) -> dict:
+    """train(), and the minutes that it took from here to its end."""
+    begun = time.perf_counter()
+    if METHODS[name].script:
+        train(name, seed, base, out, quick)
+    return {"minutes": (time.perf_counter() - begun) / 60}
 
 
 # ---------------------------------------------------------------------- its figures
@@ -159,24 +170,29 @@ def best_of_16(base: Path, model, tokenizer, examples: list[dict]) -> list[str]:
     return texts
 
 
-def figures_of(name: str, seed: int, base: Path, out: Path, quick: bool) -> dict:
-    """A cell of each column, for one seed."""
-    method = METHODS[name]
-    folder = out / name.replace(" ", "_").replace(".", "").lower()
-    begun = time.perf_counter()
-    if method.script:
-        train(name, seed, base, folder, quick)
-    minutes = (time.perf_counter() - begun) / 60
+def figures_of(name: str, folder: Path, seed: int, base: Path, n: int) -> dict:
+    """A cell of each column but the minutes, of one seed."""
     answer = partial(best_of_16, base) if name == "best of 16" else evaluate.greedy_texts
-    model = folder if method.script else base / "sft"
-    figures = examine(model, seed, base, 50 if quick else 500, answer)
-    figures["minutes"] = minutes
+    is_trained = METHODS[name].script != ""
+    figures = examine(folder if is_trained else base / "sft", seed, base, n, answer)
     if name == "best of 16":
         figures["kl"] = best_of_n_kl(N)                        # at most
-    if method.script:
+    if is_trained:
         rows = read_metrics(folder)
         figures["peak_gb"] = max(row["memory_gb"] for row in rows if "memory_gb" in row)
     return figures
+
+
+def measured(name: str, seed: int, base: Path, out: Path, quick: bool) -> dict:
+    """A row of one seed; what was trained and examined before, of the same models and with the same
+    options, is read from its files."""
+    folder = out / name.replace(" ", "_").replace(".", "").lower()
+    n = 50 if quick else 500
+    of = {"options": METHODS[name].options, "models": made_by(base), "n": n, "N": N}
+    minutes = kept(out / f"{name}_minutes.json", of,
+                   partial(timed, name, seed, base, folder, quick))
+    figures = kept(out / f"{name}.json", of, partial(figures_of, name, folder, seed, base, n))
+    return figures | minutes
 
 
 # ---------------------------------------------------------------------- table and picture
@@ -193,14 +209,20 @@ COLUMNS = {
 }
 
 
+def mark_of(cfg: Config) -> str:
+    """What title and heading say of a run that is not the whole."""
+    return " (quick)" * cfg.quick + " (some methods)" * bool(cfg.methods)
+
+
 def table(found: dict[str, dict[str, dict]], cfg: Config) -> str:
     """results/alignment_methods.md; found: {method: {seed: figures}}."""
     head = ["method", "models in memory", "data", "signal", "lines", *COLUMNS]
-    lines = ["# Alignment methods, measured", "",
+    lines = [f"# Alignment methods, measured{mark_of(cfg)}", "",
              f"`python experiments/alignment_methods.py`, seeds {cfg.seeds}: the mean, and from "
              "the lowest to the highest. KL in nats per response; loss on held-out documents in "
-             "nats per token; minutes and peak memory of the training process on two CPU cores; "
-             "lines of the script that trains.", "",
+             f"nats per token; minutes and peak memory of the training process, threads: "
+             f"{torch.get_num_threads()}; lines of the script that trains. The KL of best of 16 is "
+             "its upper bound, log 16 - 15/16.", "",
              f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, of_seeds in found.items():
         method = METHODS[name]
@@ -250,12 +272,11 @@ def main(cfg: Config) -> dict:
         base = base_models(int(seed))
         out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
         for name in names:
-            make = partial(figures_of, name, int(seed), base, out, cfg.quick)
-            figures = kept(out / f"{name}.json", METHODS[name].options, make)
+            figures = measured(name, int(seed), base, out, cfg.quick)
             found[name][seed] = figures
             print(f"seed {seed}, {name}: wins {figures['win_rate']:.1%}, KL {figures['kl']:.2f}, "
                   f"accuracy {figures['accuracy_gain']:+.1%}", flush=True)
-    draw(found, file, " (quick)" if cfg.quick else "")
+    draw(found, file, mark_of(cfg))
     keep(file.with_suffix(".md"), table(found, cfg))
     return found
 

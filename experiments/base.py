@@ -49,6 +49,11 @@ def base_models(seed: int) -> Path:
     return out
 
 
+def made_by(base: Path) -> dict[str, dict]:
+    """The checksums of the base's models: other models make other figures."""
+    return {name: read_record(base / name)["sha256"] for name in MADE}
+
+
 def run_apart(name: str, **options) -> None:
     """run() of the script with this name, in a process of its own: its memory is its own. Rounds of
     DPO go on by themselves, and synthesize.py writes a file and no folder."""

@@ -83,7 +83,8 @@ def table(folders: dict[str, dict[str, Path]], exams: dict, cfg: Config) -> str:
     seeds = cfg.seeds.split(",")
     head = ["", *(f"chosen, seed {seed}" for seed in seeds), "rejected, mean", "true reward, worst",
             "accuracy over SFT's, worst"]
-    lines = ["# DPO makes the chosen answers less likely", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# DPO makes the chosen answers less likely{mark}", "",
              f"`python experiments/dpo_chosen_falls.py`, {cfg.steps} steps: log pi / pi_ref of "
              "held-out chosen and rejected answers at the end, in nats per response.", "",
              f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -152,7 +152,8 @@ def values(found: dict[str, dict], variant: str, figure: str) -> list[float]:
 def table(found: dict[str, dict], cfg: Config) -> str:
     """results/kto_unpaired.md."""
     head = ["", *COLUMNS]
-    lines = ["# KTO on unpaired answers", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# KTO on unpaired answers{mark}", "",
              f"`python experiments/kto_unpaired.py`, seeds {cfg.seeds}, {cfg.n:,} rated answers or "
              f"pairs, {cfg.steps} steps: the mean, and from the lowest to the highest; KL in nats "
              "per response.", "",

@@ -250,7 +250,8 @@ def row_of(seed: str, of_seed: dict) -> str:
 def table(found: dict[str, dict], cfg: Config) -> str:
     """results/overoptimization.md: the turn, the mitigations, and what hacking looks like."""
     head = ["seed", "proxy's accuracy", "peak", "at KL", "fall", "standard errors", *MITIGATIONS]
-    lines = ["# Over-optimisation", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# Over-optimisation{mark}", "",
              f"`python experiments/overoptimization.py`: proxies of {cfg.n_pairs:,} pairs, "
              f"{cfg.label_noise:.0%} of them labelled wrongly; {cfg.steps} steps of PPO. Under the "
              "names of the mitigations: true reward of the final policy, sampled answers to 500 "

@@ -11,7 +11,9 @@ the same held-out pairs of the world:
   size       Bradley-Terry on 500, 2,000, 8,000 and 32,000 pairs, of which 1,500 steps read 24,000;
              calibration curves of the smallest and the largest
   judgement  8,000 pairs (bt), pairs that say how much better (margin), rankings of four answers
-             (plackett_luce), rated answers (pointwise)
+             (plackett_luce), rated answers (pointwise): 16,000, 16,000, 32,000 and 8,000 answers.
+             The answers of rankings are drawn in another way than those of pairs, of which the exam
+             is
   ensemble   three models of 8,000 pairs each, which differ in pairs, order and head: one of them,
              their mean, their minimum, and how far they disagree about a pair
 
@@ -161,7 +163,8 @@ def rows_of(scores: dict[str, Tensor], part: int) -> dict[str, dict[str, float]]
 def table(found: dict[str, dict[str, Tensor]], cfg: Config) -> str:
     """results/reward_model.md; found: {seed: {model: (n, 2) rewards}}."""
     rows_of_seeds = [rows_of(scores, 10 if cfg.quick else 1) for scores in found.values()]
-    lines = ["# What a reward model learns from", "",
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# What a reward model learns from{mark}", "",
              f"`python experiments/reward_model.py`, seeds {cfg.seeds}: the mean, and from the "
              "lowest to the highest, on held-out pairs. ECE: of sigma(r_w - r_l) as a probability, "
              "which differences of ratings are not.", "",

@@ -63,6 +63,8 @@ def test_each_method_names_options_that_its_script_has(name, monkeypatch, tmp_pa
     calls = []
     monkeypatch.setattr(alignment_methods, "run_apart",
                         lambda script, **options: calls.append((script, options)))
+    sums = {"sft": {"model.safetensors": "1" * 64}, "rm": {"model.safetensors": "2" * 64}}
+    monkeypatch.setattr(alignment_methods, "made_by", lambda base: sums)
     alignment_methods.train(name, 3, tmp_path / "base", tmp_path / "out", quick=True)
     for script, options in calls:
         config = __import__(script).Config
