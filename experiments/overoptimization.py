@@ -6,8 +6,9 @@ KL(pi_theta || pi_ref) grows, and four things help: a KL penalty, an ensemble of
 (their minimum), early stopping by a gold evaluation, and a hard KL budget. Only where the truth is
 known can both be drawn: the world's judge is the gold reward, a reward model the proxy.
 
-For each seed, from the same SFT model and against the same proxy, which has seen few pairs of
-annotators who err (the dials of Gao et al. 2023):
+For each seed, from the same SFT model and against the same proxy, which has seen few pairs; of the
+other dials of Gao et al. 2023 there are its steps, its annotators' errors and their liking of
+length:
 
   no mitigation   PPO without a KL penalty, until it is far away
   KL penalty      the same with --beta
@@ -22,6 +23,7 @@ annotators who err (the dials of Gao et al. 2023):
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,24 +39,25 @@ from matplotlib import pyplot as plt
 import evaluate
 import train_ppo
 import train_rm
-from experiments.base import base_models, run
-from plumbing.claim import write_whole
+from experiments.base import base_models, fast_dtype, keep, run, save
 from plumbing.curves import read_metrics
-from plumbing.device import pick_device, pick_dtype
+from plumbing.device import pick_device
 from plumbing.folders import load_model
 from plumbing.options import command_line
 from rewards import Reward
-from scoring import best_of_n_kl
+from scoring import best_of_n_kl, best_of_n_kl_of, score_responses
 from world.text import text_of
 
 # Of every PPO run; what a mitigation changes stands beside its name.
-PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 4e-4, "critic_init": "rm"}
+NO_END_SCORE = -1.0
+PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1e-4, "critic_init": "rm",
+            "no_end_score": NO_END_SCORE}
 MITIGATIONS = {
     "no mitigation": {},
     "KL penalty": {"beta": 0.3},
     "ensemble": {"combine": "min"},
     "early stopping": {"gold": "world", "gold_every": 5, "gold_patience": 1000},
-    "KL budget": {"kl_budget": 3.0},
+    "KL budget": {"kl_budget": 1.5},
 }
 WINDOW = 5                             # steps whose rollouts are averaged for a point of a curve
 DRAWS = (1, 2, 4, 8, 16, 32, 64)       # N of best of N
@@ -66,10 +69,10 @@ MEMBERS = 3                            # reward models of the ensemble; the firs
 @dataclass
 class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
-    steps: int = 100                  # of each PPO run, >= 1
+    steps: int = 80                   # of each PPO run, >= 1
     n_pairs: int = 4000               # that the proxy has seen, >= 1
     rm_steps: int = 250               # of the proxy, >= 1
-    label_noise: float = 0.1          # of its annotators, in [0, 1]
+    label_noise: float = 0.0          # of its annotators, in [0, 1]
     length_bias: float = 0.0          # the share that goes by length alone, in [0, 1]
     out: str = "out/overoptimization"  # folder for the models
     figure: str = "results/overoptimization.png"   # the picture; the table beside it, as .md
@@ -123,30 +126,35 @@ def curve(folder: Path) -> list[dict]:
 
 
 def best_of_n_curve(base: Path, proxy: str, seed: int, n_prompts: int) -> list[dict]:
-    """The same for best of N: expected over all choices of N among the most that are drawn."""
+    """The same for best of N: expected over all choices of N among the most that are drawn, and
+    "bound": log N - (N - 1) / N, which the KL may not pass."""
     device = pick_device("auto")
-    dtype = pick_dtype("auto", device)
-    model, tokenizer = load_model(base / "sft", device, dtype)
-    reward = Reward(proxy, "min", tokenizer, device, dtype)
+    model, tokenizer = load_model(base / "sft", device, fast_dtype())
+    reward = Reward(proxy, "min", tokenizer, device, model.dtype)
     examples = evaluate.reward_prompts(f"world:{seed}", n_prompts)
     generator = torch.Generator(device).manual_seed(seed)
     most = max(DRAWS)
     repeated = [example for example in examples for _ in range(most)]
     y = evaluate.answers(model, tokenizer, repeated, 1.0, generator)
     x = [ids for ids in evaluate.chat_prompts(tokenizer, examples) for _ in range(most)]
-    proxy_scores = reward([{}] * len(x), x, y).view(-1, most).cpu().numpy()
+    proxies, _ = score_responses(reward, [{}] * len(x), x, y, tokenizer.end, NO_END_SCORE)
+    proxies = proxies.view(-1, most).cpu().numpy()
     truths = evaluate.true_rewards(repeated, evaluate.complete_texts(tokenizer, y))
-    truths = truths.reshape(-1, most)
     # from the proxy's worst answer of each prompt to its best
-    order = proxy_scores.argsort(1)
-    proxy_scores = np.take_along_axis(proxy_scores, order, 1)
-    truths = np.take_along_axis(truths, order, 1)
+    order = proxies.argsort(1)
+    proxies = np.take_along_axis(proxies, order, 1)
+    truths = np.take_along_axis(truths.reshape(-1, most), order, 1)
+    counts = []
+    for row, places in enumerate(order):
+        # an answer that was drawn again has the same score, and stands beside itself
+        counts.append(Counter(tuple(y[row * most + place]) for place in places).values())
     points = []
     for n in DRAWS:
         # p(the k-th of all is the best of n) = C(k - 1, n - 1) / C(most, n)
         ways = [math.comb(k, n - 1) for k in range(most)]
         p = np.array(ways) / math.comb(most, n)
-        points.append(point(np.array([best_of_n_kl(n)]), proxy_scores @ p, truths @ p))
+        kls = np.array([best_of_n_kl_of(of_prompt, n) for of_prompt in counts])
+        points.append(point(kls, proxies @ p, truths @ p) | {"n": n, "bound": best_of_n_kl(n)})
     return points
 
 
@@ -154,7 +162,7 @@ def final(folder: Path, seed: int, n: int) -> dict:
     """Sampled answers of a finished policy to n held-out prompts: true reward, its standard error,
     what the texts are like, and three of them."""
     device = pick_device("auto")
-    model, tokenizer = load_model(folder, device, pick_dtype("auto", device))
+    model, tokenizer = load_model(folder, device, fast_dtype())
     examples = evaluate.reward_prompts(f"world:{seed}", n)
     generator = torch.Generator(device).manual_seed(seed)
     y = evaluate.answers(model, tokenizer, examples, 1.0, generator)
@@ -183,7 +191,8 @@ def looks(texts: list[str]) -> dict[str, float]:
 # ---------------------------------------------------------------------- what came out
 
 def turn(points: list[dict]) -> dict:
-    """The peak of the true reward, the end, and how many standard errors lie between."""
+    """The peak of the true reward, the end, and how many standard errors lie between. Of 16 points
+    that differ by noise alone the highest is 1.3 of them above the last, on average."""
     peak = max(points, key=lambda found: found["truth"])
     end = points[-1]
     fall = peak["truth"] - end["truth"]
@@ -234,8 +243,7 @@ def draw(found: dict[str, dict], file: Path, mark: str) -> None:
         draw_mitigations(right, of_seed, f"seed {seed}: mitigations{mark}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
+    save(figure, file)
 
 
 def row_of(seed: str, of_seed: dict) -> str:
@@ -252,12 +260,18 @@ def table(found: dict[str, dict], cfg: Config) -> str:
     head = ["seed", "proxy's accuracy", "peak", "at KL", "fall", "standard errors", *MITIGATIONS]
     mark = " (quick)" if cfg.quick else ""
     lines = [f"# Over-optimisation{mark}", "",
-             f"`python experiments/overoptimization.py`: proxies of {cfg.n_pairs:,} pairs, "
-             f"{cfg.label_noise:.0%} of them labelled wrongly; {cfg.steps} steps of PPO. Under the "
+             f"`python experiments/overoptimization.py`: proxies of {cfg.n_pairs:,} pairs, labels "
+             f"wrong: {cfg.label_noise:.0%}; {cfg.steps} steps of PPO. Under the "
              "names of the mitigations: true reward of the final policy, sampled answers to 500 "
              "held-out prompts (standard error about .01).", "",
              f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [row_of(seed, of_seed) for seed, of_seed in found.items()]
+    lines += ["", "Best of N, its KL measured and at most, nats per response:", "",
+              "| seed | N | KL | at most | proxy | true reward |", "|---" * 6 + "|"]
+    for seed, of_seed in found.items():
+        for of_n in of_seed["best of N"]:
+            lines.append(f"| {seed} | {of_n['n']} | {of_n['kl']:.2f} | {of_n['bound']:.2f} | "
+                         f"{of_n['proxy']:.2f} | {of_n['truth']:.3f} |")
     lines += ["", "What the policies say, by how far they went:", ""]
     for seed, of_seed in found.items():
         for name in SHOWN:
@@ -294,7 +308,7 @@ def main(cfg: Config) -> dict:
               f"{ {name: round(end['truth'], 3) for name, end in ends.items()} }", flush=True)
     file = Path(cfg.figure)
     draw(found, file, " (quick)" if cfg.quick else "")
-    write_whole(file.with_suffix(".md"), lambda temporary: temporary.write_text(table(found, cfg)))
+    keep(file.with_suffix(".md"), table(found, cfg))
     return found
 
 
