@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from stages import write_inputs
+from tiny import ending_model, folder_of
 
 import lora
 import train_dpo
@@ -324,6 +325,9 @@ ALIGNED = {"dpo": (train_dpo, {"data": "pairs.jsonl", "batch_size": 4, "warmup":
 def test_alignment_by_adapters_moves_their_matrices_alone(tmp_path, monkeypatch, stage):
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
+    if stage == "grpo":
+        # because answers that all never end are worth the same
+        folder_of(ending_model(), "sft")
     script, options = ALIGNED[stage]
     script.main(build(script.Config, options | {
         "init": "sft", "out": "out", "peft": "lora", "lora_rank": 2, "steps": 2, "lr": 1e-2,
