@@ -33,6 +33,7 @@ from plumbing import claim
 from plumbing.checkpoints import newest_checkpoint, read_meta
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents, read_record
+from plumbing.inputs import differences, read_by
 from plumbing.options import build, command_line, flat
 from report import (
     ALIGNED,
@@ -147,13 +148,18 @@ def run_stage(main: Callable, cfg) -> dict:
 
 def is_same_run(record: dict, cfg) -> bool:
     """Whether a record, of a finished stage or of a checkpoint, is of this config and has the
-    parents of now."""
+    parents and the inputs of now."""
     # --resume and the like say what to do with a folder, and nothing about what comes out.
     ignored = {"resume": False, "insist": False, "overwrite": False}
     recorded = record.get("config", {}) | ignored
     wanted = flat(cfg) | ignored
     # Checksums of the parents' weights too, because a folder may have been trained again.
-    return recorded == wanted and record.get("parents") == parents(cfg)
+    if recorded != wanted or record.get("parents") != parents(cfg):
+        return False
+    # And of data, because a file may have been written again, or the world's code changed. "out" is
+    # what a stage has made itself.
+    began = {option: files for option, files in record.get("inputs", {}).items() if option != "out"}
+    return not differences(began, read_by(cfg, [], began))
 
 
 def set_aside(out: Path) -> None:

@@ -12,7 +12,7 @@ length:
 
   no mitigation   PPO without a KL penalty, until it is far away
   KL penalty      the same with --beta
-  ensemble        the same against the minimum of three such proxies
+  ensemble        the same against the minimum of four such proxies
   early stopping  the same, kept where the judge liked held-out answers best (--gold world)
   KL budget       the same, kept where the KL was last below --kl_budget
   best of N       N answers of the SFT model, of which the proxy picks one: no training at all
@@ -63,15 +63,15 @@ WINDOW = 5                             # steps whose rollouts are averaged for a
 DRAWS = (1, 2, 4, 8, 16, 32, 64)       # N of best of N
 SHOWN = ("SFT", "KL budget", "no mitigation")          # answers at three distances
 DISTANCE = "sqrt(KL), KL in nats per response"
-MEMBERS = 3                            # reward models of the ensemble; the first is the proxy
+MEMBERS = 4                            # reward models of the ensemble; the first is the proxy
 
 
 @dataclass
 class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
-    steps: int = 80                   # of each PPO run, >= 1
-    n_pairs: int = 4000               # that the proxy has seen, >= 1
-    rm_steps: int = 250               # of the proxy, >= 1
+    steps: int = 50                   # of each PPO run, >= 1
+    n_pairs: int = 1000               # that the proxy has seen, >= 1
+    rm_steps: int = 125               # of the proxy, >= 1
     label_noise: float = 0.0          # of its annotators, in [0, 1]
     length_bias: float = 0.0          # the share that goes by length alone, in [0, 1]
     out: str = "out/overoptimization"  # folder for the models

@@ -6,6 +6,8 @@ What a run reads, and whether it is the same when the run goes on after a stop.
 kept in each checkpoint's meta.json and in config.json. --resume compares: another reference in the
 middle of DPO, swapped labels or a new tokenizer for old weights would show in no figure.
 """
+import hashlib
+from functools import cache
 from pathlib import Path
 
 import readers
@@ -13,6 +15,7 @@ import shards
 from plumbing.claim import sha256
 from plumbing.folders import models_of
 
+WORLD = Path(readers.__file__).parent / "world"
 # Options that name the world, a file, a folder, or several with commas.
 DATA = ("data", "anneal_data", "prompts", "lm_data")
 
@@ -79,14 +82,21 @@ def files_of(data: str) -> list[Path | str]:
 
 
 def describe(path: Path | str, before: dict | None) -> dict:
-    """An entry of read_by() for one file; for a world its name stands in the checksum's place."""
+    """An entry of read_by() for one file; a world's checksum is its name and that of its code."""
     if isinstance(path, str):
-        return {"file": path, "bytes": 0, "modified": 0, "sha256": path}
+        return {"file": path, "bytes": 0, "modified": 0, "sha256": f"{path} {world_sum()}"}
     status = path.stat()
     entry = {"file": str(path), "bytes": status.st_size, "modified": status.st_mtime_ns}
     if before is not None and entry.items() <= before.items():
         return before
     return entry | {"sha256": sha256(path)}
+
+
+@cache
+def world_sum() -> str:
+    """The checksum of world/: another task family or judge makes another world of the same seed."""
+    sums = [sha256(file) for file in sorted(WORLD.glob("*.py"))]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def differences(began: dict, now: dict) -> list[str]:

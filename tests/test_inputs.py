@@ -124,6 +124,20 @@ def test_a_world_is_its_seed_and_shards_are_their_index(tmp_path):
     assert inputs.differences(a, b) == ["--data: world:1 is not the one it was"]
 
 
+def test_another_code_of_the_world_is_another_world(tmp_path, monkeypatch):
+    for name in ("tasks.py", "judge.py"):
+        (tmp_path / name).write_text("BEARS = 3\n")
+    sums = []
+    for code in ("BEARS = 3\n", "BEARS = 4\n"):
+        (tmp_path / "judge.py").write_text(code)
+        monkeypatch.setattr(inputs, "WORLD", tmp_path)
+        inputs.world_sum.cache_clear()
+        sums.append({"data": [inputs.describe("world:0", None)]})
+    inputs.world_sum.cache_clear()
+    assert inputs.differences(sums[0], sums[1]) == ["--data: world:0 is not the one it was"]
+    assert inputs.differences(sums[0], sums[0]) == []
+
+
 @pytest.mark.parametrize("name, value, said", [
     ("ranks", 2, "ranks 2; from here on it is 1: a step reads the rows of so many ranks"),
     ("dtype", "torch.bfloat16", "dtype torch.bfloat16; from here on it is torch.float32: matmuls"),

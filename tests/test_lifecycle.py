@@ -265,6 +265,16 @@ def test_a_changed_setting_runs_that_stage_afresh_and_keeps_the_old_folder(again
     assert json.loads(Path("out/dpo/config.json").read_text())["config"]["lr"] == 3e-3
 
 
+def test_a_stage_of_a_world_whose_code_has_changed_runs_afresh(again, monkeypatch):
+    """An added task family, say: what was finished is of another world."""
+    main, cfg = lifecycle.stages(CONFIG)["pretrain"]
+    lifecycle.run_stage(main, cfg)
+    assert not again
+    monkeypatch.setattr("plumbing.inputs.world_sum", lambda: "another")
+    lifecycle.run_stage(main, cfg)
+    assert [name for name, _ in again] == ["pretrain"]
+
+
 def test_another_seed_is_another_life(again):
     other = lifecycle.stages(dataclasses.replace(CONFIG, seed=4))
     main, cfg = other["pretrain"]
