@@ -58,6 +58,7 @@ SCORE = "reward model's score"
 DPO = {"n_pairs": 8000, "steps": 500, "lr": 1e-4}
 GROUPS = {"steps": 100, "batch_size": 8, "group": 8, "lr": 1.5e-4}
 METHODS = {
+    "base model": Method("", "policy", "documents", "imitation", {}),
     "SFT": Method("", "policy", "demonstrations", "imitation", {}),
     "SFT on chosen": Method(
         "train_sft", "policy", "8,000 chosen answers", "imitation",
@@ -174,7 +175,9 @@ def figures_of(name: str, folder: Path, seed: int, base: Path, n: int) -> dict:
     """A cell of each column but the minutes, of one seed."""
     answer = partial(best_of_16, base) if name == "best of 16" else evaluate.greedy_texts
     is_trained = METHODS[name].script != ""
-    figures = examine(folder if is_trained else base / "sft", seed, base, n, answer)
+    if not is_trained:
+        folder = base / ("pretrain" if name == "base model" else "sft")
+    figures = examine(folder, seed, base, n, answer)
     if name == "best of 16":
         figures["kl"] = best_of_n_kl(N)                        # at most
     if is_trained:
