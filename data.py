@@ -565,6 +565,11 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def items(self, index: torch.Tensor) -> list[dict]:
+        """The rows of the data, pairs, ratings or rankings, at the places of a batch, (B,)."""
+        # as a list, because a GPU would be asked for each number of a tensor by itself
+        return [self.pairs[i] for i in index.tolist()]
+
     def response_tokens(self) -> torch.Tensor:
         """|y| of each pair's two answers, (N, 2)."""
         counts = []

@@ -189,9 +189,8 @@ def labels_of(pairs: PreferencePairs, index: Tensor | None = None) -> Tensor | N
     one; None for pairs, which have no labels."""
     if "label" not in pairs.pairs[0]:
         return None
-    # as a list, because a GPU would be asked for each number of a tensor by itself
-    places = range(len(pairs)) if index is None else index.tolist()
-    return torch.tensor([pairs.pairs[i]["label"] for i in places])
+    rows = pairs.pairs if index is None else pairs.items(index)
+    return torch.tensor([row["label"] for row in rows])
 
 
 # ---------------------------------------------------------------------- the policy's own pairs

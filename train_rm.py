@@ -128,7 +128,7 @@ def heldout_figures(model: WithHead, heldout: PreferencePairs, cfg: Config) -> d
     total = 0.0
     margins = []
     for batch in heldout.epoch(cfg.batch_size):
-        items = [heldout.pairs[i] for i in batch.index.tolist()]
+        items = heldout.items(batch.index)
         rewards = response_rewards(model, batch.to(model.device)).view(-1, len(items)).cpu()
         total += loss_of(rewards, items, cfg).item() * len(items)
         margins.append(margins_of(rewards, items))
@@ -199,7 +199,7 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps):
         # 2.1 Sample batch {(x, y_w, y_l)}
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
-        items = [train.pairs[i] for i in batch.index.tolist()]
+        items = train.items(batch.index)
 
         # 2.2 Compute r_w and r_l, read at the last token of each response
         rewards = response_rewards(forward, batch).view(-1, len(items))        # (2, B): r_w, r_l

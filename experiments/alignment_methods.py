@@ -95,8 +95,8 @@ METHODS = {
          "optimizer": "muon", "lr": 4e-3}),
     "SimPO": Method("train_dpo", "policy", PAIRS, "pairs", DPO | {"method": "simpo", "lr": 2e-5}),
     "online DPO": Method(
-        "train_dpo", "policy, reference, reward model", "32,000 own answers", SCORE,
-        {"rounds": 5, "steps": 500, "beta": 1.0, "lr": 1e-4}),
+        "train_dpo", "policy, reference, reward model", "19,200 own answers", SCORE,
+        {"rounds": 3, "steps": 300, "beta": 2.0, "lr": 1e-4}),
     "SPIN": Method(
         "train_dpo", "policy, reference once", "demonstrations, 4,800 own answers",
         "not to be told from them", {"spin": True, "rounds": 3, "steps": 300, "lr": 1e-4}),
