@@ -69,7 +69,7 @@ class Config(Options):
     minibatch_size: int = 32          # answers read at once: memory, not mathematics, >= 1
     epochs: int = 1                   # updates per rollout (K), each over all of it, >= 1
     lr: float = 1.5e-4                # initial learning rate
-    beta: float = 0.2                 # KL coefficient (results: dr_grpo .35, rloo, reinforce .5)
+    beta: float = 0.2                 # KL coefficient (results: dr_grpo .6, rloo, reinforce .5)
     clip: float = 0.2                 # epsilon of grpo and dr_grpo, in (0, 1)
     no_end_score: float = -1.0        # the score of a response without <|end|>, any number
     max_norm: float = 1.0             # gradient clipping, > 0

@@ -81,7 +81,7 @@ METHODS = {
         GROUPS | {"method": "grpo", "beta": 0.2}),
     "Dr. GRPO": Method(
         "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
-        GROUPS | {"method": "dr_grpo", "beta": 0.35}),
+        GROUPS | {"method": "dr_grpo", "beta": 0.6}),
     "DPO": Method("train_dpo", "policy, reference once", PAIRS, "pairs", DPO | {"beta": 1.0}),
     "IPO": Method(
         "train_dpo", "policy, reference once", PAIRS, "pairs",
