@@ -3,13 +3,13 @@ DPO makes what people chose less likely: log pi(y_w|x) on held-out pairs, step b
 
 The sentence of the documents (003): "DPO often achieves the margin by decreasing the chosen logprob
 slightly while crashing the rejected logprob much more"; mitigations: "tune beta, add an SFT/NLL
-anchor on y_w, or length-normalize". Four runs of train_dpo.py for each seed from the SFT model:
+anchor on y_w, or length-normalize". Five runs of train_dpo.py for each seed from the SFT model:
 
   beta 0.1           a weak pull to the reference
   beta 2             a strong one
   NLL anchor         beta 0.1 and --nll_coef 1
-  length-normalised  --mean_logps, with a beta as large in effect at the start: 0.1 times the mean
-                     length of an answer
+  length-normalised  --mean_logps, with a beta as large in effect at the start, 0.1 times the mean
+                     length of an answer, 15 tokens; and with the 10 that SimPO's authors use
 
     python experiments/dpo_chosen_falls.py             # results/dpo_chosen_falls.png and .md
     python experiments/dpo_chosen_falls.py --quick     # one seed, a fifth of the steps
@@ -37,6 +37,7 @@ VARIANTS = {
     "beta 2": {"beta": 2.0},
     "NLL anchor": {"nll_coef": 1.0},
     "length-normalised": {"mean_logps": True, "beta": 1.5},
+    "length-normalised, beta 10": {"mean_logps": True, "beta": 10.0},
 }
 
 
@@ -63,7 +64,7 @@ def curve(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(folders: dict[str, dict[str, Path]], file: Path, mark: str) -> None:
     """A panel for each variant: chosen and rejected answers, a line for each seed."""
-    figure, axes = plt.subplots(1, len(folders), figsize=(16, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(folders), figsize=(18, 4), sharey=True, layout="constrained")
     for axis, (variant, of_seeds) in zip(axes, folders.items()):
         for number, folder in enumerate(of_seeds.values()):
             for side, color in (("chosen", "C0"), ("rejected", "C1")):
@@ -110,7 +111,7 @@ def main(cfg: Config) -> None:
         base = base_models(int(seed))
         out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
         for variant, changes in VARIANTS.items():
-            folder = out / variant.replace(" ", "_")
+            folder = out / variant.replace(",", "").replace(" ", "_")
             run(train_dpo, init=str(base / "sft"), out=str(folder), data=f"world:{seed}",
                 seed=int(seed), steps=cfg.steps, eval_every=cfg.eval_every, **DPO | changes)
             folders[variant][seed] = folder
