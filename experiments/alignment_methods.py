@@ -14,6 +14,13 @@ chosen on seed 0.
     python experiments/alignment_methods.py --quick    # one seed, a tenth of the steps
     python experiments/alignment_methods.py --methods DPO,GRPO --seeds 3
 
+What came out (AMD EPYC with AVX512-BF16, bf16, three seeds): all but SPIN win against SFT. Those
+that ask the reward model about their own answers win most, 74 to 88 %; DPO wins 76 to 77 %, IPO 66
+to 69 %, as careful as it is. Imitating the chosen answers costs a third of DPO's lines and wins as
+much, 78 to 80 %. Best of 16 loses 6 points of accuracy, because the reward model is taken at its
+word. ORPO has not learned its tasks in the compute of SFT and DPO together: 13 to 19 points less.
+SPIN imitates demonstrations that are no better than the model: it gets worse (40 to 43 %).
+
 Each run is a process of its own, so that its memory is its own, and what is finished is kept in
 out/alignment_methods/SEED. Greedy answers to 500 unseen prompts are compared with the SFT model's.
 """
@@ -29,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
@@ -241,25 +249,23 @@ def table(found: dict[str, dict[str, dict]], cfg: Config) -> str:
 
 
 def draw(found: dict[str, dict[str, dict]], file: Path, mark: str) -> None:
-    """Each method's seeds: what is won, and what it costs in distance, accuracy and documents."""
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
-    labels = {"kl": "KL to the SFT model, nats per response",
-              "accuracy_gain": "accuracy over SFT's",
-              "base_loss": "loss on held-out documents, nats per token"}
-    colors = plt.get_cmap("tab20")
+    """What is won, and what it costs: a row a method, a dot a seed, a bar at their mean."""
+    panels = {"win_rate": "wins over SFT", "length_controlled": "wins of equal length",
+              "accuracy_gain": "accuracy over SFT's", "kl": "KL to SFT, nats per response",
+              "base_loss": "loss on documents, nats per token"}
     # the base model has no place here, because it is 95 points and 270 nats away
     aligned = {method: of_seeds for method, of_seeds in found.items() if method != "base model"}
-    for axis, (name, label) in zip(axes, labels.items()):
-        for number, (method, of_seeds) in enumerate(aligned.items()):
-            x = [figures[name] for figures in of_seeds.values()]
-            y = [figures["win_rate"] for figures in of_seeds.values()]
-            axis.plot(x, y, marker="o", markersize=4, color=colors(number), label=method)
+    figure, axes = plt.subplots(1, len(panels), figsize=(17, 6), layout="constrained", sharey=True)
+    for axis, (name, label) in zip(axes, panels.items()):
+        for place, of_seeds in enumerate(aligned.values()):
+            values = [figures[name] for figures in of_seeds.values()]
+            axis.plot(values, [place] * len(values), "o", color=f"C{place % 10}", alpha=0.6)
+            axis.plot(np.mean(values), place, "|", color="black", markersize=14)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="wins over SFT, by true reward",
-                title=f"15 ways to align one SFT model{mark}")
-    axes[0].set_xscale("symlog", linthresh=1)
-    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].set_yticks(range(len(aligned)), list(aligned))
+    axes[0].invert_yaxis()                     # the first of the table on top
+    figure.suptitle(f"15 ways to align one SFT model{mark}")
     save(figure, file)
 
 
