@@ -6,7 +6,7 @@ The rows of bench.py on alignment: our scripts beside TRL's trainers, on the sam
 
 Both sides run the code that their users run, train_dpo.py and train_grpo.py here, DPOTrainer,
 GRPOTrainer and RLOOTrainer there, on Llamas of one size in one dtype, with prompts of 32 tokens,
-answers of 64 and random words. Each function returns the seconds of every step.
+answers of 64 and random words. dpo_here, dpo_in_trl, ... return the seconds of every step.
 """
 import contextlib
 import itertools

@@ -398,13 +398,18 @@ def rollout_truth(prompts: list[dict], responses: list[list[int]], tokenizer) ->
 
 # ---------------------------------------------------------------------- comparisons
 
-def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Share of prompts on which ours is higher, ties counting half, and its 95 % interval (normal
-    approximation of the mean of 0, 1/2, 1)."""
+def wins_of(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """(n,) for each prompt 1 where ours is higher, 1/2 for a tie, 0 where theirs is."""
     # Closer than 1e-9 is a tie, because sums of the same parts may be rounded in another way.
     higher = ours > theirs + 1e-9
     tied = np.abs(ours - theirs) <= 1e-9
-    wins = higher + 0.5 * tied
+    return higher + 0.5 * tied
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Share of prompts on which ours is higher, ties counting half, and its 95 % interval (normal
+    approximation of the mean of 0, 1/2, 1)."""
+    wins = wins_of(ours, theirs)
     rate = wins.mean()
     half_width = 1.96 * wins.std() / math.sqrt(len(wins))
     return float(rate), float(rate - half_width), float(rate + half_width)

@@ -99,8 +99,7 @@ def compare(found: dict, sft: dict) -> dict:
     """A method's figures in the columns of the table."""
     words = np.array([len(text.split()) for text in found["texts"]])
     sft_words = np.array([len(text.split()) for text in sft["texts"]])
-    ties = np.abs(found["rewards"] - sft["rewards"]) <= 1e-9
-    wins = np.where(ties, 0.5, found["rewards"] > sft["rewards"])
+    wins = evaluate.wins_of(found["rewards"], sft["rewards"])
     against = evaluate.wins_over(found, sft)
     return {"true_reward": found["true_reward"], "win_rate": against["win_rate"],
             "length_controlled": length_controlled(wins, words - sft_words),

@@ -376,21 +376,24 @@ def test_online_rounds_make_pairs_of_the_present_policy(tmp_path, taste):
     assert [found["steps"] for found in config_of] == [4, 4]
 
 
-def test_rounds_go_on_where_they_stopped(tmp_path, taste, monkeypatch):
-    cfg = online(tmp_path, reward=taste)
-    train_dpo.main(cfg)
-    whole = read_metrics(tmp_path / "dpo")
-    again = replace(cfg, out=str(tmp_path / "again"))
+def kill_before_round_2(monkeypatch, cfg: Config) -> None:
     make = preferences.make_pairs
 
     def killed(cfg, policy, file, number, steps):
         if number == 2:
             raise KeyboardInterrupt
         make(cfg, policy, file, number, steps)
-    monkeypatch.setattr(preferences, "make_pairs", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_dpo.main(again)
-    monkeypatch.setattr(preferences, "make_pairs", make)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preferences, "make_pairs", killed)
+        train_dpo.main(cfg)
+
+
+def test_rounds_go_on_where_they_stopped(tmp_path, taste, monkeypatch):
+    cfg = online(tmp_path, reward=taste)
+    train_dpo.main(cfg)
+    whole = read_metrics(tmp_path / "dpo")
+    again = replace(cfg, out=str(tmp_path / "again"))
+    kill_before_round_2(monkeypatch, again)
     with pytest.raises(ValueError, match="pairs_1.jsonl is there already; --resume goes on"):
         train_dpo.main(again)
     # other pairs would be made than these rounds began with
@@ -409,17 +412,8 @@ def test_rounds_that_replace_others_go_on_where_they_stopped(tmp_path, taste, mo
     cfg = online(tmp_path, reward=taste)
     train_dpo.main(replace(cfg, seed=1))
     before = read_metrics(tmp_path / "dpo")
-    make = preferences.make_pairs
-
-    def killed(cfg, policy, file, number, steps):
-        if number == 2:
-            raise KeyboardInterrupt
-        make(cfg, policy, file, number, steps)
-    monkeypatch.setattr(preferences, "make_pairs", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_dpo.main(replace(cfg, overwrite=True))
+    kill_before_round_2(monkeypatch, replace(cfg, overwrite=True))
     assert read_metrics(tmp_path / "dpo") == before            # still there
-    monkeypatch.setattr(preferences, "make_pairs", make)
     train_dpo.main(replace(cfg, resume=True))
     train_dpo.main(replace(cfg, out=str(tmp_path / "whole")))
     losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("dpo", "whole")]
