@@ -24,6 +24,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+import readers
+
 LISTED = 1 << 20        # up to so many items an epoch's order is an array (8 MB); shuffled()
 
 
@@ -623,6 +625,17 @@ def encode_prompts(prompts: list[dict], tokenizer, max_tokens: int,
 
     fitting_prompts, sequences = fit_all(prompts, sequences_of, max_tokens, truncate)
     return fitting_prompts, [ids.tolist() for [(ids, _)] in sequences]
+
+
+def prompts_to_answer(cfg, tokenizer, context_length: int,
+                      **options) -> tuple[list[dict], list[list[int]]]:
+    """--prompts that leave room for an answer of --max_new_tokens: their rows and their ids.
+
+    options: of readers.read_prompts(), where they are not --n_prompts of the training split.
+    """
+    options = {"split": "train", "n": cfg.n_prompts, "seed": cfg.seed} | options
+    rows = readers.read_prompts(cfg.prompts, bad_rows=cfg.bad_rows, **options)
+    return encode_prompts(rows, tokenizer, context_length - cfg.max_new_tokens, cfg.truncate)
 
 
 def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

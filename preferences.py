@@ -28,6 +28,7 @@ from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, parents
 from rewards import Reward
+from scoring import mean_if_any, ranked_right
 
 # Options of train_dpo.py on which the pairs of its rounds depend.
 MAKE_PAIRS = ("init", "reference", "data", "n_pairs", "prompts", "seed", "rounds", "steps",
@@ -175,6 +176,21 @@ def sides(values: Tensor, is_good: Tensor | None) -> tuple[Tensor, Tensor]:
         return values.chunk(2)
     answers, _ = values.chunk(2)
     return answers[is_good], answers[~is_good]
+
+
+def monitored(loss: Tensor, margin: Tensor, pi: Tensor, ref: Tensor | None,
+              is_good: Tensor | None) -> dict:
+    """What DPO tracks (001 step 3.5), means over the rows. logratio_*: log pi_theta - log pi_ref,
+    nats per response, which shows where the policy drifts; kl_proxy: the mean of its size."""
+    pi_w, pi_l = sides(pi, is_good)
+    figures = {"loss": loss, "margin": margin.mean(), "accuracy": ranked_right(margin),
+               "logp_chosen": mean_if_any(pi_w), "logp_rejected": mean_if_any(pi_l)}
+    if ref is None:
+        return figures
+    drift_w, drift_l = sides(pi - ref, is_good)
+    return figures | {"logratio_chosen": mean_if_any(drift_w),
+                      "logratio_rejected": mean_if_any(drift_l),
+                      "kl_proxy": torch.cat([drift_w, drift_l]).abs().mean()}
 
 
 def mean_mismatch(pi: Tensor, ref: Tensor) -> float:

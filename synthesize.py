@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import readers
 import sample
-from data import encode_prompts
+from data import prompts_to_answer
 from plumbing import claim
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model
@@ -59,10 +58,7 @@ def main(cfg: Config) -> list[dict]:
     dtype = pick_dtype(cfg.dtype, device)
     model, tokenizer = load_model(cfg.init, device, dtype)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, device, dtype)
-    rows = readers.read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
-                                bad_rows=cfg.bad_rows)
-    room = model.config.context_length - cfg.max_new_tokens
-    prompts, ids = encode_prompts(rows, tokenizer, room, cfg.truncate)
+    prompts, ids = prompts_to_answer(cfg, tokenizer, model.config.context_length)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     written = []
     for first in tqdm(range(0, len(prompts), 64), desc=cfg.method, unit="64 prompts"):

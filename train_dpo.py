@@ -36,16 +36,17 @@ import lora
 from data import PreferencePairs
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
-from plumbing.options import Options, command_line, nested
+from plumbing.options import Options, command_line, nested, refuse_unread
 from plumbing.run import start
-from preferences import in_rounds, labels_of, mean_mismatch, read_data, read_reference, sides
-from scoring import log1mexp, mean_if_any, ranked_right, response_logps, score_pairs
+from preferences import in_rounds, labels_of, mean_mismatch, monitored, read_data, read_reference
+from scoring import log1mexp, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
            "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",),
-           **dict.fromkeys(("prompts", "answers", "combine", "no_end_score"), ("--reward",))}
+           "prompts": ("--reward",), "answers": ("--reward",), "combine": ("--reward",),
+           "no_end_score": ("--reward",)}
 
 
 @dataclass
@@ -101,10 +102,13 @@ def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: flo
     Delta (B,): at the start Delta = 0 and the loss is log 2. label_smoothing: the probability that
     a label is wrong (conservative DPO, Mitchell 2023).
     """
-    margin = beta * ((pi_w - ref_w) - (pi_l - ref_l))
+    h_w = pi_w - ref_w
+    h_l = pi_l - ref_l
+    margin = beta * (h_w - h_l)
     right = -F.logsigmoid(margin)
     wrong = -F.logsigmoid(-margin)
-    return ((1 - label_smoothing) * right + label_smoothing * wrong).mean(), margin
+    loss = (1 - label_smoothing) * right + label_smoothing * wrong
+    return loss.mean(), margin
 
 
 def ipo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
@@ -112,7 +116,8 @@ def ipo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor,
     """((h_w - h_l) - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17): a margin to reach and not to pass.
     As dpo_loss, but log pi(y|x) is the mean over the response. At the start 1 / (4 beta^2)."""
     margin = (pi_w - ref_w) - (pi_l - ref_l)
-    return ((margin - 1 / (2 * beta)) ** 2).mean(), margin
+    loss = (margin - 1 / (2 * beta)) ** 2
+    return loss.mean(), margin
 
 
 def kto_loss(pi: Tensor, ref: Tensor, is_good: Tensor, z: float, beta: float, lambda_good: float,
@@ -125,28 +130,34 @@ def kto_loss(pi: Tensor, ref: Tensor, is_good: Tensor, z: float, beta: float, la
     """
     sign = torch.where(is_good, 1.0, -1.0).to(pi.device)
     weight = torch.where(is_good, lambda_good, lambda_bad).to(pi.device)
-    margin = sign * beta * (pi - ref - max(z, 0.0))
-    return (weight * (1 - margin.sigmoid())).mean(), margin
+    h = pi - ref
+    margin = sign * beta * (h - max(z, 0.0))
+    loss = weight * (1 - margin.sigmoid())
+    return loss.mean(), margin
 
 
 def orpo_loss(mean_w: Tensor, mean_l: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """-p_w - lam log sigma(log odds ratio) (001 section 4.8.3; Hong et al. 2024). mean_w, mean_l:
     (B,) log pi(y|x) / |y| in nats. Returns the mean loss and the log odds ratio (B,)."""
-    log_odds_ratio = (mean_w - log1mexp(mean_w)) - (mean_l - log1mexp(mean_l))
-    return (-mean_w - lam * F.logsigmoid(log_odds_ratio)).mean(), log_odds_ratio
+    log_odds_w = mean_w - log1mexp(mean_w)
+    log_odds_l = mean_l - log1mexp(mean_l)
+    log_odds_ratio = log_odds_w - log_odds_l
+    loss = -mean_w - lam * F.logsigmoid(log_odds_ratio)
+    return loss.mean(), log_odds_ratio
 
 
 def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
     """-log sigma(margin - gamma), margin = beta (p_w - p_l) (Meng et al. 2024). As orpo_loss."""
     margin = beta * (mean_w - mean_l)
-    return -F.logsigmoid(margin - gamma).mean(), margin
+    loss = -F.logsigmoid(margin - gamma)
+    return loss.mean(), margin
 
 
 def method_loss(pi: Tensor, ref: Tensor | None, lengths: Tensor, is_good: Tensor | None, z: float,
                 cfg: Config) -> tuple[Tensor, Tensor]:
     """The loss and margins of --method. pi, ref, lengths |y| (2B,): B chosen, then their B rejected
     answers; for kto B answers, good or not by is_good (B,), then B to other prompts."""
-    nll = -(pi / lengths).chunk(2)[0].mean()                                   # of y_w, per token
+    mean_w, _ = (pi / lengths).chunk(2)                                        # log p per token
     if cfg.method in MEANS or cfg.mean_logps:
         pi = pi / lengths
         ref = None if ref is None else ref / lengths                           # orpo, simpo: None
@@ -161,7 +172,7 @@ def method_loss(pi: Tensor, ref: Tensor | None, lengths: Tensor, is_good: Tensor
     if cfg.method == "kto":
         return kto_loss(pi_w, ref_w, is_good, z, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
     loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
-    return loss + cfg.nll_coef * nll, margin
+    return loss - cfg.nll_coef * mean_w.mean(), margin
 
 
 @torch.no_grad()
@@ -173,39 +184,21 @@ def reference_logps(reference, ref_logps: Tensor | None, batch) -> Tensor | None
     return response_logps(reference.logps, batch) if reference else None
 
 
-def monitored(loss: Tensor, margin: Tensor, pi: Tensor, ref: Tensor | None,
-              is_good: Tensor | None) -> dict:
-    """What 3.5 tracks, means over the rows. logratio_*: log pi_theta - log pi_ref in nats per
-    response, which shows where the policy drifts; kl_proxy: the mean of its size."""
-    pi_w, pi_l = sides(pi, is_good)
-    figures = {"loss": loss, "margin": margin.mean(), "accuracy": ranked_right(margin),
-               "logp_chosen": mean_if_any(pi_w), "logp_rejected": mean_if_any(pi_l)}
-    if ref is None:
-        return figures
-    drift_w, drift_l = sides(pi - ref, is_good)
-    return figures | {"logratio_chosen": mean_if_any(drift_w),
-                      "logratio_rejected": mean_if_any(drift_l),
-                      "kl_proxy": torch.cat([drift_w, drift_l]).abs().mean()}
-
-
 def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Config) -> dict:
     """Loss, margin, accuracy and drift from the reference on pairs that are not trained on."""
     pi = score_pairs(policy, pairs, cfg.batch_size).T.flatten()                # (2N,)
     ref = ref_logps.T.flatten()
     lengths = pairs.response_tokens().T.flatten().to(pi.device)
     is_good = labels_of(pairs)                                                 # (N,) or None
-    loss, margin = method_loss(pi, ref, lengths, is_good, mean_mismatch(pi, ref), cfg)
+    z = mean_mismatch(pi, ref)
+    loss, margin = method_loss(pi, ref, lengths, is_good, z, cfg)
     figures = monitored(loss, margin, pi, ref, is_good)
     return {f"val_{name}": value for name, value in figures.items()}
 
 
 def check(cfg: Config) -> Config:
     """The config with its --init. Raises ValueError for options that do not go together."""
-    given = {cfg.method, "--reward" if cfg.reward else ""}
-    for name, readers in READ_BY.items():
-        if getattr(cfg, name) != getattr(Config, name) and not given & {*readers}:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: --method {cfg.method} does not read "
-                             f"it; {', '.join(readers)} would")
+    refuse_unread(cfg, READ_BY)
     if cfg.rounds > 1 and not (cfg.reward or cfg.spin) or cfg.steps % cfg.rounds:
         raise ValueError(f"--rounds {cfg.rounds}: must divide --steps, and needs --reward or "
                          "--spin true, which make the pairs of each round")
@@ -243,7 +236,8 @@ def main(cfg: Config) -> dict:
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 3.1 Sample mini-batch
-        batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        batch = train.batch(step, cfg.batch_size, run.rank, run.world_size)
+        batch = batch.to(run.device)
         is_good = labels_of(train, batch.index)                            # kto: (B,), else None
 
         # 3.2 FORWARD PASS
@@ -252,7 +246,9 @@ def main(cfg: Config) -> dict:
         lengths = batch.loss_mask.sum(1)                                   # (2B,) |y|
 
         # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
-        z = run.mean_over_ranks(mean_mismatch(pi, ref)) if cfg.method == "kto" else 0.0
+        z = 0.0
+        if cfg.method == "kto":
+            z = run.mean_over_ranks(mean_mismatch(pi, ref))
         loss, margin = method_loss(pi, ref, lengths, is_good, z, cfg)
 
         # 3.4 BACKWARD + UPDATE

@@ -21,14 +21,13 @@ reward, the advantage A_i is the same for all of its tokens:
 
 Sources: Williams 1992; Ahmadian et al. 2024 (RLOO); Shao et al. 2024 (GRPO; std divides by G - 1);
 Liu et al. 2025 (Dr. GRPO: neither the std nor |y_i|, which favour easy prompts and long mistakes).
-Before its first update grpo's loss of a group is 0 but for the KL, whatever the policy, because
-rho_t is 1 and the A_i add up to 0; its gradient is not. With the KL in R_i the policy goes to
-4.6.2's pi*; k3 in the loss has the gradient of KL(pi_ref || pi), and another limit (Tang and Munos
-2025).
+With the KL in R_i the policy goes to 4.6.2's pi*; k3 in the loss has the gradient of KL(pi_ref ||
+pi), and another limit (Tang and Munos 2025).
 
     python train_grpo.py --method rloo --reward world --families arithmetic
 """
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -37,16 +36,16 @@ import evaluate
 import lora
 import sample
 import scoring
-from data import encode_prompts, permuted, response_batches
+from data import permuted, prompts_to_answer, response_batches
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
-from plumbing.options import Options, command_line, nested
+from plumbing.options import Options, command_line, nested, refuse_unread
 from plumbing.run import start
-from readers import read_prompts
 from rewards import Reward
 from scoring import clipped_surrogate, kl_k1, kl_k3, masked_mean, mean_figures, token_logps
 
 ONE_STEP = ("reinforce", "rloo")               # without a ratio a batch is right for one step only
+READ_BY = {"clip": ("grpo", "dr_grpo"), "epochs": ("grpo", "dr_grpo")}
 
 
 @dataclass
@@ -85,7 +84,8 @@ def advantages_of(rewards: Tensor, method: str, baseline: float = 0.0) -> Tensor
         return rewards - baseline
     if method == "rloo":
         G = rewards.shape[1]
-        others = (rewards.sum(1, keepdim=True) - rewards) / (G - 1)        # mean of the other G - 1
+        total = rewards.sum(1, keepdim=True)
+        others = (total - rewards) / (G - 1)                               # mean of the other G - 1
         return rewards - others
     if method == "grpo":
         return (rewards - mean) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -105,7 +105,8 @@ def answer_losses(logps: Tensor, rollout: dict, cfg: Config) -> tuple[Tensor, di
     advantages = rollout["advantages"][:, None]                            # (b, 1)
     surrogate, ratio, binds = clipped_surrogate(logps, rollout["old_logps"], advantages, mask,
                                                 cfg.clip)                  # (b, T) each
-    penalty = cfg.beta * kl_k3(logps, rollout["ref_logps"]) * mask
+    k3 = kl_k3(logps, rollout["ref_logps"])
+    penalty = cfg.beta * k3 * mask
     length = mask.sum(1) if cfg.method == "grpo" else cfg.max_new_tokens
     figures = {"ratio_max": ratio.max(), "clip_fraction": masked_mean(binds, mask)}
     return (surrogate + penalty).sum(1) / length, figures
@@ -114,14 +115,13 @@ def answer_losses(logps: Tensor, rollout: dict, cfg: Config) -> tuple[Tensor, di
 class Baseline:
     """reinforce's: a running mean of earlier batches' rewards; a checkpoint must know it."""
 
-    def __init__(self, decay: float = 0.9):
-        self.decay = decay
+    def __init__(self):
         self.value = None
 
     def update(self, mean_reward: float) -> None:
         if self.value is None:
             self.value = mean_reward
-        self.value = self.decay * self.value + (1 - self.decay) * mean_reward
+        self.value += 0.1 * (mean_reward - self.value)
 
     def state_dict(self) -> dict:
         return {"value": self.value}
@@ -139,11 +139,7 @@ def rollout_figures(score: Tensor, kl: Tensor, ended: Tensor) -> dict[str, Tenso
 
 
 def main(cfg: Config) -> dict:
-    if cfg.method in ONE_STEP and cfg.epochs > 1:
-        raise ValueError(f"--epochs {cfg.epochs}: {cfg.method} has no ratio pi_theta / pi_old, and "
-                         "after one update the answers are not its own; give 1, or grpo")
-    if cfg.method in ONE_STEP and cfg.clip != Config.clip:
-        raise ValueError(f"--clip {cfg.clip}: {cfg.method} clips nothing; grpo and dr_grpo do")
+    refuse_unread(cfg, READ_BY)
     run = start(cfg, __file__)
 
     # 1. INITIALIZE: actor, frozen reference, the reward, optimizer
@@ -153,34 +149,33 @@ def main(cfg: Config) -> dict:
     reference = lora.reference_of(actor, cfg.adapters)
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype)
     length = actor.config.context_length
-    families = {"families": tuple(cfg.families.split(","))} if cfg.families else {}
-    rows = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
-                        bad_rows=cfg.bad_rows, **families)
-    prompts, prompt_ids = encode_prompts(rows, tokenizer, length - cfg.max_new_tokens, cfg.truncate)
+    options = {}
+    if cfg.families:
+        options["families"] = tuple(cfg.families.split(","))
+    prompts, prompt_ids = prompts_to_answer(cfg, tokenizer, length, **options)
     forward = run.prepare(actor, "logps")
     optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     baseline = Baseline()
     run.track(actor=actor, optimizer=optimizer, baseline=baseline)
-    if cfg.method == "grpo":
+    if cfg.method == "grpo":                   # its gradient is not 0
         run.say("the loss is 0 but for the KL in each first update, because rho_t is 1 and the A_i "
                 "of a group add up to 0; whether it learns is seen in reward and kl")
-    mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
+    length_read = mean(map(len, prompt_ids)) + cfg.max_new_tokens
     n_answers = cfg.batch_size * cfg.group
-    run.forecast(actor, reference, *reward.models, rows=cfg.minibatch_size, length=mean_length,
-                 log_mfu=False, tokens=cfg.epochs * cfg.steps * n_answers * mean_length)
+    n_read = n_answers * cfg.steps * cfg.epochs
+    run.forecast(actor, reference, *reward.models, rows=cfg.minibatch_size, length=length_read,
+                 log_mfu=False, tokens=n_read * length_read)
 
     # 2. FOR step = 1 TO T
     for step in run.steps(cfg.steps):
-        generator = run.generator(step)
-
         # 2.1 Sample batch of prompts
         index = permuted(len(prompts), cfg.seed, step, cfg.batch_size, run.rank, run.world_size)
         asked = [prompts[i] for i in index for _ in range(cfg.group)]
         x = [prompt_ids[i] for i in index]
 
-        # 2.2 G answers y ~ pi_theta(.|x) to each prompt, their log-probs, KL and rewards
+        # 2.2 G answers y ~ pi_theta(.|x) to each of N / G prompts, log-probs, KL and rewards
         y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,), cfg.temperature,
-                            generator=generator, group=cfg.group)          # N = prompts * G
+                            generator=run.generator(step), group=cfg.group)   # N
         x = [ids for ids in x for _ in range(cfg.group)]
         score, ended = scoring.score_responses(reward, asked, x, y, tokenizer.end,
                                                cfg.no_end_score)           # (N,)
@@ -190,17 +185,21 @@ def main(cfg: Config) -> dict:
                 batch = batch.to(run.device)
                 old_logps = token_logps(actor.logps, batch, cfg.temperature)       # (b, T-1)
                 ref_logps = token_logps(reference.logps, batch, cfg.temperature)
-                rollouts.append({"batch": batch, "mask": batch.loss_mask[:, 1:].float(),
-                                 "old_logps": old_logps, "ref_logps": ref_logps,
-                                 "kl": kl_k1(old_logps, ref_logps).sum(1)})    # nats, (b,)
+                kl = kl_k1(old_logps, ref_logps).sum(1)                    # nats, (b,)
+                mask = batch.loss_mask[:, 1:].float()
+                rollouts.append({"batch": batch, "mask": mask, "old_logps": old_logps,
+                                 "ref_logps": ref_logps, "kl": kl})
         kl = torch.cat([r["kl"] for r in rollouts])                        # (N,)
-        rewards = score - cfg.beta * kl if cfg.method in ONE_STEP else score   # R_i
+        rewards = score                                                    # R_i
+        if cfg.method in ONE_STEP:
+            rewards = score - cfg.beta * kl
 
         # 2.3 Advantages, from each prompt's own group
         mean_reward = run.mean_over_ranks(rewards.mean().item())
         if baseline.value is None:             # the first batch, which has no earlier one
             baseline.update(mean_reward)
-        advantages = advantages_of(rewards.view(-1, cfg.group), cfg.method, baseline.value)
+        groups = rewards.view(-1, cfg.group)
+        advantages = advantages_of(groups, cfg.method, baseline.value)
         for r, part in zip(rollouts, advantages.flatten().split(cfg.minibatch_size)):
             r["advantages"] = part
         baseline.update(mean_reward)                                       # for later batches
@@ -224,8 +223,9 @@ def main(cfg: Config) -> dict:
 
         # 2.5 MONITORING
         figures = rollout_figures(score.view(-1, cfg.group), kl, ended)
-        figures["response_tokens"] = sum(map(len, y)) / len(y)
-        figures |= mean_figures(updates) | evaluate.rollout_truth(asked, y, tokenizer)
+        figures["response_tokens"] = mean(map(len, y))
+        figures |= mean_figures(updates)
+        figures |= evaluate.rollout_truth(asked, y, tokenizer)
         tokens = sum(r["batch"].tokens.numel() for r in rollouts)
         run.log(step, tokens=tokens, loss=total_loss, grad_norm=grad_norm, lr=lr, **figures)
         if run.due(step, cfg.save_every):

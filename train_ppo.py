@@ -27,6 +27,7 @@ Differs from the document (Huang et al. 2024, "The N+ implementation details of 
 import copy
 import math
 from dataclasses import dataclass, replace
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,18 @@ import evaluate
 import lora
 import sample
 import scoring
-from data import PackedExamples, encode_prompts, format_examples, permuted, response_batch
+from data import permuted, prompts_to_answer, response_batches
 from heads import WithHead
+from mitigations import look, read_gold, read_lm_data, why_stop
 from plumbing.folders import load_model
 from plumbing.optimizers import linear_decay, pick_optimizer
-from plumbing.options import Options, command_line, nested
+from plumbing.options import Options, command_line, nested, refuse_unread
 from plumbing.run import start
-from readers import read_examples, read_prompts
 from rewards import Reward
 from scoring import kl_k1, kl_k3, last_place, masked_mean, mean_figures, token_logps
+
+READ_BY = {"kl_horizon": ("--kl_target",), "lm_data": ("--lm_coef",), "gold_every": ("--gold",),
+           "gold_prompts": ("--gold",), "gold_patience": ("--gold",)}
 
 
 @dataclass
@@ -96,7 +100,8 @@ def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
     score: (B,). kl, mask: (B, T), mask 1 on response tokens. Returns (B, T), 0 outside the mask.
     """
     rewards = -beta * kl * mask
-    return rewards.scatter_add(1, last_place(mask), score[:, None])
+    place = last_place(mask)                                               # (B, 1)
+    return rewards.scatter_add(1, place, score[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
@@ -111,10 +116,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
     advantage = torch.zeros_like(values[:, 0])                             # (B,) A_{t+1}
     next_value = torch.zeros_like(values[:, 0])                            # (B,) V_{t+1}
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        value = values[:, t]                                               # (B,) V_t
+        delta = rewards[:, t] + gamma * next_value - value
+        advantage = delta + gamma * lam * advantage
+        advantage = advantage * mask[:, t]
         advantages[:, t] = advantage
-        next_value = values[:, t]
+        next_value = value
     return advantages
 
 
@@ -126,15 +133,20 @@ def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
     tokens where clipping binds.
     """
     surrogate, ratio, binds = scoring.clipped_surrogate(logps, old_logps, advantages, mask, clip)
-    return masked_mean(surrogate, mask), ratio, masked_mean(binds, mask)
+    loss = masked_mean(surrogate, mask)
+    clip_fraction = masked_mean(binds, mask)
+    return loss, ratio, clip_fraction
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
                clip: float) -> Tensor:
     """0.5 mean max((V - G)^2, (V_clipped - G)^2), V_clipped within `clip` of the rollout's V."""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * masked_mean(error, mask)
+    change = (values - old_values).clamp(-clip, clip)
+    clipped = old_values + change
+    error = (values - returns) ** 2
+    clipped_error = (clipped - returns) ** 2
+    larger = torch.maximum(error, clipped_error)
+    return 0.5 * masked_mean(larger, mask)
 
 
 def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> float:
@@ -142,7 +154,8 @@ def adapt_beta(beta: float, kl: float, target: float, n: int, horizon: int) -> f
     2019, section 2.2): a KL above the target raises beta. target 0 leaves it."""
     if not target:
         return beta
-    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+    too_far = max(-0.2, min(0.2, kl / target - 1))
+    return beta * (1 + too_far * n / horizon)
 
 
 class Controller:
@@ -164,31 +177,39 @@ class Controller:
 
 def whiten(rollouts: list[dict]) -> None:
     """Advantages to mean 0 and variance 1 over the real tokens of this rank's rollout, in place."""
-    flat = torch.cat([r["advantages"][r["mask"] > 0] for r in rollouts])
+    flat = of_tokens(rollouts, "advantages")
     mean = flat.mean()
     std = flat.std(correction=0) + 1e-8
     for r in rollouts:
-        r["advantages"] = (r["advantages"] - mean) / std * r["mask"]
+        whitened = (r["advantages"] - mean) / std
+        r["advantages"] = whitened * r["mask"]
+
+
+def of_tokens(rollouts: list[dict], name: str) -> Tensor:
+    """(n,) a figure of all real tokens, one after another."""
+    return torch.cat([r[name][r["mask"] > 0] for r in rollouts])
 
 
 def rollout_figures(rollouts: list[dict]) -> dict[str, Tensor]:
     """What the rollout says about the policy before its updates (001 step 5.4)."""
-    def per_response(name: str) -> Tensor:
-        return torch.cat([r[name] for r in rollouts])
-
-    def per_token(name: str) -> Tensor:
-        return torch.cat([r[name][r["mask"] > 0] for r in rollouts])
-
-    score = per_response("score")
+    score = torch.cat([r["score"] for r in rollouts])                      # (B,), as all these
+    ended = torch.cat([r["ended"] for r in rollouts])
     kl = torch.cat([r["kl"].sum(1) for r in rollouts])                     # nats per response
     k3 = torch.cat([r["kl_k3"].sum(1) for r in rollouts])                  # 0 outside the mask
-    length = torch.cat([r["mask"].sum(1) for r in rollouts])
-    returns = per_token("returns")
-    unexplained = (returns - per_token("values")).var()
-    return {"reward": score.mean(), "reward_std": score.std(), "reward_min": score.min(),
-            "reward_max": score.max(), "kl": kl.mean(), "kl_k3": k3.mean(),
-            "response_tokens": length.mean(), "ended": per_response("ended").float().mean(),
-            "explained_variance": 1 - unexplained / (returns.var() + 1e-8)}
+    length = torch.cat([r["mask"].sum(1) for r in rollouts])               # tokens
+    figures = {"reward": score.mean(), "reward_std": score.std()}
+    figures["reward_min"] = score.min()
+    figures["reward_max"] = score.max()
+    figures["kl"] = kl.mean()
+    figures["kl_k3"] = k3.mean()
+    figures["response_tokens"] = length.mean()
+    figures["ended"] = ended.float().mean()
+    returns = of_tokens(rollouts, "returns")
+    values = of_tokens(rollouts, "values")
+    unexplained = (returns - values).var()
+    variance = returns.var() + 1e-8
+    figures["explained_variance"] = 1 - unexplained / variance
+    return figures
 
 
 def load_critic(actor, reward: Reward, cfg: Config, run) -> tuple[WithHead, nn.Module]:
@@ -216,88 +237,43 @@ def load_critic(actor, reward: Reward, cfg: Config, run) -> tuple[WithHead, nn.M
     return critic, critic
 
 
-# ---------------------------------------------------------------------- mitigations (001, 4.12)
-
-def read_lm_data(cfg: Config, tokenizer, length: int) -> PackedExamples | None:
-    """Demonstrations to go on learning from (003: general data mixed in; Ouyang et al. 2022)."""
-    if not cfg.lm_coef:
-        return None
-    rows = read_examples(cfg.lm_data, split="train", n=10_000, seed=cfg.seed, bad_rows=cfg.bad_rows)
-    return PackedExamples(format_examples(rows, tokenizer), tokenizer, length, cfg.seed, "drop")
-
-
-def why_stop(actor, kept, controller: Controller, kl: float, figures: dict, cfg: Config) -> str:
-    """Keep the policy that is to be the result if training ends here. Returns why it must end, ""
-    while it may go on. kl: nats per response; figures["gold"] is there after --gold's looks."""
-    if cfg.kl_budget and kl > cfg.kl_budget:
-        return f"its KL of {kl:.2f} nats is beyond --kl_budget {cfg.kl_budget:g}"
-    if cfg.gold and "gold" not in figures:
-        return ""
-    # within a budget every policy is better than the one before
-    if cfg.kl_budget or figures["gold"] > controller.best_gold:
-        kept.load_state_dict(actor.state_dict())
-        controller.best_gold = figures.get("gold", -math.inf)
-        controller.looks_since = 0
-        return ""
-    controller.looks_since += 1
-    if controller.looks_since < cfg.gold_patience:
-        return ""
-    return f"--gold was better {controller.looks_since} looks ago: {controller.best_gold:.3f}"
-
-
-def read_gold(cfg: Config, run, tokenizer, limit: int) -> tuple | None:
-    """The reward behind --gold, and the held-out prompts, none of the exam's, and their ids."""
-    if not cfg.gold:
-        return None
-    gold = Reward(cfg.gold, cfg.combine, tokenizer, run.device, run.dtype)
-    rows = read_prompts(cfg.prompts, split="heldout", n=cfg.gold_prompts, seed=cfg.seed + 10_007,
-                        bad_rows=cfg.bad_rows)
-    return gold, *encode_prompts(rows, tokenizer, limit, cfg.truncate)
-
-
-def look(gold: tuple[Reward, list, list], actor, tokenizer, cfg: Config) -> float:
-    """The mean gold reward of greedy answers to the held-out prompts."""
-    reward, prompts, x = gold
-    y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,))
-    score, _ = scoring.score_responses(reward, prompts, x, y, tokenizer.end, cfg.no_end_score)
-    return score.mean().item()
-
-
 def main(cfg: Config) -> dict:
-    if cfg.reward_model:
-        cfg = replace(cfg, reward=cfg.reward_model, reward_model="")
+    refuse_unread(cfg, READ_BY)
     if cfg.kl_budget and cfg.gold:
         raise ValueError("--kl_budget and --gold both say which policy to keep; give one of them")
+    if cfg.reward_model and cfg.reward != Config.reward:
+        raise ValueError("--reward_model is --reward by its former name; give one of them")
+    cfg = replace(cfg, reward=cfg.reward_model or cfg.reward, reward_model="")
     run = start(cfg, __file__)
 
     # 4. INITIALIZE: actor, critic, frozen reference, frozen reward model(s), optimizers
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     lora.begin(actor, cfg.adapters, run)
     reference = lora.reference_of(actor, cfg.adapters)
-    reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, cfg.minibatch_size)
+    b = cfg.minibatch_size
+    reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, b)
     critic, phi = load_critic(actor, reward, cfg, run)
     for model in (actor, critic, reference):
         model.eval()                           # because with noisy routers rho_t would not be 1
     length = actor.config.context_length
-    prompts = read_prompts(cfg.prompts, split="train", n=cfg.n_prompts, seed=cfg.seed,
-                           bad_rows=cfg.bad_rows)
-    prompts, prompt_ids = encode_prompts(prompts, tokenizer, length - cfg.max_new_tokens,
-                                         cfg.truncate)
+    prompts, prompt_ids = prompts_to_answer(cfg, tokenizer, length)
     actor_forward = run.prepare(actor, "logps")
     critic_forward = run.prepare(critic)
     actor_optimizer = pick_optimizer("adam", actor, cfg.lr, 0.0, run.dtype, eps=1e-5)
     critic_optimizer = pick_optimizer("adam", phi, cfg.critic_lr, 0.0, run.dtype, eps=1e-5)
     controller = Controller(cfg.beta)
     lm_data = read_lm_data(cfg, tokenizer, length)
-    gold = read_gold(cfg, run, tokenizer, length - cfg.max_new_tokens)
+    gold = read_gold(cfg, run, tokenizer, length)
     # a copy of the actor as it was when a mitigation last approved of it
-    kept = {"kept": copy.deepcopy(actor)} if cfg.kl_budget or cfg.gold else {}
+    kept = {}
+    if cfg.kl_budget or cfg.gold:
+        kept["kept"] = copy.deepcopy(actor)
     run.track(actor=actor, critic=phi, actor_optimizer=actor_optimizer,
               critic_optimizer=critic_optimizer, controller=controller, **kept)
-    mean_length = cfg.max_new_tokens + sum(map(len, prompt_ids)) / len(prompt_ids)
-    run.forecast(actor, critic, reference, *reward.models, rows=cfg.minibatch_size,
-                 length=mean_length, log_mfu=False,
-                 tokens=2 * cfg.epochs * cfg.steps * cfg.batch_size * mean_length)  # 2: critic, too
+    length_read = mean(map(len, prompt_ids)) + cfg.max_new_tokens
+    n_read = cfg.batch_size * cfg.steps * cfg.epochs * 2                   # 2: by the critic, too
+    run.forecast(actor, phi, reference, *reward.models, rows=b, length=length_read,
+                 log_mfu=False, tokens=n_read * length_read)
 
     # 5. FOR step = 1 TO T_PPO
     for step in run.steps(cfg.steps):
@@ -309,34 +285,37 @@ def main(cfg: Config) -> dict:
         asked = [prompts[i] for i in index]
         x = [prompt_ids[i] for i in index]
 
-        # 5.2 FOR each prompt: all that the updates need, in mini-batches of b rows; (b, T-1) each
+        # 5.2 FOR each prompt: all that the updates need, in mini-batches, (b, T-1) each
         y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,), cfg.temperature,
                             generator=generator)                           # generate y ~ pi_theta
+        score, ended = scoring.score_responses(reward, asked, x, y, tokenizer.end,
+                                               cfg.no_end_score)           # score R (B,)
+        batches = response_batches(x, y, tokenizer.pad, length, b)
         rollouts = []
         with torch.no_grad():
-            for first in range(0, len(x), cfg.minibatch_size):
-                rows = slice(first, first + cfg.minibatch_size)
-                batch = response_batch(x[rows], y[rows], tokenizer.pad, length).to(run.device)
+            for batch, R, R_ended in zip(batches, score.split(b), ended.split(b)):
+                batch = batch.to(run.device)
                 mask = batch.loss_mask[:, 1:].float()                      # 1 on tokens of y
                 old_logps = token_logps(actor.logps, batch, cfg.temperature)       # old log-probs
                 ref_logps = token_logps(reference.logps, batch, cfg.temperature)   # reference's
                 kl = kl_k1(old_logps, ref_logps)                           # KL of each token, nats
-                score, ended = scoring.score_responses(reward, asked[rows], x[rows], y[rows],
-                                               tokenizer.end, cfg.no_end_score)    # score R (b,)
-                rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
-                values = scoring.values_before(critic, batch) * mask               # values V_t
+                k3 = kl_k3(old_logps, ref_logps)
+                rewards = shaped_rewards(R, kl, mask, controller.beta)     # reward signal r_t
+                values = scoring.values_before(critic, batch) * mask       # values V_t
                 advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)    # advantages A_t
                 returns = advantages + values                              # returns G_t
                 rollouts.append({
-                    "batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl,
-                    "kl_k3": kl_k3(old_logps, ref_logps), "score": score, "ended": ended,
-                    "values": values, "advantages": advantages, "returns": returns})
+                    "batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl, "kl_k3": k3,
+                    "score": R, "ended": R_ended, "values": values, "advantages": advantages,
+                    "returns": returns})
         whiten(rollouts)                       # the scale of A_t must not change the step's size
         figures = rollout_figures(rollouts)
         mean_kl = run.mean_over_ranks(figures["kl"].item())
         if gold and step % cfg.gold_every == 0:
             figures["gold"] = look(gold, actor, tokenizer, cfg)
-        reason = kept and why_stop(actor, kept["kept"], controller, mean_kl, figures, cfg)
+        reason = ""
+        if kept:
+            reason = why_stop(actor, kept["kept"], controller, mean_kl, figures, cfg)
         if reason:
             run.say(f"step {step}: {reason}; the policy kept before is the result")
             break
@@ -345,26 +324,31 @@ def main(cfg: Config) -> dict:
         # 5.3 FOR epoch = 1 TO K_epochs, over shuffled mini-batches
         updates = []
         for _epoch in range(cfg.epochs):
-            for i in torch.randperm(len(rollouts), generator=generator, device=run.device):
+            order = torch.randperm(len(rollouts), generator=generator, device=run.device)
+            for i in order:
                 r = rollouts[i]
                 batch = r["batch"]
-                mask = r["mask"]
+                mask = r["mask"]                                           # (b, T-1)
+                advantages = r["advantages"]
+                returns = r["returns"]
                 # Recompute log pi_theta, importance ratio, clipped surrogate loss
                 logps, entropy = token_logps(actor_forward, batch, cfg.temperature,
                                              with_entropy=True)            # (b, T-1)
-                actor_loss, ratio, clip_fraction = ppo_loss(logps, r["old_logps"],
-                                                            r["advantages"], mask, cfg.clip)
+                actor_loss, ratio, clip_fraction = ppo_loss(logps, r["old_logps"], advantages,
+                                                            mask, cfg.clip)
                 # Value loss and entropy bonus
                 values = scoring.values_before(critic_forward, batch)
-                critic_loss = value_loss(values, r["values"], r["returns"], mask, cfg.clip)
+                critic_loss = value_loss(values, r["values"], returns, mask, cfg.clip)
                 mean_entropy = masked_mean(entropy, mask)
                 # Total: L = L_actor + c1 L_critic - c2 H
                 loss = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * mean_entropy
                 if lm_data:
-                    number = step * cfg.epochs * len(rollouts) + len(updates)
-                    lm_batch = lm_data.batch(number, 4, run.rank, run.world_size).to(run.device)
-                    lm_logps = token_logps(actor_forward, lm_batch)
-                    loss = loss - cfg.lm_coef * lm_logps.sum() / lm_batch.n_targets
+                    per_step = cfg.epochs * len(rollouts)
+                    number = step * per_step + len(updates)
+                    lm_batch = lm_data.batch(number, 4, run.rank, run.world_size)
+                    lm_logps = token_logps(actor_forward, lm_batch.to(run.device))
+                    lm_loss = -lm_logps.sum() / lm_batch.n_targets
+                    loss = loss + cfg.lm_coef * lm_loss
                 # Backpropagate, update theta and phi
                 run.backward(loss)
                 grad_norm = run.clip(actor, cfg.max_norm)
@@ -375,17 +359,19 @@ def main(cfg: Config) -> dict:
                 run.step(critic_optimizer, critic_lr, loss, critic_grad_norm)
                 actor_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
+                ratio_max = ratio.max()
                 updates.append({"loss": loss, "actor_loss": actor_loss, "value_loss": critic_loss,
                                 "clip_fraction": clip_fraction, "entropy": mean_entropy,
-                                "ratio_max": ratio.max(), "grad_norm": grad_norm})
+                                "ratio_max": ratio_max, "grad_norm": grad_norm})
 
         # 5.4 MONITORING, and the adaptive KL controller
         figures |= mean_figures(updates)
         figures |= evaluate.rollout_truth(asked, y, tokenizer)
         tokens = sum(r["batch"].tokens.numel() for r in rollouts)
-        run.log(step, tokens=tokens, beta=controller.beta, lr=lr, **figures)
-        controller.beta = adapt_beta(controller.beta, mean_kl, cfg.kl_target,
-                                     cfg.batch_size * run.world_size, cfg.kl_horizon)
+        beta = controller.beta
+        run.log(step, tokens=tokens, beta=beta, lr=lr, **figures)
+        n = cfg.batch_size * run.world_size
+        controller.beta = adapt_beta(beta, mean_kl, cfg.kl_target, n, cfg.kl_horizon)
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 

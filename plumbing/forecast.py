@@ -68,7 +68,7 @@ def describe(models: tuple[nn.Module, ...], optimizer: str, work: Workload, peak
 
     state = 0
     for each in models:
-        state += state_bytes(each, optimizer, each.dtype, tensor_parallel)
+        state += state_bytes(each, optimizer, model.dtype, tensor_parallel)
     kept = activations(model.gradient_checkpointing)
     total = state + kept
     if total > memory:

@@ -175,6 +175,23 @@ def is_within(value: float, text: str) -> bool:
     return above and below
 
 
+def refuse_unread(config, read_by: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option that was given although nothing in this run reads it.
+
+    read_by: {option: its readers}. A reader is a --method, or an option that is on unless it is 0,
+    empty or false: {"lam": ("orpo",), "gold_every": ("--gold",)}.
+    """
+    for name, readers in read_by.items():
+        is_read = getattr(config, "method", "") in readers
+        for reader in readers:
+            if reader.startswith("--"):
+                is_read = is_read or bool(getattr(config, reader[2:]))
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and not is_read:
+            raise ValueError(f"--{name} {value}: only {', '.join(readers)} would read it; leave it "
+                             "out, or give that")
+
+
 def nearest_option(argument: str, options: list[Option]) -> str:
     """A hint for an argument that is no option: --step -> did you mean --steps?"""
     known = [option.name for option in options]

@@ -12,8 +12,9 @@ import readers
 import train_dpo
 from plumbing.curves import keys_by_panel, read_metrics
 from plumbing.folders import load_model
+from preferences import monitored
 from scoring import response_logps
-from train_dpo import dpo_loss, monitored
+from train_dpo import dpo_loss
 
 LOG2 = math.log(2)
 

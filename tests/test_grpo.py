@@ -348,8 +348,8 @@ def test_the_worlds_sums_are_a_verifiable_reward(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"group": 1}, "--group 1: give a number >= 2"),
     ({"method": "ppo"}, "--method ppo: give reinforce, rloo, grpo or dr_grpo"),
-    ({"method": "rloo", "epochs": 2}, "--epochs 2: rloo has no ratio"),
-    ({"method": "reinforce", "clip": 0.3}, "--clip 0.3: reinforce clips nothing"),
+    ({"method": "rloo", "epochs": 2}, "--epochs 2: only grpo, dr_grpo would read it"),
+    ({"method": "reinforce", "clip": 0.3}, "--clip 0.3: only grpo, dr_grpo would read it"),
     ({"reward": "nowhere"}, "--reward nowhere: there is no such folder"),
     ({"max_new_tokens": 60}, r"prompts.jsonl:\d+: .*--truncate left"),
     ({"families": "arithmetic"}, "prompts.jsonl: families can be set for a world only"),

@@ -10,9 +10,7 @@ import torch
 from tiny import END, TOKENIZER, ending_model, folder_of, slow_logps, tiny_model, write_rows
 
 import data
-import evaluate
 import lora
-import readers
 import rewards
 import sample
 import train_ppo
@@ -30,7 +28,6 @@ from train_ppo import (
     value_loss,
     whiten,
 )
-from world.text import text_of
 
 
 @pytest.fixture(autouse=True)
@@ -540,7 +537,8 @@ def test_a_shared_trunk_learns_from_both_losses(monkeypatch, tmp_path):
         return [not torch.equal(w, other[name]) for name, w in one.items()]
 
     both = weights(critic_init="shared", value_coef=1.0)
-    assert seen["critic"].trunk is seen["actor"]
+    # phi is the head alone, so that the forecast does not count the trunk twice
+    assert seen["critic"].weight.shape == (1, seen["actor"].config.d_model)
     assert all(differ(both, weights(critic_init="shared", value_coef=0.0)))
     # a trunk of its own takes all of the value loss
     assert not any(differ(weights(value_coef=1.0), weights(value_coef=0.0)))
@@ -604,96 +602,6 @@ def test_what_cannot_work_stops_before_the_first_rollout(tmp_path, changes, mess
     assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
 
 
-# ---------------------------------------------------------------------- mitigations (001, 4.12)
-
-def kept_after(kls, golds=None, **changes) -> tuple[list, list[str]]:
-    """What why_stop() keeps and says, step by step; the policy of step i is the number i."""
-    cfg = train_ppo.Config(**changes)
-    controller = train_ppo.Controller(0.1)
-    kept = torch.nn.Linear(1, 1)
-    found, said = [], []
-    for step, kl in enumerate(kls):
-        actor = torch.nn.Linear(1, 1)
-        actor.weight.data.fill_(step)
-        looked = {"gold": golds[step]} if golds and golds[step] is not None else {}
-        said.append(train_ppo.why_stop(actor, kept, controller, kl, looked, cfg))
-        found.append(kept.weight.item())
-    return found, said
-
-
-def test_beyond_the_kl_budget_the_last_policy_inside_is_kept():
-    kept, said = kept_after([0, 1.5, 2.0, 2.1], kl_budget=2.0)
-    assert kept == [0, 1, 2, 2]
-    assert said[:3] == [""] * 3 and "its KL of 2.10 nats is beyond --kl_budget 2" in said[3]
-
-
-def test_gold_stops_when_two_looks_found_no_better_policy():
-    kept, said = kept_after([0] * 6, [0.5, None, 0.7, 0.6, None, 0.65], gold="world",
-                            gold_patience=2)
-    assert kept[0] == 0 and kept[2:] == [2] * 4
-    assert said[:5] == [""] * 5 and "--gold was better 2 looks ago: 0.700" in said[5]
-
-
-def test_a_run_ends_with_the_policy_inside_its_budget(tmp_path):
-    train_ppo.main(config(tmp_path, steps=8, lr=3e-2, beta=0.0, kl_target=0.0, kl_budget=0.5))
-    rows = read_metrics(tmp_path / "ppo")
-    assert len(rows) < 8 and all(row["kl"] <= 0.5 for row in rows)
-    train_ppo.main(config(tmp_path, steps=len(rows) - 1, lr=3e-2, beta=0.0, kl_target=0.0,
-                          out=str(tmp_path / "plain")))
-    found = load_model(tmp_path / "ppo")[0].state_dict()
-    sft = load_model(tmp_path / "sft")[0].state_dict()
-    assert (len(rows) == 1) == all(torch.equal(found[name], w) for name, w in sft.items())
-
-
-def test_gold_looks_at_held_out_prompts_and_its_best_policy_is_the_result(tmp_path, monkeypatch):
-    seen = []
-    real = train_ppo.look
-
-    def falling(gold, actor, tokenizer, cfg):
-        seen.append(real(gold, actor, tokenizer, cfg))
-        assert {row["where"] for row in gold[1]} <= heldout
-        return -float(len(seen))
-    cfg = config(tmp_path, steps=8, lr=1e-2, gold=str(tmp_path / "rm"), gold_every=1,
-                 gold_prompts=5)
-    heldout = {row["where"] for row in readers.read_prompts(cfg.prompts, split="heldout")}
-    monkeypatch.setattr(train_ppo, "look", falling)
-    train_ppo.main(cfg)
-    assert len(read_metrics(tmp_path / "ppo")) == 2 and len(seen) == 3     # the third look ended it
-    found = load_model(tmp_path / "ppo")[0].state_dict()
-    sft = load_model(tmp_path / "sft")[0].state_dict()
-    assert all(torch.equal(found[name], w) for name, w in sft.items())
-
-
-def test_a_language_model_term_keeps_demonstrations_likely(tmp_path):
-    rows = [{"prompt": f"{i}?", "response": "yes"} for i in range(40)]
-    write_rows(tmp_path / "demonstrations.jsonl", rows)
-    losses = {}
-    for coef in (0.0, 1.0):
-        train_ppo.main(config(tmp_path, steps=6, lr=3e-3, lm_coef=coef, overwrite=True,
-                              lm_data=str(tmp_path / "demonstrations.jsonl")))
-        model, _ = load_model(tmp_path / "ppo")
-        batch = data.response_batch([TOKENIZER.prompt([{"role": "user", "content": "3?"}])],
-                                    [[*TOKENIZER.encode("yes"), END]], TOKENIZER.pad, 64)
-        losses[coef] = -token_logps(model.logps, batch).sum().item()
-    assert losses[1.0] < losses[0.0] - 1
-
-
-def test_two_rules_for_the_policy_to_keep_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--kl_budget and --gold both say which policy to keep"):
-        train_ppo.main(config(tmp_path, kl_budget=1.0, gold="world"))
-
-
 def test_a_critic_cannot_start_from_a_reward_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="--reward gsm8k is no reward model .*--critic_init sft"):
         train_ppo.main(config(tmp_path, reward="gsm8k"))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_gold_looks_at_no_prompt_of_the_exam(tmp_path, seed):
-    cfg = config(tmp_path, gold="world", prompts="world", seed=seed, gold_prompts=100)
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    _, prompts, _ = train_ppo.read_gold(cfg, run, load_model(cfg.init)[1], 10_000)
-    looked_at = [prompt["messages"][-1]["content"] for prompt in prompts]
-    asked = [text_of(example["prompt"]) for example in evaluate.reward_prompts("world", 500)]
-    # a few short ones, such as "hello", are drawn by every seed
-    assert len({*looked_at} & {*asked}) <= 10
