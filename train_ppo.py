@@ -36,7 +36,7 @@ import evaluate
 import lora
 import sample
 import scoring
-from data import permuted, prompts_to_answer, response_batches
+from data import permuted, prompts_to_answer, response_batch
 from heads import WithHead
 from mitigations import look, read_gold, read_lm_data, why_stop
 from plumbing.folders import load_model
@@ -250,6 +250,7 @@ def main(cfg: Config) -> dict:
     actor, tokenizer = load_model(cfg.init, run.device, run.dtype)
     lora.begin(actor, cfg.adapters, run)
     reference = lora.reference_of(actor, cfg.adapters)
+    end = tokenizer.end
     b = cfg.minibatch_size
     reward = Reward(cfg.reward, cfg.combine, tokenizer, run.device, run.dtype, b)
     critic, phi = load_critic(actor, reward, cfg, run)
@@ -286,27 +287,30 @@ def main(cfg: Config) -> dict:
         x = [prompt_ids[i] for i in index]
 
         # 5.2 FOR each prompt: all that the updates need, in mini-batches, (b, T-1) each
-        y = sample.generate(actor, x, cfg.max_new_tokens, (tokenizer.end,), cfg.temperature,
+        y = sample.generate(actor, x, cfg.max_new_tokens, (end,), cfg.temperature,
                             generator=generator)                           # generate y ~ pi_theta
-        score, ended = scoring.score_responses(reward, asked, x, y, tokenizer.end,
-                                               cfg.no_end_score)           # score R (B,)
-        batches = response_batches(x, y, tokenizer.pad, length, b)
         rollouts = []
         with torch.no_grad():
-            for batch, R, R_ended in zip(batches, score.split(b), ended.split(b)):
-                batch = batch.to(run.device)
+            for first in range(0, len(x), b):
+                rows = slice(first, first + b)
+                asked_now = asked[rows]
+                x_now = x[rows]
+                y_now = y[rows]
+                batch = response_batch(x_now, y_now, tokenizer.pad, length).to(run.device)
                 mask = batch.loss_mask[:, 1:].float()                      # 1 on tokens of y
                 old_logps = token_logps(actor.logps, batch, cfg.temperature)       # old log-probs
                 ref_logps = token_logps(reference.logps, batch, cfg.temperature)   # reference's
                 kl = kl_k1(old_logps, ref_logps)                           # KL of each token, nats
                 k3 = kl_k3(old_logps, ref_logps)
-                rewards = shaped_rewards(R, kl, mask, controller.beta)     # reward signal r_t
+                score, ended = scoring.score_responses(reward, asked_now, x_now, y_now, end,
+                                                       cfg.no_end_score)   # score R (b,)
+                rewards = shaped_rewards(score, kl, mask, controller.beta)     # reward signal r_t
                 values = scoring.values_before(critic, batch) * mask       # values V_t
                 advantages = gae(rewards, values, mask, cfg.gamma, cfg.lam)    # advantages A_t
                 returns = advantages + values                              # returns G_t
                 rollouts.append({
                     "batch": batch, "mask": mask, "old_logps": old_logps, "kl": kl, "kl_k3": k3,
-                    "score": R, "ended": R_ended, "values": values, "advantages": advantages,
+                    "score": score, "ended": ended, "values": values, "advantages": advantages,
                     "returns": returns})
         whiten(rollouts)                       # the scale of A_t must not change the step's size
         figures = rollout_figures(rollouts)

@@ -198,7 +198,8 @@ def main(cfg: Config) -> dict:
     # 2. TRAINING LOOP
     for step in run.steps(cfg.steps):
         # 2.1 Sample batch {(x, y_w, y_l)}
-        batch = train.batch(step, cfg.batch_size, run.rank, run.world_size).to(run.device)
+        batch = train.batch(step, cfg.batch_size, run.rank, run.world_size)
+        batch = batch.to(run.device)
         items = train.items(batch.index)
 
         # 2.2 Compute r_w and r_l, read at the last token of each response
