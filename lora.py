@@ -131,7 +131,7 @@ def adapters_of(model: nn.Module) -> list[LoRALinear]:
 
 @dataclass
 class Options:
-    """How train_dpo.py, train_rm.py, train_grpo.py and train_ppo.py train what --init names."""
+    """What learns of the model that --init names, in every stage after pretraining."""
     peft: str = "none"                # none (train everything) | lora
     lora_rank: int = 16               # r, >= 1
     lora_alpha: float = 32.0          # alpha: the change counts alpha / r times, > 0
@@ -152,11 +152,8 @@ def reference_of(model: Transformer, options: Options) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def end(model: Transformer, options, run) -> None:
-    """With --peft lora save the adapters alone, and merge them into the model (2.5, step 4).
-
-    options: Options, or train_sft.py's own of the same names.
-    """
+def end(model: Transformer, options: Options, run) -> None:
+    """With --peft lora save the adapters alone, and merge them into the model (2.5, step 4)."""
     if options.peft == "lora":
         if run.rank == 0:
             save_adapter(run.out, model, options.lora_rank, options.lora_alpha,

@@ -37,7 +37,7 @@ from model import parameter_count
 from moe import router_loss
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
-from plumbing.options import Options, command_line
+from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_chosen, read_examples
 from scoring import token_logps
@@ -54,10 +54,6 @@ class Config(Options):
     truncate: str = "error"           # examples longer than the context: error | left | drop
     tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau); inf: uniform, in (0, inf]
     context_length: int = 0           # tokens in a row; 0: the model's own
-    peft: str = "none"                # none (train everything) | lora
-    lora_rank: int = 16               # r, >= 1
-    lora_alpha: float = 32.0          # alpha; the change is scaled by alpha / r, > 0
-    lora_targets: str = "wq,wv"       # matrices to adapt, of wq,wk,wv,wo,w13,w2
     steps: int = 1000                 # optimizer steps (T_ft), >= 1
     batch_size: int = 16              # rows per micro-batch and rank, >= 1
     grad_accum: int = 1               # micro-batches per optimizer step, >= 1
@@ -72,6 +68,7 @@ class Config(Options):
     eval_every: int = 500             # steps between evaluations
     eval_examples: int = 200          # of a world: exam questions answered at each evaluation, >= 1
     save_every: int = 200             # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what trains
 
 
 def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
@@ -92,9 +89,10 @@ def format_rows(rows: list[dict], tokenizer) -> None:
         row["mask"] = tokenizer.response_mask(row["ids"])
 
 
-def add_lora(model, cfg: Config) -> None:
+def add_lora(model, options: lora.Options) -> None:
     """2.5 step 1: an adapter beside each target matrix."""
-    adapters = lora.add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    adapters = lora.add_adapters(model, options.lora_rank, options.lora_alpha,
+                                 options.lora_targets)
     # 1.1 Initialize A ~ N(0, sigma^2)
     lora.init_A(adapters)
     # 1.2 Initialize B <- 0
@@ -115,9 +113,9 @@ def main(cfg: Config) -> dict:
 
     # 1. INITIALIZE
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
-    if cfg.peft == "lora":
+    if cfg.adapters.peft == "lora":
         run.also_writes("adapter.json", "adapter.safetensors")
-        add_lora(model, cfg)
+        add_lora(model, cfg.adapters)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length
 
@@ -176,7 +174,7 @@ def main(cfg: Config) -> dict:
             run.save_checkpoint(step + 1)
 
     # 4. MERGE (the adapters alone are kept, too)
-    lora.end(model, cfg, run)
+    lora.end(model, cfg.adapters, run)
     results = run.last("val_loss") | {"base_loss": base_loss, "unigram_loss": unigram_loss}
     # 5. RETURN phi*, theta_ft
     # 3.7/4 RETURN theta_instruct

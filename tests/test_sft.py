@@ -18,6 +18,7 @@ import readers
 import train_sft
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model
+from plumbing.options import build
 from scoring import token_logps
 
 
@@ -43,7 +44,7 @@ def config(tmp_path, **changes):
     if not (tmp_path / "base").exists():
         folder_of(tiny_model(), tmp_path / "base")
         write_rows(tmp_path / "tasks.jsonl", made_rows(80))
-    return train_sft.Config(**{
+    return build(train_sft.Config, {
         "init": str(tmp_path / "base"), "out": str(tmp_path / "sft"), "steps": 4, "warmup": 0,
         "data": str(tmp_path / "tasks.jsonl"), "batch_size": 4, "lr": 3e-3, "device": "cpu",
         "dtype": "float32", "log_every": 1} | changes)
@@ -237,7 +238,7 @@ def test_full_fine_tuning_moves_every_weight(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"peft": "lora", "lora_targets": "wq,query"}, "query.*the model has w13, w2, wk, wo, wq, wv"),
-    ({"peft": "lora", "lora_rank": 0}, "--lora_rank is 0"),
+    ({"peft": "lora", "lora_rank": 0}, "--lora_rank 0: give a number >= 1"),
     ({"context_length": 8}, r"tasks.jsonl:\d+: \d+ tokens with the template, 9 fit"),
 ])
 def test_what_cannot_work_stops_before_training(tmp_path, changes, message):

@@ -25,7 +25,7 @@ def make_runs_quick() -> None:
     forecast.matmul_peak = lambda device, dtype, n=0: measure(device, dtype, n) if n else 1e11
     run.pick_threads = lambda device: ""       # a busy machine must not decide what tests compute
     run.plot_curves = lambda *args: None
-    os.fsync = lambda descriptor: None         # no test cuts the power; some look at who asks for it
+    os.fsync = lambda descriptor: None         # no test cuts the power
     run.gc = SimpleNamespace(collect=lambda: None, freeze=lambda: None)
 
 
