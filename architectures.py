@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-import parallel
 from model import (
     Attention,
     Block,
@@ -50,7 +49,7 @@ def embed_both_ways(model: Transformer, tokens: Tensor, documents: Tensor | None
                     positions: Tensor | None = None) -> Tensor:
     """Transformer.embed for a stack that sees what comes next: with token shift each token also
     gets the embedding of its successor. (B, T) -> (B, T, D)."""
-    h = parallel.embedding(tokens, model.embedding.weight).to(model.dtype)
+    h = model.embedding(tokens).to(model.dtype)
     if model.config.token_shift:
         before = torch.zeros_like(h[:, -1:])           # (B, 1, D): no token before the first
         neighbours = model.shift(predecessors(h, before, documents, positions))

@@ -119,6 +119,13 @@ class ModelConfig:
         return 6 * self.matmul_parameters() + 12 * tokens_seen * self.n_layers * self.d_model
 
 
+class Embedding(nn.Embedding):
+    """Rows of the weight (V, D) by number, from whichever rank has them."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return parallel.embedding(tokens, self.weight)
+
+
 class Linear(nn.Linear):
     """y = x W^T, the fp32 master weight cast to the dtype of x at use."""
 
@@ -264,8 +271,9 @@ class Transformer(nn.Module):
         self.dtype = dtype
         self.gradient_checkpointing = False            # forget a block's activations, recompute
         self.d_head = config.d_head                    # C
+        self.peft = None                               # what lora.py has attached
         self.tensor_parallel = 1                       # ranks that share the heads (parallel.py)
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if config.token_shift:
@@ -393,7 +401,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, documents: Tensor | None = None,
               positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) -> (B, T, D); with token shift also of each token's predecessor."""
-        h = parallel.embedding(tokens, self.embedding.weight)
+        h = self.embedding(tokens)
         # from here on the residual stream has the dtype of matmuls
         h = h.to(self.dtype if cache is None else cache.dtype)
         newest = h[:, -1:]                             # (B, 1, D): the next token's predecessor

@@ -99,8 +99,9 @@ def check(cfg, dtype: torch.dtype) -> None:
                          "have it alone; give --dtype bfloat16 or float32")
     if cfg.compile:
         raise ValueError(f"{asked} does not go with --compile; leave one of them out")
-    if getattr(cfg, "peft", "none") == "lora":
-        raise ValueError(f"{asked} does not go with --peft lora; leave one of them out")
+    peft = cfg.adapters.peft if hasattr(cfg, "adapters") else "none"
+    if peft != "none":
+        raise ValueError(f"{asked} does not go with --peft {peft}; leave one of them out")
 
 
 def shard(model: nn.Module, fsdp: bool = True, tensor_parallel: int = 1) -> nn.Module:

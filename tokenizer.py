@@ -252,6 +252,7 @@ class Tokenizer:
         # special ids follow the last rank, in the order of their names
         self.special = {name: i for i, name in enumerate(names, start=len(ranks))}
         self.vocab_size = len(ranks) + len(names)
+        self.n_virtual = 0                            # tokens before a conversation (lora.py)
         self.endoftext = self.special["<|endoftext|>"]
         self.pad = self.special["<|pad|>"]
         self.system = self.special["<|system|>"]
@@ -329,7 +330,7 @@ class Tokenizer:
         ValueError, naming the message, for anything else.
         """
         check_messages(messages)
-        ids = []
+        ids = [self.vocab_size + i for i in range(self.n_virtual)]
         for message in messages:
             ids.append(self.special[f"<|{message['role']}|>"])
             ids += self.encode(message["content"])

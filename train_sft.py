@@ -89,18 +89,6 @@ def format_rows(rows: list[dict], tokenizer) -> None:
         row["mask"] = tokenizer.response_mask(row["ids"])
 
 
-def add_lora(model, options: lora.Options) -> None:
-    """2.5 step 1: an adapter beside each target matrix."""
-    adapters = lora.add_adapters(model, options.lora_rank, options.lora_alpha,
-                                 options.lora_targets)
-    # 1.1 Initialize A ~ N(0, sigma^2)
-    lora.init_A(adapters)
-    # 1.2 Initialize B <- 0
-    lora.init_B(adapters)
-    # 1.3 Freeze W_0, and all else that is no adapter
-    lora.freeze_base(model)
-
-
 def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: Config) -> dict:
     """Response loss on held-out examples, and accuracy on the exams of a world."""
     val_loss = evaluate.response_loss(model, heldout, cfg.batch_size)
@@ -113,9 +101,10 @@ def main(cfg: Config) -> dict:
 
     # 1. INITIALIZE
     model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
-    if cfg.adapters.peft == "lora":
-        run.also_writes("adapter.json", "adapter.safetensors")
-        add_lora(model, cfg.adapters)
+    # 1.1 Initialize A ~ N(0, sigma^2), with --peft lora
+    # 1.2 Initialize B <- 0
+    # 1.3 Freeze W_0, and all else that is no adapter
+    lora.begin(model, cfg.adapters, run, tokenizer)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length
 

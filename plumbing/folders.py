@@ -1,9 +1,10 @@
 """
 Model folders: what every finished stage leaves in --out, and the next one reads as --init.
 
-    config.json          {"model": {sizes, architecture, n_segments, head}, "sha256": checksums of
-                         "model" and of the files below, **record of the stage}
-    model.safetensors    weights, named as in model.py (trunk.* and head.* of a model with a head)
+    config.json          {"model": {sizes, architecture, n_segments, head, peft}, "sha256": sums
+                         of "model" and of the files below, **record of the stage}
+    model.safetensors    weights, named as in model.py (trunk.* and head.* of a model with a head);
+                         where peft names a base, only those that are not the base's
     tokenizer.json
 
     save_model(folder, model, tokenizer, stage="sft")
@@ -24,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import lora
 from architectures import ARCHITECTURES, Encoder
 from heads import WithHead
 from model import ModelConfig, Transformer
@@ -55,6 +57,10 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
     tokenizer.save(folder)
     if weights is None:
         weights = model.state_dict()
+    if "base" in (trunk_of(model).peft or {}):
+        own = lora.learned_names(model)
+        weights = {name: weight for name, weight in weights.items()
+                   if name in own or name.startswith("head.")}
     if not_finite := names_not_finite(weights):
         raise FloatingPointError(f"{folder}: {not_finite[0]} is not finite; no model is written")
     # contiguous, because safetensors refuses other tensors
@@ -74,14 +80,20 @@ def description(model: Transformer | WithHead) -> dict:
     """The "model" of config.json. head: "lm" for none, "scalar" for one number (reward model,
     critic), else how many numbers."""
     head = "lm"
-    trunk = model
+    trunk = trunk_of(model)
     if isinstance(model, WithHead):
         n = model.head.out_features
         head = "scalar" if n == 1 else n               # the word that former versions wrote
-        trunk = model.trunk
-    return dataclasses.asdict(trunk.config) | {
+    found = dataclasses.asdict(trunk.config) | {
         "head": head, "architecture": trunk.architecture,
         "n_segments": getattr(trunk, "n_segments", 0)}
+    if trunk.peft:
+        found["peft"] = trunk.peft
+    return found
+
+
+def trunk_of(model: Transformer | WithHead) -> Transformer:
+    return model.trunk if isinstance(model, WithHead) else model
 
 
 def parents(cfg) -> dict[str, str]:
@@ -275,10 +287,14 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     architecture = sizes.pop("architecture")
     n_segments = sizes.pop("n_segments")
     head = sizes.pop("head")
+    peft = sizes.pop("peft", {})
+    base = {}                                          # weights that are not in this folder
+    if "base" in peft:
+        base = base_weights(folder, peft["base"])
     if context_length:                                 # RoPE's table is made anew, weights stay
         sizes["context_length"] = context_length
     config = sizes_of(folder, sizes)
-    n_saved = sum(weight.numel() for weight in weights.values())
+    n_saved = sum(weight.numel() for weight in [*weights.values(), *base.values()])
     # Before the model is made, because a file of a kilobyte may ask for a million layers.
     if config.block_parameters() > n_saved:
         raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
@@ -291,16 +307,46 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         model = Encoder(config, dtype, n_segments)
     else:
         model = ARCHITECTURES[architecture](config, dtype)
-    if head != "lm":                                   # one number for "scalar", or so many
-        n = 1 if head == "scalar" else head
-        model = WithHead(model, n, keep_lm_head=True)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+        if base:
+            model.load_state_dict(base)
+        if peft:
+            options = {name: value for name, value in peft.items() if name != "base"}
+            lora.attach(model, lora.Options(**options))
+            tokenizer.n_virtual = options.get("virtual_tokens", 0)
+        if head != "lm":                               # one number for "scalar", or so many
+            n = 1 if head == "scalar" else head
+            model = WithHead(model, n, keep_lm_head=True)
+        missing, unknown = model.load_state_dict(weights, strict=not base)
+        own = lora.learned_names(model)
+        if unknown or own & {*missing}:
+            raise RuntimeError(f"not there: {sorted(own & {*missing})}; unknown: {unknown}")
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: model.safetensors does not fit config.json; they are not of "
                          f"one run ({error})") from error
     verify(Path(folder))
+    trunk = trunk_of(model)
+    if base and peft["peft"] == "qlora":               # because a stage may train all of it
+        lora.merge(trunk)
+    elif peft:
+        trunk.requires_grad_(True)
     return model
+
+
+def base_weights(folder: str | Path, base: dict[str, str]) -> dict[str, Tensor]:
+    """The weights of the model that the adapter in `folder` was made on.
+
+    base: its "folder" and the "sha256" of its weights. Raises ValueError when it is not there, or
+    has other weights now.
+    """
+    if not (Path(base["folder"]) / "model.safetensors").is_file():
+        raise ValueError(f"{folder}: it holds what was learned beside {base['folder']}, and that "
+                         "is not there; put it back")
+    if sha256(Path(base["folder"]) / "model.safetensors") != base["sha256"]:
+        raise ValueError(f"{folder}: it was made on {base['folder']}, which has other weights now; "
+                         "put back the model that it was made on, or train it again")
+    _, weights, _ = read_folder(base["folder"])
+    return weights
 
 
 def sizes_of(folder: str | Path, sizes: dict) -> ModelConfig:

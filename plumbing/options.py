@@ -175,14 +175,14 @@ def is_within(value: float, text: str) -> bool:
     return above and below
 
 
-def refuse_unread(config, read_by: dict[str, tuple[str, ...]]) -> None:
+def refuse_unread(config, read_by: dict[str, tuple[str, ...]], choice: str = "method") -> None:
     """Raises ValueError for an option that was given although nothing in this run reads it.
 
-    read_by: {option: its readers}. A reader is a --method, or an option that is on unless it is 0,
-    empty or false: {"lam": ("orpo",), "gold_every": ("--gold",)}.
+    read_by: {option: its readers}. A reader is a value of --method (choice), or an option that is
+    on unless it is 0, empty or false: {"lam": ("orpo",), "gold_every": ("--gold",)}.
     """
     for name, readers in read_by.items():
-        is_read = getattr(config, "method", "") in readers
+        is_read = getattr(config, choice, "") in readers
         for reader in readers:
             if reader.startswith("--"):
                 is_read = is_read or bool(getattr(config, reader[2:]))

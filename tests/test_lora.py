@@ -2,6 +2,8 @@
 import copy
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -9,12 +11,16 @@ import torch
 from stages import write_inputs
 from tiny import ending_model, folder_of
 
+import kernels
 import lora
+import sample
 import train_dpo
 import train_grpo
 import train_ppo
 import train_rm
+import train_sft
 from data import Batch
+from kernels import dequantize_nf4_reference, quantize_nf4
 from lora import LoRALinear
 from model import Linear, ModelConfig, Transformer, parameter_count
 from plumbing.folders import load_model, load_reward_model, save_model
@@ -40,14 +46,23 @@ def base_model(seed=0, dtype=torch.float32, **changes) -> Transformer:
     return model
 
 
-def adapted(model=None, seed=5, rank=4, alpha=8.0, targets="wq,wv") -> Transformer:
-    """The model with an adapter that has been "trained": B is not zero."""
-    model = lora.apply(model or base_model(), rank, alpha, targets)
+def lora_options(rank=4, alpha=8.0, targets="wq,wv", **others) -> lora.Options:
+    return lora.Options("lora", rank, alpha, lora_targets=targets, **others)
+
+
+def apply(model, rank, alpha, targets="wq,wv") -> Transformer:
+    return lora.attach(model, lora_options(rank, alpha, targets))
+
+
+def adapted(model=None, seed=5, rank=4, alpha=8.0, targets="wq,wv", **others) -> Transformer:
+    """The model with adapters that have been "trained": B, W_up, ... are not zero."""
+    options = lora_options(rank, alpha, targets)
+    model = lora.attach(model or base_model(), replace(options, **others))
     torch.manual_seed(seed)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.B.normal_(std=0.1)
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and not name.endswith(".A"):
+                weight.normal_(std=0.1)
     return model
 
 
@@ -66,7 +81,7 @@ def same(a, b):
 def test_at_the_start_the_output_is_the_bases_bit_for_bit(dtype, targets):
     model = base_model(dtype=dtype)
     expected = model(TOKENS)
-    assert torch.equal(lora.apply(model, 4, 8.0, targets)(TOKENS), expected)
+    assert torch.equal(apply(model, 4, 8.0, targets)(TOKENS), expected)
     assert adapted(base_model(dtype=dtype), targets=targets)(TOKENS).ne(expected).any()
 
 
@@ -87,13 +102,13 @@ def test_A_starts_random_and_B_zero():
 def test_the_three_steps_of_the_start_are_apply():
     one, two = base_model(), base_model()
     torch.manual_seed(1)
-    adapters = lora.add_adapters(one, 4, 8.0, "wq,w2")
+    adapters = lora.add_adapters(one, lora_options(targets="wq,w2"))
     assert len(adapters) == 4 and all(weight.requires_grad for weight in one.parameters())
     lora.init_A(adapters)
     lora.init_B(adapters)
     lora.freeze_base(one)
     torch.manual_seed(1)
-    assert same(weights_of(one), weights_of(lora.apply(two, 4, 8.0, "wq,w2")))
+    assert same(weights_of(one), weights_of(apply(two, 4, 8.0, "wq,w2")))
     for model in (one, two):
         learning = {name for name, w in model.named_parameters() if w.requires_grad}
         assert learning == {name for name, _ in model.named_parameters()
@@ -110,7 +125,7 @@ def test_rank_16_beside_a_4096_square_matrix_trains_131_072_numbers():
 
 
 def test_trainable_count_over_a_model_is_the_hand_count():
-    model = lora.apply(base_model(), 4, 8.0, EVERY_TARGET)
+    model = apply(base_model(), 4, 8.0, EVERY_TARGET)
     per_block = (32 + 32) + 2 * (32 + 16) + (32 + 32) + (32 + 192) + (96 + 32)     # d_in + d_out
     assert parameter_count(model, trainable=True) == 2 * 4 * per_block == 4608
 
@@ -155,7 +170,7 @@ def test_gradients_are_those_of_the_merged_weight_by_the_chain_rule():
 
 def test_training_lowers_the_loss_and_leaves_the_base_untouched():
     model, expected = base_model(), base_model().state_dict()
-    lora.apply(model, 4, 8.0, "wq,wv")
+    apply(model, 4, 8.0, "wq,wv")
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=0.02)
     losses = []
     for _ in range(15):
@@ -197,19 +212,20 @@ def test_detaching_restores_the_base_bit_for_bit():
 
 def test_a_saved_adapter_gives_the_same_model_on_a_fresh_copy_of_the_base(tmp_path):
     model = adapted(targets="wq,w13", rank=3, alpha=7.0)
-    lora.save_adapter(tmp_path, model, 3, 7.0, "wq,w13")
+    lora.save_adapter(tmp_path, model)
     loaded = lora.load_adapter(base_model(), tmp_path)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert same(weights_of(loaded), weights_of(model))
 
 
 def test_an_adapter_file_holds_A_and_B_and_nothing_of_the_base(tmp_path):
-    lora.save_adapter(tmp_path, adapted(), 4, 8.0, "wq,wv")
+    lora.save_adapter(tmp_path, adapted())
     weights = safetensors.torch.load_file(tmp_path / "adapter.safetensors")
     assert sum(w.numel() for w in weights.values()) == 2 * 4 * ((32 + 32) + (32 + 16))
     shape = json.loads((tmp_path / "adapter.json").read_text())
     known = shape.pop("sha256")
-    assert shape == {"rank": 4, "alpha": 8.0, "targets": "wq,wv"}
+    assert shape == {"peft": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_sqrt": False,
+                     "lora_targets": "wq,wv", "lora_layers": "", "lora_dropout": 0.0}
     assert not list(tmp_path.glob("*.tmp"))
     raw = (tmp_path / "adapter.safetensors").read_bytes()
     assert known == hashlib.sha256(raw).hexdigest()
@@ -220,8 +236,8 @@ def test_an_adapter_file_holds_A_and_B_and_nothing_of_the_base(tmp_path):
 
 def test_two_adapters_are_swapped_over_one_base(tmp_path):
     models = {"a": adapted(seed=5), "b": adapted(seed=6, rank=2, alpha=2.0, targets="wk,w2")}
-    lora.save_adapter(tmp_path / "a", models["a"], 4, 8.0, "wq,wv")
-    lora.save_adapter(tmp_path / "b", models["b"], 2, 2.0, "wk,w2")
+    lora.save_adapter(tmp_path / "a", models["a"])
+    lora.save_adapter(tmp_path / "b", models["b"])
     model = base_model()
     for name in ("a", "b", "a"):
         lora.load_adapter(model, tmp_path / name)
@@ -233,7 +249,7 @@ def test_two_adapters_are_swapped_over_one_base(tmp_path):
 def test_merging_by_hand_writes_a_plain_model_folder(tmp_path):
     base, tokenizer, model = base_model(), Tokenizer.bytes(), adapted()
     save_model(tmp_path / "base", base, tokenizer)
-    lora.save_adapter(tmp_path / "adapter", model, 4, 8.0, "wq,wv")
+    lora.save_adapter(tmp_path / "adapter", model)
     lora.main(lora.Config(*(str(tmp_path / name) for name in ("base", "adapter", "merged"))))
     merged, found = load_model(tmp_path / "merged")
     assert found == tokenizer
@@ -248,13 +264,13 @@ def test_merging_by_hand_writes_a_plain_model_folder(tmp_path):
 def test_an_unknown_target_is_refused_with_the_known_ones(targets):
     model = base_model(tied=False)
     with pytest.raises(ValueError, match="--lora_targets.*w13, w2, wk, wo, wq, wv"):
-        lora.apply(model, 4, 8.0, targets)
+        apply(model, 4, 8.0, targets)
     assert all(weight.requires_grad for weight in model.parameters())  # nothing was frozen
 
 
-def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="--lora_rank is 0"):
-        lora.apply(base_model(), 0, 8.0)
+def test_a_rank_beyond_the_matrix_is_refused():
+    with pytest.raises(ValueError, match="--lora_rank 33: wq has rank 32 at most"):
+        apply(base_model(), 33, 8.0)
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -262,14 +278,14 @@ def test_a_rank_below_one_is_refused():
     ({"n_layers": 1}, "blocks.1.attention.wq.A is .*, the model takes None"),
     ({"n_layers": 3}, "blocks.2.attention.wq.A is None")])
 def test_an_adapter_of_another_base_is_refused(tmp_path, changes, named):
-    lora.save_adapter(tmp_path, adapted(), 4, 8.0, "wq,wv")
+    lora.save_adapter(tmp_path, adapted())
     with pytest.raises(ValueError, match=f"{named}.*another model"):
         lora.load_adapter(base_model(**changes), tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["adapter.json", "adapter.safetensors"])
 def test_a_folder_without_a_whole_adapter_is_refused(tmp_path, missing):
-    lora.save_adapter(tmp_path, adapted(), 4, 8.0, "wq,wv")
+    lora.save_adapter(tmp_path, adapted())
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match="no adapter.json and adapter.safetensors"):
         lora.load_adapter(base_model(), tmp_path)
@@ -277,7 +293,7 @@ def test_a_folder_without_a_whole_adapter_is_refused(tmp_path, missing):
 
 @pytest.mark.parametrize("damaged", ["adapter.json", "adapter.safetensors"])
 def test_a_damaged_adapter_is_refused_by_name(tmp_path, damaged):
-    lora.save_adapter(tmp_path, adapted(), 4, 8.0, "wq,wv")
+    lora.save_adapter(tmp_path, adapted())
     whole = (tmp_path / damaged).read_bytes()
     (tmp_path / damaged).write_bytes(whole[:len(whole) // 2])
     model = base_model()
@@ -291,7 +307,7 @@ def test_a_damaged_adapter_is_refused_by_name(tmp_path, damaged):
 def test_the_base_under_adapters_does_not_move_by_a_bit_while_they_learn():
     model = base_model()
     before = model.logps(TOKENS[:, :-1], TOKENS[:, 1:]).detach()
-    lora.apply(model, 2, 4.0, "wq,wv,w2")
+    apply(model, 2, 4.0, "wq,wv,w2")
     base = lora.Base(model)
     optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=0.1)
     for _ in range(3):
@@ -305,7 +321,7 @@ def test_the_base_under_adapters_does_not_move_by_a_bit_while_they_learn():
 
 
 def test_adapters_are_on_again_after_an_error():
-    model = lora.apply(base_model(), 2, 4.0)
+    model = apply(base_model(), 2, 4.0)
     with pytest.raises(RuntimeError), lora.adapters_off(model):
         assert not any(adapter.is_on for adapter in lora.adapters_of(model))
         raise RuntimeError
@@ -343,3 +359,243 @@ def test_alignment_by_adapters_moves_their_matrices_alone(tmp_path, monkeypatch,
     merged = lora.merge(lora.load_adapter(before, "out")).state_dict()
     for name, w in after.state_dict().items():
         torch.testing.assert_close(w, merged[name], atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- the other methods
+
+METHODS = {"qlora": {"lora_rank": 4, "lora_targets": EVERY_TARGET}, "adapter": {"bottleneck": 5},
+           "parallel_adapter": {"bottleneck": 5}, "prefix": {"virtual_tokens": 3},
+           "prompt": {"virtual_tokens": 3}}
+VIRTUAL_ROW = torch.tensor([[272, 273, 274]])
+
+
+def attached(method, **changes):
+    return lora.attach(base_model(), lora.Options(method, **METHODS[method] | changes))
+
+
+def with_virtual(tokens):
+    return torch.cat([VIRTUAL_ROW.expand(len(tokens), -1), tokens], 1)
+
+
+@pytest.mark.parametrize("method", ["adapter", "parallel_adapter"])
+def test_an_adapter_begins_as_the_base_bit_for_bit(method):
+    assert torch.equal(attached(method)(TOKENS), base_model()(TOKENS))
+
+
+def test_qlora_begins_as_the_base_in_4_bits():
+    rounded = base_model()
+    for _, _, linear in lora.linears(rounded.blocks):
+        weight = dequantize_nf4_reference(quantize_nf4(linear.weight), torch.float32)
+        linear.weight.data.copy_(weight)
+    found = attached("qlora")(TOKENS)
+    torch.testing.assert_close(found, rounded(TOKENS), rtol=1e-4, atol=1e-4)
+    assert (found - base_model()(TOKENS)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_a_method_has_put_in_moves_and_all_of_it(method):
+    model = attached(method)
+    before = weights_of(model)
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1)
+    batch = replace(BATCH, tokens=with_virtual(TOKENS), loss_mask=torch.ones(3, 15).bool())
+    batch.loss_mask[:, :4] = False                     # no virtual token is a target
+    for _ in range(2):                                 # A and W_down move from the second step on
+        token_logps(model.logps, batch if method in lora.VIRTUAL else BATCH).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
+    assert moved == lora.learned_names(model)
+    n = {"qlora": 4608, "adapter": 2 * 2 * 2 * 5 * 32, "parallel_adapter": 2 * 2 * 2 * 5 * 32,
+         "prefix": 2 * 2 * 3 * 16, "prompt": 3 * 32}   # blocks, two each, numbers of each
+    assert parameter_count(model, trainable=True) == n[method]
+
+
+@pytest.mark.parametrize("method", ["adapter", "parallel_adapter"])
+def test_an_adapter_is_its_formula(method):
+    """2.4.3: h + f(h W_down) W_up behind a layer, h + f(x W_down) W_up beside it."""
+    layer = lora.Bottleneck(Linear(6, 6), 6, 2, method == "parallel_adapter", torch.device("cpu"))
+    torch.nn.init.normal_(layer.up)
+    x = torch.randn(4, 6)
+    h = x @ layer.base.weight.T
+    z = x if method == "parallel_adapter" else h
+    hidden = z @ layer.down.T
+    gelu = 0.5 * hidden * (1 + torch.erf(hidden / 2 ** 0.5))
+    torch.testing.assert_close(layer(x), h + gelu @ layer.up.T)
+
+
+def test_a_prompt_is_that_many_embeddings_before_the_text():
+    model = attached("prompt")
+    vectors = model.embedding.vectors
+    plain = base_model()
+
+    def slow(tokens):
+        """The base, which reads the vectors in the place of embeddings."""
+        h = torch.cat([vectors.expand(len(tokens), -1, -1), plain.embedding(tokens)], 1)
+        h = plain.run_blocks(plain.blocks, h, None, plain.mask(h, h.shape[1]), None, None)
+        return plain.logits_of(plain.norm(h))
+    torch.testing.assert_close(model(with_virtual(TOKENS))[:, 3:], slow(TOKENS)[:, 3:])
+
+
+def test_a_prefix_is_learned_keys_and_values_in_each_layer():
+    """2.4.4: K' = [P_K, K], V' = [P_V, V] by hand, with the softmax written out."""
+    model = attached("prefix")
+    attention = model.blocks[0].attention
+    x = torch.randn(1, 5, 32)
+    model.embedding(with_virtual(TOKENS[:1, :2]))      # which says where the virtual tokens are
+    cos, sin = model.cos[:5], model.sin[:5]
+    found = attention(x, cos, sin)
+    H, K, C = 4, 2, 8
+    q = (x @ attention.wq.weight.T).view(5, H, C)
+    k = torch.cat([attention.wk.vectors, x[0, 3:] @ attention.wk.base.weight.T]).view(5, K, C)
+    v = torch.cat([attention.wv.vectors, x[0, 3:] @ attention.wv.base.weight.T]).view(5, K, C)
+    q, k = kernels.rope_reference(q[None], k[None], cos, sin)
+    rows = []
+    for t in range(3, 5):
+        heads = []
+        for head in range(H):
+            scores = k[0, :t + 1, head // 2] @ q[0, t, head] / C ** 0.5
+            heads.append(scores.softmax(0) @ v[:t + 1, head // 2])
+        rows.append(torch.cat(heads) @ attention.wo.weight.T)
+    torch.testing.assert_close(found[0, 3:], torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_an_mlp_that_makes_the_prefix_can_be_let_go():
+    model = attached("prefix", prefix_mlp=7)
+    for name, weight in model.named_parameters():
+        if name.endswith(".up"):
+            torch.nn.init.normal_(weight)
+    expected = model(with_virtual(TOKENS))
+    lora.settle(model)
+    assert torch.equal(model(with_virtual(TOKENS)), expected)
+    assert parameter_count(model, trainable=True) == 2 * 2 * 3 * 16
+
+
+def test_virtual_tokens_stand_before_every_conversation_and_are_no_targets():
+    tokenizer = Tokenizer.bytes()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    plain, mask = tokenizer.chat(turns)
+    tokenizer.n_virtual = 2
+    V = tokenizer.vocab_size
+    assert tokenizer.chat(turns) == ([V, V + 1, *plain], [0, 0, *mask])
+    assert tokenizer.prompt(turns[:1]) == [V, V + 1, *plain[:3], tokenizer.assistant]
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_generating_sees_the_virtual_tokens_that_scoring_sees(method):
+    model = attached(method)
+    prompts = [[272, 273, 274, 5, 6, 7], [272, 273, 274, 9]]
+    answers = sample.generate(model, prompts, 6, (271,))
+    for prompt, answer in zip(prompts, answers):
+        for i, token in enumerate(answer):
+            logits = model(torch.tensor([prompt + answer[:i]]))[0, -1]
+            assert logits.argmax() == token
+
+
+def test_dropout_leaves_out_inputs_of_A_in_training_only():
+    torch.manual_seed(0)
+    model = lora.attach(base_model(), lora_options(lora_dropout=0.5))
+    for adapter in lora.adapters_of(model):
+        torch.nn.init.normal_(adapter.B)
+    model.eval()
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    model.train()
+    assert not torch.equal(model(TOKENS), model(TOKENS))
+
+
+def test_rank_stabilised_scale_is_alpha_by_the_root_of_r():
+    module = LoRALinear(Linear(4, 4), rank=4, alpha=6.0, sqrt=True)
+    assert module.scale == 3.0 and LoRALinear(Linear(4, 4), 4, 6.0).scale == 1.5
+
+
+def test_only_the_named_layers_are_adapted():
+    model = lora.attach(base_model(), lora_options(lora_layers="1"))
+    assert {name.split(".")[1] for name in lora.learned_names(model)} == {"1"}
+    with pytest.raises(ValueError, match="--lora_layers 0,2: there is no block '2'.* 0 to 1"):
+        lora.attach(base_model(), lora_options(lora_layers="0,2"))
+
+
+def test_a_model_that_cannot_be_merged_takes_no_second_method():
+    with pytest.raises(ValueError, match="has learned by --peft adapter already"):
+        lora.attach(attached("adapter"), lora_options())
+
+
+def test_qlora_needs_half_a_byte_a_weight_and_merges_to_what_it_was():
+    model = lora.attach(base_model(d_model=128), lora.Options("qlora", 4, 8.0))
+    for adapter in lora.adapters_of(model):
+        torch.nn.init.normal_(adapter.B, std=0.1)
+    matrices = [m for m in model.modules() if isinstance(m, lora.NF4Linear)]
+    n_bytes = sum(b.nbytes for m in matrices for b in m.buffers())
+    n = sum(m.in_features * m.out_features for m in matrices)
+    assert n_bytes / n <= 0.55
+    expected = model(TOKENS)
+    merged = lora.merge(model)
+    torch.testing.assert_close(merged(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, lora.NF4Linear) for m in merged.modules())
+
+
+# ---------------------------------------------------------------------- their folders
+
+def sft(tmp_path, method, **changes):
+    write_inputs(tmp_path)
+    options = {"init": "sft", "out": "out", "peft": method, "steps": 2, "lr": 1e-2, "warmup": 0,
+               "data": "examples.jsonl", "batch_size": 2, "eval_every": 10, "device": "cpu",
+               "dtype": "float32"} | METHODS.get(method, {}) | changes
+    train_sft.main(build(train_sft.Config, options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_holds_what_was_learned_and_opens_with_its_base(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    sft(tmp_path, method)
+    saved = safetensors.torch.load_file("out/model.safetensors")
+    assert same(saved, safetensors.torch.load_file("out/adapter.safetensors"))
+    model, tokenizer = load_model("out")
+    assert tokenizer.n_virtual == METHODS[method].get("virtual_tokens", 0)
+    base, _ = load_model("sft")
+    again = lora.load_adapter(base, "out", "sft")
+    x = [tokenizer.prompt([{"role": "user", "content": "1?"}])]
+    torch.testing.assert_close(model(torch.tensor(x)), again(torch.tensor(x)), rtol=1e-4, atol=1e-4)
+    assert all(weight.requires_grad for weight in model.parameters())
+    # the next stage trains all of it, and its folder is whole
+    dpo = {"init": "out", "out": "next", "data": "pairs.jsonl", "steps": 1, "batch_size": 4,
+           "eval_every": 10, "device": "cpu", "dtype": "float32"}
+    train_dpo.main(build(train_dpo.Config, dpo))
+    load_model("next")
+    shutil.rmtree("sft")
+    load_model("next")
+    with pytest.raises(ValueError, match="beside sft, and that is not there; put it back"):
+        load_model("out")
+
+
+def test_an_adapter_is_refused_on_another_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sft(tmp_path, "adapter")
+    other, _ = load_model("sft")
+    other.norm.weight.data += 0.1
+    save_model("other", other, load_model("sft")[1])
+    with pytest.raises(ValueError, match="made on sft, and other has other weights"):
+        lora.load_adapter(other, "out", "other")
+    save_model("sft", other, load_model("sft")[1])
+    with pytest.raises(ValueError, match="made on sft, which has other weights now"):
+        load_model("out")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"peft": "none", "lora_rank": 2}, "--lora_rank 2: only lora, qlora would read it"),
+    ({"peft": "lora", "bottleneck": 2}, "--bottleneck 2: only adapter, parallel_adapter would"),
+    ({"peft": "adapter", "nf4_double": False}, "--nf4_double False: only qlora would read it"),
+    ({"peft": "prefix", "truncate": "left"}, "--truncate left"),
+])
+def test_options_that_a_method_does_not_read_are_refused(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        sft(tmp_path, changes.pop("peft"), **changes)
+
+
+def test_virtual_tokens_do_not_go_with_a_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    dpo = {"init": "sft", "out": "out", "data": "pairs.jsonl", "steps": 1, "peft": "prompt",
+           "device": "cpu", "dtype": "float32"}
+    with pytest.raises(ValueError, match="--peft prompt: its virtual tokens stand in the prompt"):
+        train_dpo.main(build(train_dpo.Config, dpo))

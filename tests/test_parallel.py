@@ -182,7 +182,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all(out):
      "makes 2 groups of them; give --shard fsdp as well"),
     ({"ranks": 2}, torch.float16, "with float16: .* give --dtype bfloat16 or float32"),
     ({"ranks": 2, "compile": True}, torch.float32, "does not go with --compile"),
-    ({"ranks": 2, "peft": "lora"}, torch.float32, "does not go with --peft lora")])
+    ({"ranks": 2, "adapters": SimpleNamespace(peft="lora")}, torch.float32,
+     "does not go with --peft lora")])
 def test_what_cannot_be_sharded_is_refused(monkeypatch, options, dtype, named):
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: "ranks" in options)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: options["ranks"])

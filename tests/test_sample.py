@@ -99,7 +99,7 @@ def test_adapters_and_shards_are_cast_at_each_token_as_ever(monkeypatch):
     model, prompts = tiny(dtype=torch.bfloat16), some_prompts(3, 5)
     monkeypatch.setattr(sample, "SMALL", 0)
     expected = generate(model, prompts, 6)
-    lora.apply(model, rank=2, alpha=4.0)                               # B is 0: adds nothing
+    lora.attach(model, lora.Options("lora", 2, 4.0))         # B is 0: adds nothing
     assert sample.cast_once(model, torch.bfloat16) is model
     assert generate(model, prompts, 6) == expected
     model = tiny(dtype=torch.bfloat16)

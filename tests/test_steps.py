@@ -171,7 +171,7 @@ def test_main_takes_the_steps_in_the_documents_order(section, name, prefix, numb
              if script.main.lineno < comment.line <= script.main.end_lineno]
     found = [number for number in found if number in numbers]
     assert found == [number for number in numbers if number in found]
-    elsewhere = {"2.5": 5, "3.7": 0}.get(section, 0)       # LoRA's three, an example's two
+    elsewhere = {"2.5": 2, "3.7": 0}.get(section, 0)       # an example's two
     assert len(found) == len(numbers) - elsewhere
 
 
