@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import lora
 import objectives
 from architectures import SourceCache
 from data import left_pad
@@ -39,6 +40,7 @@ SMALL = 4_000_000    # parameters of a model that CPUs decode in fp32
 @dataclass
 class Config:
     init: str = "out/dpo"             # model folder to read
+    adapter: str = ""                 # of a run with --peft on this model; in a chat: /adapter DIR
     prompt: str = ""                  # answer this once and exit; empty: chat in the terminal
     system: str = ""                  # system message to start with
     raw: bool = False                 # continue a text, without the chat template (ul2: mode S)
@@ -375,6 +377,8 @@ def main(cfg: Config) -> None:
     if isinstance(model, WithHead):
         model = model.trunk                                        # without its next sentences
     model.eval()
+    if cfg.adapter:
+        swap_adapter(model, tokenizer, cfg.adapter, cfg.init)
     if cfg.fill:
         print(fill(model, tokenizer, cfg.fill, cfg.max_new_tokens))
         return
@@ -393,6 +397,16 @@ def main(cfg: Config) -> None:
         raise ValueError("--raw continues a text: give it with --prompt")
     print(cfg.prompt, end="")
     print_stream(model, tokenizer, beginning(tokenizer, cfg.prompt), cfg, generator)
+
+
+def swap_adapter(model: Transformer, tokenizer, adapter: str, base: str) -> None:
+    """Put the adapter in this folder on the model, in the place of another; "none": take it off.
+    base: the model's own folder. Raises ValueError for one that was made on another model."""
+    if adapter == "none":
+        lora.detach(model)
+    else:
+        lora.load_adapter(model, adapter, base).eval()
+    tokenizer.n_virtual = (model.peft or {}).get("virtual_tokens", 0)
 
 
 def is_base(folder: str) -> bool:
@@ -449,6 +463,12 @@ def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator)
             return
         if text == "/new" and not cfg.prompt:
             turns = []
+            continue
+        if text.startswith("/adapter ") and not cfg.prompt:
+            try:
+                swap_adapter(model, tokenizer, text.split(maxsplit=1)[1], cfg.init)
+            except ValueError as error:
+                print(error)
             continue
         turns.append({"role": "user", "content": text})
         prompt = tokenizer.prompt(system + turns)

@@ -599,3 +599,17 @@ def test_virtual_tokens_do_not_go_with_a_reference(tmp_path, monkeypatch):
            "device": "cpu", "dtype": "float32"}
     with pytest.raises(ValueError, match="--peft prompt: its virtual tokens stand in the prompt"):
         train_dpo.main(build(train_dpo.Config, dpo))
+
+
+def test_a_chat_swaps_adapters_over_one_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for method in ("lora", "prompt"):
+        sft(tmp_path, method, out=method, lr=0.3, steps=8)
+    lines = ["1?", "/adapter lora", "/new", "1?", "/adapter prompt", "/new", "1?",
+             "/adapter none", "/new", "1?", "/adapter sft"]
+    monkeypatch.setattr(sample, "read_line", lambda: lines.pop(0) if lines else "")
+    monkeypatch.setattr(sample, "first_screen", lambda folder: "")
+    sample.main(sample.Config(init="sft", max_new_tokens=6, device="cpu", dtype="float32"))
+    _, bare, with_lora, with_prompt, again, refused, *_ = capsys.readouterr().out.split("\n")
+    assert again == bare and len({bare, with_lora, with_prompt}) == 3
+    assert "sft: no adapter.json and adapter.safetensors there" in refused
