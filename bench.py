@@ -6,6 +6,7 @@ How fast we are beside what others use, measured in one run on this machine.
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
     python bench.py kernels                # every kernel beside its alternatives (kernels/bench.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
+    python bench.py lora                   # the same step, all weights and LoRA, beside peft's
     python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
     python bench.py dpo                    # a DPO step of 8 pairs, beside TRL's
     python bench.py rollout                # 16 answers and a GRPO or RLOO update, beside TRL's
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 import bench_alignment
 import kernels
+import lora
 import readers
 from model import ModelConfig, Transformer
 from plumbing.device import DTYPES, cpu_multiplies_bfloat16, pick_device, pick_dtype
@@ -47,15 +49,18 @@ from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
               "generate": ("hf_llama", "nanogpt", "lifecycle"),
-              "tokenizer": ("hf_tokenizers", "lifecycle"),
+              "lora": ("peft", "lifecycle"), "tokenizer": ("hf_tokenizers", "lifecycle"),
               "dpo": ("trl", "lifecycle"), "rollout": ("trl", "lifecycle")}
 MODES = {"train": ("eager", "compile"), "generate": ("eager",), "tokenizer": ("eager",),
+         "lora": ("full", "lora"),
          "dpo": ("cached", "default"), "rollout": ("grpo", "rloo")}
-NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers", "trl": "trl"}
+NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers", "trl": "trl", "peft": "peft"}
+# a speed and a time
 FIGURES = {"train": ("tokens_per_s", "ms_per_step"), "generate": ("tokens_per_s", "ms_per_step"),
-           "tokenizer": ("mb_per_s", "seconds"), "dpo": ("steps_per_s", "ms_per_step"),
-           "rollout": ("steps_per_s", "ms_per_step")}          # a speed and a time
-BATCH_SIZES = {"train": [16], "generate": [1, 16], "tokenizer": [1], "dpo": [8], "rollout": [16]}
+           "lora": ("tokens_per_s", "ms_per_step"), "tokenizer": ("mb_per_s", "seconds"),
+           "dpo": ("steps_per_s", "ms_per_step"), "rollout": ("steps_per_s", "ms_per_step")}
+BATCH_SIZES = {"train": [16], "lora": [16], "generate": [1, 16], "tokenizer": [1], "dpo": [8],
+               "rollout": [16]}
 
 
 @dataclass
@@ -315,7 +320,7 @@ def build_model(cfg: Config, name: str) -> nn.Module:
     if name == "lifecycle":
         kernels.keep_memory()                              # the others: as their code does
         return lifecycle(cfg, cfg.context_length)
-    if name == "hf_llama":
+    if name in ("hf_llama", "peft"):
         return hf_llama(cfg)
     if name == "nanogpt":
         return NanoGPT(cfg)
@@ -329,6 +334,8 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
     device = pick_device(cfg.device)
     dtype = DTYPES[cfg.dtype]
     model = build_model(cfg, name).to(device)
+    if mode == "lora":
+        model = with_lora(model, name)
     optimizer = adamw(model, lr=3e-4, weight_decay=0.1)
     forward = model.logps if name == "lifecycle" else model
     if mode == "compile":
@@ -336,6 +343,7 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
     # Ours casts by itself, so that autocast would only cost it time.
     autocasts = name != "lifecycle" and cfg.dtype != "float32"
     autocast = torch.autocast(device.type, dtype, enabled=autocasts)
+    trained = [p for p in model.parameters() if p.requires_grad]
     tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.context_length + 1), device=device)
     inputs = tokens[:, :-1].contiguous()                   # (B, T)
     targets = tokens[:, 1:].contiguous()                   # (B, T)
@@ -344,12 +352,12 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
         with autocast:
             if name == "lifecycle":
                 loss = -forward(inputs, targets).mean()
-            elif name == "hf_llama":                       # shifts by itself: same tokens per step
+            elif name in ("hf_llama", "peft"):             # shifts by itself: same tokens per step
                 loss = forward(input_ids=inputs, labels=inputs).loss
             else:
                 loss = forward(inputs, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()                                        # waits for the GPU, as logging would
@@ -357,6 +365,16 @@ def train_row(cfg: Config, name: str, mode: str) -> dict:
     # The first steps are slower, because memory is allocated, and compiled code is made.
     ms = 1e3 * median_time(step, warmup=4, repeats=cfg.steps)
     return {"tokens_per_s": inputs.numel() / ms * 1e3, "ms_per_step": ms}
+
+
+def with_lora(model: nn.Module, name: str) -> nn.Module:
+    """Rank 16 beside the queries' and the values' matrices, which alone learns."""
+    if name == "lifecycle":
+        return lora.attach(model, lora.Options("lora", lora_rank=16, lora_targets="wq,wv"))
+    import peft  # not at the top: need not be installed
+
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(model, config)
 
 
 def generate_row(cfg: Config, name: str, mode: str) -> dict:
@@ -455,7 +473,8 @@ def measure(bench: str, cfg: Config, name: str, mode: str) -> dict:
 def worker(bench: str, cfg: dict, name: str, mode: str) -> None:
     """The fresh process: measures one row and prints it as JSON."""
     torch.manual_seed(0)
-    measure_row = {"train": train_row, "generate": generate_row, "tokenizer": tokenizer_row,
+    measure_row = {"train": train_row, "lora": train_row, "generate": generate_row,
+                   "tokenizer": tokenizer_row,
                    "dpo": partial(bench_alignment.dpo_row, hf_llama),
                    "rollout": partial(bench_alignment.rollout_row, hf_llama)}[bench]
     row = measure_row(Config(**cfg), name, mode)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import kernels
 from model import Linear, Transformer
+from tokenizer import N_SPECIAL
 
 LORA = ("lora", "qlora")
 BOTTLENECKS = ("adapter", "parallel_adapter")
@@ -47,7 +48,8 @@ VIRTUAL = ("prefix", "prompt")
 # {option: the methods that read it}
 READ_BY = {"lora_rank": LORA, "lora_alpha": LORA, "lora_sqrt": LORA, "lora_targets": LORA,
            "lora_layers": LORA, "lora_dropout": LORA, "nf4_double": ("qlora",),
-           "bottleneck": BOTTLENECKS, "virtual_tokens": VIRTUAL, "prefix_mlp": ("prefix",)}
+           "bottleneck": BOTTLENECKS, "virtual_tokens": VIRTUAL, "prefix_mlp": ("prefix",),
+           "template": LORA + BOTTLENECKS + VIRTUAL}
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Options:
     bottleneck: int = 16              # adapters: r, the width between W_down and W_up, >= 1
     virtual_tokens: int = 16          # prefix, prompt: L_p, of the context, >= 1
     prefix_mlp: int = 0               # prefix: made by an MLP so wide while it learns; 0: without
+    template: bool = False            # embeddings of the template's tokens learn as well
 
 
 # ---------------------------------------------------------------------- on, off
@@ -77,6 +80,10 @@ def attach(model: Transformer, options: Options) -> Transformer:
     if model.peft:
         raise ValueError(f"the model has learned by --peft {model.peft['peft']} already, which "
                          "cannot be merged; start from its base")
+    if options.template:
+        model.embedding = TemplateTokens(model.embedding)
+        if not model.config.tied:
+            model.lm_head = TemplateTokens(model.lm_head)
     if options.peft == "qlora":
         quantize(model, options.nf4_double)
     if options.peft in LORA:
@@ -147,7 +154,7 @@ def merge(model: Transformer) -> Transformer:
         if isinstance(base, NF4Linear):
             setattr(parent, name, base.dense())
     for module in list(model.modules()):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, (LoRALinear, TemplateTokens)):
             module.base.weight.copy_(module.merged_weight())
     return detach(model)
 
@@ -406,6 +413,33 @@ def add_bottlenecks(model: Transformer, options: Options) -> None:
             setattr(block, name, layer)
 
 
+# ---------------------------------------------------------------------- the template's tokens
+
+class TemplateTokens(nn.Module):
+    """An embedding, or a projection to the vocabulary, whose rows of special tokens learn. A base
+    has never seen <|user|> and <|end|>: what it takes as the end of an answer is as random as its
+    initialization, and no change elsewhere makes <|end|> likely without making others likely."""
+    learns = ("rows",)
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.is_on = True                              # off: the base alone
+        # the last ones of a vocabulary (tokenizer.py)
+        self.rows = nn.Parameter(base.weight[-N_SPECIAL:].detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, D)"""
+        return self.merged_weight() if self.is_on else self.base.weight
+
+    def merged_weight(self) -> Tensor:
+        return torch.cat([self.base.weight[:-N_SPECIAL], self.rows])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
 # ---------------------------------------------------------------------- virtual tokens (2.4.4)
 
 class VirtualTokens(nn.Module):
@@ -418,6 +452,7 @@ class VirtualTokens(nn.Module):
         self.base = base
         self.is_on = True                              # for adapters_off(); prompts hold them still
         V, D = base.weight.shape
+        self.V = V
         # words of the vocabulary to begin with (Lester et al. 2021, section 3.2)
         words = base.weight[torch.randint(V, (n,), device=base.weight.device)]
         self.vectors = nn.Parameter(words.detach().clone() if is_learned else torch.zeros(n, D))
@@ -427,9 +462,8 @@ class VirtualTokens(nn.Module):
         #                                                below 0 where a token is a real one
 
     def forward(self, tokens: Tensor) -> Tensor:
-        V = len(self.base.weight)
-        self.place = tokens - V
-        real = self.base(tokens.clamp(max=V - 1))
+        self.place = tokens - self.V
+        real = self.base(tokens.clamp(max=self.V - 1))
         virtual = F.embedding(self.place.clamp(min=0), self.vectors)
         return torch.where((self.place >= 0)[..., None], virtual, real)
 

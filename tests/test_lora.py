@@ -26,7 +26,7 @@ from model import Linear, ModelConfig, Transformer, parameter_count
 from plumbing.folders import load_model, load_reward_model, save_model
 from plumbing.options import build
 from scoring import token_logps
-from tokenizer import Tokenizer
+from tokenizer import N_SPECIAL, Tokenizer
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 272, "context_length": 32, "d_model": 32, "n_layers": 2, "n_heads": 4,
@@ -225,7 +225,8 @@ def test_an_adapter_file_holds_A_and_B_and_nothing_of_the_base(tmp_path):
     shape = json.loads((tmp_path / "adapter.json").read_text())
     known = shape.pop("sha256")
     assert shape == {"peft": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_sqrt": False,
-                     "lora_targets": "wq,wv", "lora_layers": "", "lora_dropout": 0.0}
+                     "lora_targets": "wq,wv", "lora_layers": "", "lora_dropout": 0.0,
+                     "template": False}
     assert not list(tmp_path.glob("*.tmp"))
     raw = (tmp_path / "adapter.safetensors").read_bytes()
     assert known == hashlib.sha256(raw).hexdigest()
@@ -590,6 +591,26 @@ def test_options_that_a_method_does_not_read_are_refused(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         sft(tmp_path, changes.pop("peft"), **changes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_templates_tokens_learn_beside_a_matrix_and_merge_with_it(tied):
+    model = lora.attach(base_model(tied=tied), lora_options(template=True))
+    expected = base_model(tied=tied)(TOKENS)
+    assert torch.equal(model(TOKENS), expected)                        # as the base at first
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=1.0)
+    batch = replace(BATCH, tokens=torch.cat([TOKENS, torch.full((3, 1), 260)], 1),
+                    loss_mask=torch.ones(3, 13).bool())
+    (-token_logps(model.logps, batch).mean()).backward()
+    optimizer.step()
+    after = model(TOKENS)
+    with lora.adapters_off(model):
+        assert torch.equal(model(TOKENS), expected)
+    merged = lora.merge(model)
+    torch.testing.assert_close(merged(TOKENS), after, rtol=1e-5, atol=2e-5)
+    embedding, before = merged.embedding.weight, base_model(tied=tied).embedding.weight
+    assert torch.equal(embedding[:-N_SPECIAL], before[:-N_SPECIAL])
+    assert not torch.equal(merged.output_weight[260], base_model(tied=tied).output_weight[260])
 
 
 def test_virtual_tokens_do_not_go_with_a_reference(tmp_path, monkeypatch):

@@ -1,0 +1,232 @@
+"""
+Six ways to fine-tune a few numbers beside all of them: what each costs, reaches and forgets.
+
+The table of the documents (001 section 2.4.5) gives trainable parameters, memory, inference
+overhead and composability of full fine-tuning, LoRA, QLoRA, adapters and prefix tuning. Here it is
+measured, with parallel adapters (004) and prompt tuning (003). Each method fine-tunes the base
+model of a seed on the world's tasks for as many steps as the others, by AdamW, at the best of three
+learning rates, which seed 0 chooses.
+
+  trained     numbers that learn, of all: here, and of a Llama with 6.7 billion (computed)
+  bytes       of what must be kept for each task: the adapter, or the model
+  step        seconds of an update of 16 rows, over full fine-tuning's
+  token       seconds of a generated token, over the base's (LoRA: merged)
+  swap        seconds to put another task's adapter on the base
+  accuracy    of greedy answers to unseen tasks
+  forgotten   nats per token more than the base on the world's held-out documents
+
+    python experiments/peft_comparison.py            # results/peft_comparison.png and .md
+    python experiments/peft_comparison.py --quick    # one seed, one learning rate, a tenth of steps
+"""
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+import evaluate
+import lora
+import sample
+from experiments.base import base_models, cell, documents, fast_dtype, keep, kept, run_apart, save
+from model import ModelConfig, Transformer, parameter_count
+from plumbing.curves import read_metrics
+from plumbing.device import pick_device
+from plumbing.folders import load_model, read_record
+from plumbing.optimizers import adamw
+from plumbing.options import command_line
+
+ALL = "wq,wk,wv,wo,w13,w2"
+# {method: (its options, three learning rates)}
+METHODS = {
+    "full": ({}, (1e-3, 2e-3, 4e-3)),
+    "LoRA": ({"peft": "lora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
+    "QLoRA": ({"peft": "qlora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
+    "adapter": ({"peft": "adapter"}, (1e-3, 3e-3, 1e-2)),
+    "parallel adapter": ({"peft": "parallel_adapter"}, (1e-3, 3e-3, 1e-2)),
+    "prefix": ({"peft": "prefix"}, (3e-3, 1e-2, 3e-2)),
+    "prompt": ({"peft": "prompt"}, (1e-2, 3e-2, 1e-1)),
+}
+SFT = {"steps": 500, "batch_size": 16, "optimizer": "adamw", "eval_every": 500}
+LLAMA_7B = ModelConfig(vocab_size=32_000, context_length=2048, d_model=4096, n_layers=32,
+                       n_heads=32, n_kv_heads=32, d_ff=11_008, tied=False)
+# What is chosen at that size; the other defaults are as here.
+AT_7B = {"adapter": {"bottleneck": 256}, "parallel adapter": {"bottleneck": 256}}
+# {column: (name of the figure, its format)}
+COLUMNS = {"trained": ("share", ".2%"), "at 7B": ("share_7b", ".4%"), "bytes": ("bytes", ",.0f"),
+           "MB": ("peak_mb", ",.0f"), "step": ("step", ".2f"), "token": ("token", ".2f"),
+           "swap": ("swap", ".4f"), "accuracy": ("accuracy", ".1%"),
+           "forgotten": ("forgotten", "+.3f")}
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"              # of world, models and batches
+    out: str = "out/peft_comparison"  # folder for the models
+    figure: str = "results/peft_comparison.png"   # the picture; the table beside it, as .md
+    quick: bool = False               # one seed, one learning rate, a tenth of the steps, marked
+
+
+# ---------------------------------------------------------------------- what is computed
+
+def share_of(peft: dict, config: ModelConfig) -> float:
+    """Numbers that learn, over those of the base; nothing is made in memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        n = parameter_count(model)
+        # in 4 bits or not, the same numbers learn; and meta tensors have none to be rounded
+        options = lora.Options(**peft | {"peft": peft["peft"].replace("qlora", "lora")})
+        lora.attach(model, options)
+    return parameter_count(model, trainable=True) / n
+
+
+# ---------------------------------------------------------------------- what is measured
+
+def median_seconds(call: Callable, n: int = 7) -> float:
+    times = []
+    for _ in range(n):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))                 # the first one warms up
+
+
+def update(model: Transformer, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss = -model.logps(tokens[:, :-1], tokens[:, 1:]).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def speeds(base: Path, folders: dict[str, Path]) -> dict[str, dict]:
+    """{method: seconds of a "step", of a generated "token" and of a "swap"}, one after another."""
+    found = {}
+    for method, (peft, _) in METHODS.items():
+        model, tokenizer = load_model(base / "pretrain", pick_device("auto"), fast_dtype())
+        seconds = {"swap": 0.0}
+        if peft:
+            lora.load_adapter(model, folders[method])
+            seconds["swap"] = median_seconds(partial(lora.load_adapter, model, folders[method]), 4)
+        shape = 16, model.config.context_length
+        tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
+        optimizer = adamw(model, 1e-4)
+        seconds["step"] = median_seconds(partial(update, model, tokens, optimizer))
+        if method == "LoRA":
+            lora.merge(model)
+        prompt = [tokenizer.prompt([{"role": "user", "content": "Who lives here?"}])]
+        answer = partial(sample.generate, model.eval(), prompt, 48, ())
+        seconds["token"] = median_seconds(answer) / 48
+        found[method] = seconds
+    return found
+
+
+def examine(folder: Path, seed: int, base: Path, n: int) -> dict:
+    """Accuracy on n unseen tasks, and loss on documents over that of the base."""
+    device = pick_device("auto")
+    model, tokenizer = load_model(folder, device, fast_dtype())
+    quiz = {"accuracy": evaluate.exam(f"world:{seed}", n)}
+    found = evaluate.quiz_accuracy(model, tokenizer, quiz)
+    windows = documents(base, seed)
+    before, _ = load_model(base / "pretrain", device, fast_dtype())
+    losses = [evaluate.validation_loss(each, windows, 64, 16) for each in (model, before)]
+    return found | {"forgotten": losses[0] - losses[1]}
+
+
+def trained(method: str, lr: float, seed: int, base: Path, out: Path, quick: bool) -> dict:
+    """The figures of one run, which is made if it is not there."""
+    peft, _ = METHODS[method]
+    folder = out / f"{method.replace(' ', '_')}_{lr:g}"
+    options = SFT | peft | {"lr": lr, "seed": seed, "data": f"world:{seed}"}
+    if quick:
+        options |= {"steps": SFT["steps"] // 10}
+    # in a process of its own, whose memory is its own
+    run_apart("train_sft", init=str(base / "pretrain"), out=str(folder), **options)
+    of = {"model": read_record(folder)["sha256"], "quick": quick}
+    exam = partial(examine, folder, seed, base, 100 if quick else 1000)
+    figures = kept(folder.with_name(f"{folder.name}_exam.json"), of, exam)
+    name = "adapter.safetensors" if peft else "model.safetensors"
+    return figures | {"folder": str(folder), "bytes": (folder / name).stat().st_size, "lr": lr}
+
+
+# ---------------------------------------------------------------------- what is shown
+
+def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
+    """Accuracy against what was forgotten, a point for each seed."""
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for number, (method, of_seeds) in enumerate(found.items()):
+        forgotten = [exam["forgotten"] for exam in of_seeds]
+        accuracy = [exam["accuracy"] for exam in of_seeds]
+        share = of_seeds[0]["share"]
+        axis.scatter(forgotten, accuracy, color=f"C{number}", s=60,
+                     label=f"{method}: {share:.2%} trained")
+    axis.set(title=f"What is learned, and what is forgotten{mark}", ylabel="accuracy, unseen tasks",
+             xlabel="forgotten: nats per token more than the base on its own documents")
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save(figure, file)
+
+
+def table(found: dict[str, list[dict]], cfg: Config) -> str:
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# Parameter-efficient fine-tuning beside full fine-tuning{mark}", "",
+             f"`python experiments/peft_comparison.py`, seeds {cfg.seeds}: the mean, and from the "
+             "lowest to the highest. Step and token over full fine-tuning's and the base's; swap in "
+             "seconds.", "",
+             f"| {' | '.join(['', 'lr', *COLUMNS])} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for method, of_seeds in found.items():
+        cells = [method, f"{of_seeds[0]['lr']:g}"]
+        for name, form in COLUMNS.values():
+            values = [exam[name] for exam in of_seeds]
+            cells.append(cell(values if name in ("accuracy", "forgotten") else values[:1], form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(cfg: Config) -> None:
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
+    if cfg.quick:
+        seeds = seeds[:1]
+    found = {method: [] for method in METHODS}
+    for seed in seeds:
+        base = base_models(seed)
+        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+        for method, (_, rates) in METHODS.items():
+            if found[method]:
+                rates = [found[method][0]["lr"]]       # the one that the first seed has chosen
+            elif cfg.quick:
+                rates = rates[1:2]
+            runs = [trained(method, lr, seed, base, out, cfg.quick) for lr in rates]
+            found[method].append(max(runs, key=lambda exam: exam["accuracy"]))
+    base = base_models(seeds[0])
+    folders = {method: Path(of_seeds[0]["folder"]) for method, of_seeds in found.items()}
+    seconds = speeds(base, folders)
+    for method, of_seeds in found.items():
+        peft, _ = METHODS[method]
+        own = seconds[method]
+        of_seeds[0] |= {"step": own["step"] / seconds["full"]["step"], "swap": own["swap"],
+                        "token": own["token"] / seconds["full"]["token"],
+                        "share": 1.0, "share_7b": 1.0}
+        if peft:
+            config = load_model(base / "pretrain")[0].config
+            of_seeds[0]["share"] = share_of(peft, config)
+            of_seeds[0]["share_7b"] = share_of(peft | AT_7B.get(method, {}), LLAMA_7B)
+        rows = read_metrics(of_seeds[0]["folder"])
+        of_seeds[0]["peak_mb"] = 1e3 * max(row["memory_gb"] for row in rows)
+    file = Path(cfg.figure)
+    draw(found, file, " (quick)" if cfg.quick else "")
+    keep(file.with_suffix(".md"), table(found, cfg))
+    print(file.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
