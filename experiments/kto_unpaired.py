@@ -16,6 +16,11 @@ kind is rare it raises that kind's lambda until lambda_good n_good / (lambda_bad
   lambda_bad 2              more of it
   DPO on pairs              8,000 pairs, which are twice as many answers
 
+What came out, three seeds: half of the answers good, KTO wins 64 to 68 % against SFT, and loss
+aversion changes nothing (63 to 69 %). Where one answer in ten is good, equal lambdas push
+everything down until nothing is left (wins 0 %, 200 nats away); lambda_good 9 brings it back to 58
+to 63 %, at a price in accuracy. Where nine in ten are good neither is needed.
+
     python experiments/kto_unpaired.py                 # results/kto_unpaired.png and .md
     python experiments/kto_unpaired.py --quick         # one seed, a tenth of steps and answers
 """

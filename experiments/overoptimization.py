@@ -50,7 +50,7 @@ from world.text import text_of
 
 # Of every PPO run; what a mitigation changes stands beside its name.
 NO_END_SCORE = -1.0
-PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1e-4, "critic_init": "rm",
+PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 2e-4, "critic_init": "rm",
             "no_end_score": NO_END_SCORE}
 MITIGATIONS = {
     "no mitigation": {},
@@ -69,7 +69,7 @@ MEMBERS = 4                            # reward models of the ensemble; the firs
 @dataclass
 class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
-    steps: int = 50                   # of each PPO run, >= 1
+    steps: int = 60                   # of each PPO run, >= 1
     n_pairs: int = 1000               # that the proxy has seen, >= 1
     rm_steps: int = 125               # of the proxy, >= 1
     label_noise: float = 0.0          # of its annotators, in [0, 1]
