@@ -24,6 +24,7 @@ Differs from the document:
 
     python train_sft.py                                            # the embedded world
     python train_sft.py --peft lora --lora_rank 16 --lr 3e-3
+    python train_sft.py --ewc 0.1                  # section 2.3: forget less text (forgetting.py)
     python train_sft.py --init out/base --data tasks.jsonl --context_length 512
 """
 import math
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 import evaluate
 import lora
 from data import PackedExamples, mixing_weights
+from forgetting import OLD_FIGURES, Past, check_options, squared_distance
 from model import parameter_count
 from moe import router_loss
 from plumbing.folders import load_model
@@ -68,6 +70,13 @@ class Config(Options):
     eval_every: int = 500             # steps between evaluations
     eval_examples: int = 200          # of a world: exam questions answered at each evaluation, >= 1
     save_every: int = 200             # steps between checkpoints
+    ewc: float = 0.0                  # lambda of Elastic Weight Consolidation; 0: without
+    fisher_examples: int = 200        # rows of pretraining's text behind its F, >= 1
+    l2_to_base: float = 0.0           # of |theta - theta*|^2 / 2; 0: without
+    kl_to_base: float = 0.0           # of KL(--init || model) per token of that text; 0: without
+    replay: float = 0.0               # share of a step's rows that are that text, in [0, 1)
+    replay_data: str = ""             # that text; empty: what the records of --init name
+    track_drift: bool = False         # log how much of it is forgotten, as these five do
     adapters: lora.Options = nested(lora.Options)          # what trains
 
 
@@ -97,6 +106,7 @@ def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: 
 
 
 def main(cfg: Config) -> dict:
+    check_options(cfg)
     run = start(cfg, __file__)
 
     # 1. INITIALIZE
@@ -107,6 +117,7 @@ def main(cfg: Config) -> dict:
     lora.begin(model, cfg.adapters, run, tokenizer)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     length = model.config.context_length
+    past = Past(cfg, run, model, tokenizer)                  # section 2.3; nothing by default
 
     # 2. DATA FORMATTING
     train_rows, heldout_rows = read_rows(cfg)                # 3.7/1.1 with the data's own templates
@@ -123,11 +134,12 @@ def main(cfg: Config) -> dict:
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     unigram_loss = evaluate.unigram_response_loss(train, heldout, tokenizer.vocab_size)
     base_loss = evaluate.response_loss(model, heldout, cfg.batch_size)     # of --init
+    train = past.with_replay(train)
     run.track(model=model, optimizer=optimizer)
     run.say(f"{len(train_rows)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
             f"{parameter_count(model) / 1e6:.2f}M parameters train; held-out response loss to "
             f"beat: unigram {unigram_loss:.2f}, the model as it is {base_loss:.2f} nats per token")
-    run.forecast(model)
+    run.forecast(model, *past.references)
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
@@ -142,8 +154,15 @@ def main(cfg: Config) -> dict:
             # 3.2 FORWARD PASS
             logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0
             batch_loss = -logps.sum() / n_targets
+            penalty = router_loss(model)                     # of this pass, before that of the KL
+            if cfg.ewc:                                      # L_EWC of section 2.3
+                penalty = penalty + cfg.ewc / 2 * squared_distance(model, past.theta, past.fisher)
+            if cfg.l2_to_base:
+                penalty = penalty + cfg.l2_to_base / 2 * squared_distance(model, past.theta)
+            if cfg.kl_to_base:
+                penalty = penalty + cfg.kl_to_base * past.kl(model, step)
             # 3.3 BACKWARD PASS
-            run.backward(batch_loss + router_loss(model) / cfg.grad_accum)
+            run.backward(batch_loss + penalty / cfg.grad_accum)
             loss += batch_loss.detach()
 
         # 3.4 UPDATE
@@ -157,6 +176,7 @@ def main(cfg: Config) -> dict:
         # 3.7/3.4 PERIODIC EVALUATION: held-out examples, and families never trained on
         if run.due(step, cfg.eval_every):
             figures |= heldout_figures(model, heldout, tokenizer, quiz, cfg)
+            figures |= past.figures(model)
         tokens = sum(batch.tokens.numel() for batch in batches)
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)
         if run.due(step, cfg.save_every):
@@ -165,6 +185,7 @@ def main(cfg: Config) -> dict:
     # 4. MERGE (the adapters alone are kept, too)
     lora.end(model, cfg.adapters, run)
     results = run.last("val_loss") | {"base_loss": base_loss, "unigram_loss": unigram_loss}
+    results |= run.last_with(*OLD_FIGURES)
     # 5. RETURN phi*, theta_ft
     # 3.7/4 RETURN theta_instruct
     return run.finish(model, tokenizer, results)

@@ -180,8 +180,8 @@ def table(found: dict[str, list[dict]], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     lines = [f"# Parameter-efficient fine-tuning beside full fine-tuning{mark}", "",
              f"`python experiments/peft_comparison.py`, seeds {cfg.seeds}: the mean, and from "
-             "the lowest to the highest. Step and token over full fine-tuning's and the base's; swap "
-             "in seconds.", "",
+             "the lowest to the highest. Step and token over full fine-tuning's and the base's; "
+             "swap in seconds.", "",
              f"| {' | '.join(['', 'lr', *COLUMNS])} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for method, of_seeds in found.items():
         cells = [method, f"{of_seeds[0]['lr']:g}"]

@@ -14,14 +14,16 @@ LAST = ("busiest_expert", "dropped", "load", "beta", "grad_norm", "lr", "tokens_
 # figures that are drawn in the panel of another, because only beside it do they say anything
 SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy",
           "guess_accuracy": "masked_accuracy", "reward_min": "reward", "reward_max": "reward",
-          "kl_k3": "kl", "logratio_chosen": "logratio", "logratio_rejected": "logratio"}
+          "kl_k3": "kl", "logratio_chosen": "logratio", "logratio_rejected": "logratio",
+          "base_old_loss": "old_loss"}
 
 # not drawn: the x axis; a straight line; raw log p, which differs from response to response by far
 # more than training moves it (logratio is drawn instead)
 NO_PANEL = ("step", "tokens", "logp_chosen", "logp_rejected", "not_finite")
 
 # of a panel, or of a figure in it; PPO's loss, which has no val_loss, is a sum without a unit
-UNITS = {"val_loss": "nats", "value_loss": "score squared", "bits_per_byte": "bits per byte",
+UNITS = {"val_loss": "nats", "old_loss": "nats", "kl_old": "nats per token",
+         "value_loss": "score squared", "bits_per_byte": "bits per byte",
          "accuracy": "share that is right", "masked_accuracy": "share that is right",
          "next_sentence_accuracy": "share that is right",
          "short_spans_rebuilt": "share of the spans",

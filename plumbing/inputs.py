@@ -13,11 +13,13 @@ from pathlib import Path
 import readers
 import shards
 from plumbing.claim import sha256
-from plumbing.folders import models_of
+from plumbing.folders import BASE_STAGES, lineage, models_of
 
 WORLD = Path(readers.__file__).parent / "world"
 # Options that name the world, a file, a folder, or several with commas.
-DATA = ("data", "anneal_data", "prompts", "lm_data")
+DATA = ("data", "anneal_data", "prompts", "lm_data", "replay_data")
+# Those of train_sft.py by which a run reads the text that --init was pretrained on (forgetting.py).
+OLD_TEXT = ("ewc", "l2_to_base", "kl_to_base", "replay", "track_drift")
 
 # Options that say nothing about how a run ends.
 FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
@@ -43,10 +45,12 @@ def read_by(cfg, made: list[Path], known: dict) -> dict[str, list[dict]]:
         files[option] = []
         for folder in folders:
             files[option] += [Path(folder) / "model.safetensors", Path(folder) / "tokenizer.json"]
-    for option in DATA:
-        if getattr(cfg, option, ""):
+    named = {option: getattr(cfg, option, "") for option in DATA}
+    named["replay_data"] = old_text(cfg).get("data", "")
+    for option, several in named.items():
+        if several:
             files[option] = []
-            for data in getattr(cfg, option).split(","):
+            for data in several.split(","):
                 files[option] += files_of(data)
 
     found = {}
@@ -55,6 +59,19 @@ def read_by(cfg, made: list[Path], known: dict) -> dict[str, list[dict]]:
         found[option] = [describe(path, before.get(str(path))) for path in paths
                          if isinstance(path, str) or path.exists()]
     return found
+
+
+def old_text(cfg) -> dict:
+    """The options of pretraining's data: --replay_data, else those of the stage that pretrained
+    --init; {} where the stage reads no such text, and where no record names one."""
+    if not any(getattr(cfg, option, 0) for option in OLD_TEXT):
+        return {}
+    if cfg.replay_data:
+        return {"data": cfg.replay_data}
+    for record in lineage(cfg.init):
+        if record.get("stage") in BASE_STAGES:
+            return record.get("config", {})
+    return {}
 
 
 def paths_read(cfg) -> list[tuple[str, str]]:

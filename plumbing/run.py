@@ -111,6 +111,7 @@ class Run:
         self.saved_step = -1                           # steps done at the newest checkpoint
         self.files = list(FILES)                       # that this run writes to its folder
         self.tokenizer = None                          # written when training begins
+        self.first_files: dict[str, Callable] = {}     # and these, as writes_first() says
         self.parents: dict = {}                        # the models it starts from
         self.inputs: dict = {}                         # what this run reads (plumbing/inputs.py)
         self.inputs_before: list[dict] = []            # what it read until --insist
@@ -151,6 +152,12 @@ class Run:
         if self.rank == 0:
             claim.refuse_foreign(self.out, names)
 
+    def writes_first(self, name: str, write: Callable[[Path], object]) -> None:
+        """A file of this stage that is there as training begins, because --resume must find it.
+        write(temporary file) writes it."""
+        self.also_writes(name)
+        self.first_files[name] = write
+
     def begin(self) -> None:
         """The first that changes the folder: all that this run reads has been read and checked."""
         if self.rank == 0:
@@ -161,6 +168,8 @@ class Run:
             self.metrics.drop_rows_from(self.first_step)
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out)
+            for name, write in self.first_files.items():
+                claim.write_whole(self.out / name, write)
             self.inputs = self.read_inputs(self.inputs)
         # now and not at the end, when somebody may have trained a parent again
         self.parents = folders.parents(self.cfg)

@@ -1,0 +1,62 @@
+"""experiments/peft_comparison.py, lora_rank.py, nf4.py: what they compute, options they name."""
+import pytest
+import torch
+
+import kernels
+import train_sft
+from experiments import lora_rank, nf4, peft_comparison
+from plumbing.options import build
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_nf4_of_the_experiment_is_that_of_the_kernel(double):
+    weight = torch.randn(70, 200, generator=torch.Generator().manual_seed(0))
+    expected = kernels.dequantize_nf4_reference(kernels.quantize_nf4(weight, double), torch.float32)
+    torch.testing.assert_close(nf4.rounded(weight, nf4.CODES["nf4"], double), expected)
+
+
+def test_int4_rounds_to_sevenths_of_the_largest():
+    weight = torch.tensor([[7.0, 1.4, -2.6, 0.4]])
+    found = nf4.rounded(weight, nf4.CODES["int4"], False)
+    torch.testing.assert_close(found, torch.tensor([[7.0, 1.0, -3.0, 0.0]]))
+    assert {name: len(code) for name, code in nf4.CODES.items()} == {"nf4": 16, "int4": 15,
+                                                                     "fp4": 15}
+
+
+def test_65_billion_parameters_fit_into_48_gigabytes_in_4_bits():
+    in_4_bits = nf4.gigabytes("65B", 4.127 / 8)
+    assert 33 < in_4_bits["weights"] < 36 and in_4_bits["all"] < 48
+
+
+# 001 section 2.4.5; it has no row for prompt tuning
+RANGES = {"LoRA": (0.001, 0.01), "QLoRA": (0.001, 0.01), "adapter": (0.01, 0.05),
+          "parallel adapter": (0.01, 0.05), "prefix": (0.0001, 0.001)}
+
+
+@pytest.mark.parametrize("method", RANGES)
+def test_the_shares_at_7_billion_lie_in_the_documents_ranges(method):
+    peft, _ = peft_comparison.METHODS[method]
+    changes = peft_comparison.AT_7B.get(method, {})
+    low, high = RANGES[method]
+    assert low <= peft_comparison.share_of(peft | changes, peft_comparison.LLAMA_7B) <= high
+
+
+@pytest.mark.parametrize("method", peft_comparison.METHODS)
+def test_a_method_names_options_that_train_sft_has(method):
+    peft, rates = peft_comparison.METHODS[method]
+    cfg = build(train_sft.Config, peft_comparison.SFT | peft | {"lr": rates[0]})
+    assert cfg.adapters.peft == peft.get("peft", "none") and len(rates) == 3
+
+
+def test_the_best_part_of_a_rank_keeps_the_largest_singular_values():
+    change = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    largest = torch.diag(torch.tensor([3.0, 0.0, 0.0]))
+    torch.testing.assert_close(lora_rank.best_part(change, 1), largest)
+    torch.testing.assert_close(lora_rank.best_part(change, 3), change)
+
+
+def test_a_manner_is_every_answer_in_a_frame_and_knowledge_is_of_another_world(tmp_path):
+    files = lora_rank.write_data(0, tmp_path, n=20)
+    manner, knowledge = (file.read_text().splitlines() for file in files.values())
+    assert all("Dear friend: " in line and "Yours, the bear." in line for line in manner)
+    assert len(manner) == len(knowledge) == 40
