@@ -114,6 +114,27 @@ def fused_or_not(model: nn.Module) -> dict[str, bool]:
     return {"fused": trainable[0].device.type in ("cpu", "cuda")}
 
 
+def keep_on_host(optimizer: torch.optim.Optimizer) -> None:
+    """Between its steps the optimizer's state lies in the host's memory, where there is more of it;
+    each step fetches it and brings it back (001 section 2.4.2: paged optimizers)."""
+    def fetch(optimizer, *_) -> None:
+        for p, state in optimizer.state.items():
+            move_state(state, p.device)
+
+    def bring_back(optimizer, *_) -> None:
+        for state in optimizer.state.values():
+            move_state(state, torch.device("cpu"))
+
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(bring_back)
+
+
+def move_state(state: dict, device: torch.device) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dim() > 0:      # counts stay
+            state[name] = value.to(device)
+
+
 # ---------------------------------------------------------------------- Muon
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from model import Linear
 from plumbing import optimizers
-from plumbing.optimizers import Muon, adam, adamw, orthogonalize, pick_optimizer
+from plumbing.optimizers import Muon, adam, adamw, keep_on_host, orthogonalize, pick_optimizer
 
 # ---------------------------------------------------------------------- learning rates
 
@@ -145,6 +145,36 @@ def test_its_state_survives_saving():
         step(model, optimizer, 2)
     for p, q in zip(*(model.parameters() for model in models)):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_on_the_host_is_fetched_for_each_step_and_changes_nothing(monkeypatch, name):
+    torch.manual_seed(0)
+    models = [tiny_model()]
+    models.append(copy.deepcopy(models[0]))
+    plain, paged = (pick_optimizer(name, model, 1e-2, 0.0, torch.float32) for model in models)
+    keep_on_host(paged)
+    moved = []
+    move = optimizers.move_state
+    monkeypatch.setattr(optimizers, "move_state", lambda state, to: (moved.append(to.type),
+                                                                     move(state, to)))
+    for seed in range(3):
+        for model, optimizer in zip(models, (plain, paged)):
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.equal(p, q)
+    # back after each step, and fetched before each but the first, which finds none
+    assert len(moved) == 5 * len(paged.state)
+
+
+def test_a_states_tensors_are_moved_and_its_counts_are_not():
+    state = {"exp_avg": torch.ones(2, 2), "step": torch.tensor(3.0), "t": 3}
+    optimizers.move_state(state, torch.device("meta"))
+    assert state["exp_avg"].device.type == "meta" and state["step"].device.type == "cpu"
+    assert state["t"] == 3
 
 
 # ---------------------------------------------------------------------- by name
