@@ -421,7 +421,9 @@ def parse_example(row: dict) -> dict:
         prompt = prompt_of(row, names)
         response = response_of(row[names[1]], names[1], prompt)
         turns = [*prompt, {"role": "assistant", "content": response}]
-    return {"messages": turns, "task": task, "example": row}
+    chain = row.get("chain")
+    return {"messages": turns, "task": task, "example": row,
+            "chain": chain if isinstance(chain, str) else ""}
 
 
 def parse_preference(row: dict) -> dict:
@@ -549,7 +551,7 @@ def parse_chosen(row: dict) -> dict:
     """A pair as an example: its prompt, and the chosen answer to imitate."""
     pair = parse_preference(row)
     turns = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
-    return {"messages": turns, "task": "", "example": row}
+    return {"messages": turns, "task": "", "chain": "", "example": row}
 
 
 def parse_prompt(row: dict) -> dict:
@@ -670,8 +672,9 @@ def without_empty(documents: Iterable[str]) -> Iterator[str]:
 
 
 def read_examples(data: str | Path, n: int | None = None, **options) -> list[dict]:
-    """Conversations to imitate: [{"messages", "task", "example", "where"}, ...]. "example": a
-    world's own row, with the answer key; {} of a file's, whatever its columns are called."""
+    """Conversations to imitate: [{"messages", "task", "chain", "example", "where"}, ...]. chain:
+    the reasoning before the answer, or "". "example": a world's own row, with the answer key; {} of
+    a file's, whatever its columns are called."""
     return read_rows(data, "examples", parse_example, n, **options)
 
 

@@ -17,7 +17,7 @@ Differs from the document:
   1.       everything is trained unless --peft lora: 3.7 trains all of theta, 2.5 only phi.
   2.1      several examples share a row ("packing"); attention and loss stay inside each.
   3.7/1.1  templates and reasoning chains are the data's: the world words its tasks in several ways
-           and reasons in arithmetic; rows of a file are taken as they are.
+           and reasons in arithmetic; a file's rows may have a "chain" beside their answer.
   3.2      the sums run over the whole optimizer step, all micro-batches and ranks.
   3.4      the gradient is clipped, as 3.7 has it and 2.5 has not.
   3.7/3.4  zero-shot only.
@@ -30,6 +30,8 @@ Differs from the document:
 import math
 from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
 
 import evaluate
 import lora
@@ -54,7 +56,10 @@ class Config(Options):
     chosen: bool = False              # --data has preference pairs: imitate the chosen answers
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
-    tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau); inf: uniform, in (0, inf]
+    tau: float = 1.0                  # task mixing p_k ~ N_k^(1/tau); inf: uniform, in [1, inf]
+    cap: int = 0                      # of a task's examples per epoch (3.5: M); 0: all of them
+    cot_ratio: float = 1.0            # share of the reasoning chains that are learned, in [0, 1]
+    train_on: str = "response"        # response | all: prompts, too, which 3.4 advises against
     context_length: int = 0           # tokens in a row; 0: the model's own
     steps: int = 1000                 # optimizer steps (T_ft), >= 1
     batch_size: int = 16              # rows per micro-batch and rank, >= 1
@@ -89,13 +94,31 @@ def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
     return train, heldout
 
 
-def format_rows(rows: list[dict], tokenizer) -> None:
+def mix_chains(rows: list[dict], ratio: float, seed: int) -> None:
+    """Answers with their reasoning chain before them, in this share of the rows that have one, and
+    without it in the others (3.6: y = [r_1, ..., r_m, a])."""
+    rng = np.random.default_rng(seed)
+    for row in rows:
+        answer = row["messages"][-1]
+        chain = row["chain"]
+        if chain and rng.random() >= ratio:
+            text = answer["content"].replace(f"{chain} ", "")
+        elif chain and chain not in answer["content"]:
+            text = f"{chain} {answer['content']}"
+        else:
+            continue
+        row["messages"] = [*row["messages"][:-1], answer | {"content": text}]
+
+
+def format_rows(rows: list[dict], tokenizer, train_on: str = "response") -> None:
     """Give each conversation its "ids" and its loss "mask", two lists of one length."""
     for row in rows:
         # 2.1 Construct prompt-completion sequence: the template's role tokens around each turn
         row["ids"] = tokenizer.conversation(row["messages"])
         # 2.2 Create loss mask: 1 on the assistant's tokens and their <|end|>
         row["mask"] = tokenizer.response_mask(row["ids"])
+        if train_on == "all":
+            row["mask"] = [int(i < tokenizer.vocab_size) for i in row["ids"]]    # not virtual ones
 
 
 def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: Config) -> dict:
@@ -120,13 +143,17 @@ def main(cfg: Config) -> dict:
     past = Past(cfg, run, model, tokenizer)                  # section 2.3; nothing by default
 
     # 2. DATA FORMATTING
-    train_rows, heldout_rows = read_rows(cfg)                # 3.7/1.1 with the data's own templates
-    format_rows(train_rows, tokenizer)
+    train_rows, heldout_rows = read_rows(cfg)
+    # 3.7/1.1 Templates and reasoning chains are the data's, of the chains as many as --cot_ratio
+    mix_chains(train_rows, cfg.cot_ratio, cfg.seed)
+    format_rows(train_rows, tokenizer, cfg.train_on)
     format_rows(heldout_rows, tokenizer)
-    # 3.7/1.2 Compute sampling weights w_k ~ N_k^(1/tau) of the task families
-    weights = mixing_weights(Counter(row["task"] for row in train_rows), cfg.tau)
+    # 3.7/1.2 Compute sampling weights w_k ~ min(N_k, M)^(1/tau) of the task families
+    counts = Counter(row["task"] for row in train_rows)
+    cap = cfg.cap or None
+    weights = mixing_weights(counts, cfg.tau, cap)
     # 3.7/1.3 Construct D_instruct: weighted interleaving, packed into rows
-    train = PackedExamples(train_rows, tokenizer, length, cfg.seed, cfg.truncate, weights)
+    train = PackedExamples(train_rows, tokenizer, length, cfg.seed, cfg.truncate, weights, cap)
     heldout = PackedExamples(heldout_rows, tokenizer, length, cfg.seed, cfg.truncate)
     quiz = evaluate.quiz(cfg.data, cfg.eval_examples)        # {} unless a world marks it
     forward = run.prepare(model, "logps")

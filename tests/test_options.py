@@ -309,7 +309,7 @@ OUTSIDE = [
     (train_pretrain, "max_norm", -1.0, "> 0"), (train_pretrain, "steps", 0, ">= 1"),
     (train_pretrain, "n_heads", 0, ">= 1"), (train_pretrain, "alpha", 1.5, "in [0, 1]"),
     (train_pretrain, "rope_theta", 0.0, "> 0"), (train_pretrain, "save_every", -1, ">= 0"),
-    (train_denoise, "grad_accum", 0, ">= 1"), (train_sft, "tau", 0.0, "in (0, inf]"),
+    (train_denoise, "grad_accum", 0, ">= 1"), (train_sft, "tau", 0.0, "in [1, inf]"),
     (train_sft, "lora_alpha", -1.0, "> 0"), (train_sft, "seed", -1, "in [0, 4e9]"),
     (train_rm, "label_noise", 2.0, "in [0, 1]"), (train_rm, "disagreement", -0.1, ">= 0"),
     (train_dpo, "beta", 0.0, "> 0"), (train_dpo, "eval_pairs", 0, ">= 1"),

@@ -41,7 +41,8 @@ def write(path, rows):
 def test_every_public_format_becomes_the_same_conversation(row, tmp_path):
     path = write(tmp_path / "rows.jsonl", [row])
     [example] = readers.read_examples(path)
-    assert example == {"messages": TALK, "task": "", "example": {}, "where": f"{path}:1"}
+    assert example == {"messages": TALK, "task": "", "chain": "", "example": {},
+                       "where": f"{path}:1"}
     [prompt] = readers.read_prompts(path)
     assert prompt == {"messages": ASKED, "answer": ANSWER, "example": {}, "where": f"{path}:1"}
 

@@ -20,6 +20,7 @@ from plumbing.curves import read_metrics
 from plumbing.folders import load_model
 from plumbing.options import build
 from scoring import token_logps
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,78 @@ def test_full_fine_tuning_moves_every_weight(tmp_path):
     base, tuned = weights_of(tmp_path / "base"), weights_of(tmp_path / "sft")
     assert not any(torch.equal(base[name], w) for name, w in tuned.items())
     assert not (tmp_path / "sft" / "adapter.safetensors").exists()
+
+
+# ---------------------------------------------------------------------- what is learned (3.4-3.6)
+
+def chain_rows(text):
+    return [{"messages": [{"role": "user", "content": "2 + 3 + 4?"},
+                          {"role": "assistant", "content": text}], "chain": "2 + 3 = 5. 5 + 4 = 9."}
+            for _ in range(400)]
+
+
+@pytest.mark.parametrize("text", ["2 + 3 = 5. 5 + 4 = 9. It is 9.", "It is 9."])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_so_many_answers_have_their_chain_wherever_the_data_have_it(text, ratio):
+    rows = chain_rows(text)
+    train_sft.mix_chains(rows, ratio, seed=0)
+    found = [row["messages"][-1]["content"] for row in rows]
+    assert {*found} <= {"2 + 3 = 5. 5 + 4 = 9. It is 9.", "It is 9."}
+    share = sum(answer.startswith("2") for answer in found) / 400
+    assert abs(share - ratio) <= 4 * (ratio * (1 - ratio) / 400) ** 0.5     # 4 standard errors
+
+
+def test_the_worlds_chains_stand_in_its_answers():
+    rows = readers.read_examples("world", n=400)
+    before = [row["messages"][-1]["content"] for row in rows]
+    train_sft.mix_chains(rows, 1.0, seed=0)
+    assert [row["messages"][-1]["content"] for row in rows] == before       # as they are
+    train_sft.mix_chains(rows, 0.0, seed=0)
+    changed = [row for row, text in zip(rows, before) if row["messages"][-1]["content"] != text]
+    assert changed and all(row["chain"] not in row["messages"][-1]["content"] for row in changed)
+    assert len(changed) == sum(bool(row["chain"]) for row in rows)
+
+
+def test_a_files_chain_stands_before_its_answer(tmp_path):
+    file = write_rows(tmp_path / "sums.jsonl",
+                      [{"prompt": "1 + 1?", "response": "2", "chain": "One and one."},
+                       {"prompt": "7?", "response": "7", "chain": 5}])
+    rows = readers.read_examples(file)
+    assert [row["chain"] for row in rows] == ["One and one.", ""]
+    train_sft.mix_chains(rows, 1.0, seed=0)
+    assert [row["messages"][-1]["content"] for row in rows] == ["One and one. 2", "7"]
+
+
+def test_prompts_are_targets_only_if_asked_for_and_virtual_tokens_never():
+    rows = chain_rows("9")[:1]
+    train_sft.format_rows(rows, TOKENIZER)
+    assert sum(rows[0]["mask"]) == 2                   # "9" and <|end|>
+    tokenizer = Tokenizer.bytes()
+    tokenizer.n_virtual = 3
+    train_sft.format_rows(rows, tokenizer, "all")
+    assert rows[0]["mask"] == [0] * 3 + [1] * (len(rows[0]["ids"]) - 3)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options, share", [({}, 1 / 11), ({"tau": 2.0}, 1 / (1 + 10 ** 0.5)),
+                                            ({"cap": 12}, 6 / 18)])
+def test_a_cap_and_a_temperature_let_small_tasks_in(tmp_path, monkeypatch, options, share):
+    """60 examples of one task and 6 of another: p_k ~ min(N_k, M)^(1/tau) (3.5)."""
+    sizes = {"large": 60, "small": 6}
+    rows = [{"task": task} for task, n in sizes.items() for _ in range(n)]
+
+    def packed(examples, tokenizer, length, seed, truncate, weights, cap):
+        assert weights["small"] == pytest.approx(share) and cap == options.get("cap")
+        raise Stop
+    monkeypatch.setattr(train_sft, "read_rows", lambda cfg: (rows, []))
+    monkeypatch.setattr(train_sft, "mix_chains", lambda *arguments: None)
+    monkeypatch.setattr(train_sft, "format_rows", lambda *arguments: None)
+    monkeypatch.setattr(train_sft, "PackedExamples", packed)
+    with pytest.raises(Stop):
+        train_sft.main(config(tmp_path, **options))
 
 
 # ---------------------------------------------------------------------- bad input
