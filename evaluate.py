@@ -8,6 +8,7 @@ How good is a model? Every figure of the report is made here, by functions that 
 
     python evaluate.py --init out/dpo --reference out/sft      # a table; --json FILE keeps it
 """
+import itertools
 import json
 import math
 import zlib
@@ -359,6 +360,29 @@ def quiz(name: str, n: int) -> dict[str, list[dict]]:
         return {}
     return {"accuracy": exam(name, n),
             "unseen_families": exam(name, n // 4, HELDOUT_FAMILIES)}
+
+
+def few_shot(name: str, examples: list[dict], k: int, tokenizer,
+             context_length: int) -> tuple[list[dict], int]:
+    """The examples with solved ones of their own family before them, as earlier turns: k of them,
+    or as many as fit every example's context beside the answer. Returns them and their number."""
+    world = readers.world_named(name)
+    solved = {}
+    for family in {example["family"] for example in examples}:
+        solved[family] = []
+        for shot in world.examples(k, families=(family,)):
+            turns = readers.checked_turns(shot["prompt"], "prompt", "user")
+            solved[family].append([*turns, {"role": "assistant", "content": shot["response"]}])
+    longest = context_length - MAX_ANSWER
+    for n in range(k, 0, -1):
+        shown = []
+        for example in examples:
+            turns = readers.checked_turns(example["prompt"], "prompt", "user")
+            before = itertools.chain(*solved[example["family"]][:n])
+            shown.append(example | {"prompt": [*before, *turns]})
+        if max(map(len, chat_prompts(tokenizer, shown))) <= longest:
+            return shown, n
+    return examples, 0
 
 
 def quiz_accuracy(model: Transformer, tokenizer, quizzes: dict[str, list[dict]]) -> dict:

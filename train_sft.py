@@ -20,7 +20,7 @@ Differs from the document:
            and reasons in arithmetic; a file's rows may have a "chain" beside their answer.
   3.2      the sums run over the whole optimizer step, all micro-batches and ranks.
   3.4      the gradient is clipped, as 3.7 has it and 2.5 has not.
-  3.7/3.4  zero-shot only.
+  3.7/3.4  zero-shot, and few-shot with --shots.
 
     python train_sft.py                                            # the embedded world
     python train_sft.py --peft lora --lora_rank 16 --lr 3e-3
@@ -74,6 +74,7 @@ class Config(Options):
     tensor_parallel: int = 1          # under torchrun: so many ranks divide each matrix, >= 1
     eval_every: int = 500             # steps between evaluations
     eval_examples: int = 200          # of a world: exam questions answered at each evaluation, >= 1
+    shots: int = 0                    # of a world: solved examples before those of unseen families
     save_every: int = 200             # steps between checkpoints
     ewc: float = 0.0                  # lambda of Elastic Weight Consolidation; 0: without
     fisher_examples: int = 200        # rows of pretraining's text behind its F, >= 1
@@ -156,6 +157,10 @@ def main(cfg: Config) -> dict:
     train = PackedExamples(train_rows, tokenizer, length, cfg.seed, cfg.truncate, weights, cap)
     heldout = PackedExamples(heldout_rows, tokenizer, length, cfg.seed, cfg.truncate)
     quiz = evaluate.quiz(cfg.data, cfg.eval_examples)        # {} unless a world marks it
+    if quiz and cfg.shots:
+        quiz["few_shot"], n_shots = evaluate.few_shot(cfg.data, quiz["unseen_families"], cfg.shots,
+                                                      tokenizer, length)
+        run.say(f"{n_shots} of {cfg.shots} shots fit into the context of {length} tokens")
     forward = run.prepare(model, "logps")
     # 3.7/2 theta <- theta*, AdamW
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)

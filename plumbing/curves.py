@@ -12,7 +12,7 @@ LAST = ("busiest_expert", "dropped", "load", "beta", "grad_norm", "lr", "tokens_
         "memory_gb", "skipped")
 
 # figures that are drawn in the panel of another, because only beside it do they say anything
-SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy",
+SHARED = {"train_accuracy": "accuracy", "unseen_families": "accuracy", "few_shot": "accuracy",
           "guess_accuracy": "masked_accuracy", "reward_min": "reward", "reward_max": "reward",
           "kl_k3": "kl", "logratio_chosen": "logratio", "logratio_rejected": "logratio",
           "base_old_loss": "old_loss"}

@@ -22,6 +22,7 @@ from evaluate import (
     win_rate,
     word_perplexity,
 )
+from tokenizer import Tokenizer
 from world.judge import WEIGHTS, true_reward
 from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
 from world.text import text_of
@@ -157,6 +158,27 @@ def test_a_later_turn_is_asked_after_the_turns_before_it():
         if isinstance(turns, str):
             turns = [{"role": "user", "content": turns}]
         assert ids == TOKENIZER.prompt(turns)
+
+
+def test_solved_examples_of_the_same_family_stand_before_as_many_as_fit():
+    tokenizer = Tokenizer.bytes()
+    asked = evaluate.exam("world", 6, ("tally", "arithmetic"))
+    shown, n = evaluate.few_shot("world", asked, 3, tokenizer, 10_000)
+    assert n == 3
+    for example, bare in zip(shown, asked):
+        *before, last = example["prompt"]
+        assert last == {"role": "user", "content": bare["prompt"]} and len(before) == 6
+        assert [turn["role"] for turn in before] == ["user", "assistant"] * 3
+        solved = world_examples(bare["family"])
+        assert before[1]["content"] == solved[0]["response"]
+    longest = max(map(len, evaluate.chat_prompts(tokenizer, shown))) + evaluate.MAX_ANSWER
+    assert evaluate.few_shot("world", asked, 3, tokenizer, longest)[1] == 3
+    assert evaluate.few_shot("world", asked, 3, tokenizer, longest - 1)[1] == 2
+    assert evaluate.few_shot("world", asked, 3, tokenizer, 80) == (asked, 0)
+
+
+def world_examples(family):
+    return readers.world_named("world").examples(3, families=(family,))
 
 
 def test_a_file_has_no_answer_key_and_no_quiz(tmp_path):
