@@ -110,9 +110,12 @@ def check_options(cfg) -> None:
     """Raises ValueError for options that nothing reads or that do not go together."""
     refuse_unread(cfg, READ_BY)
     peft = cfg.adapters.peft
-    for name in ("ewc", "l2_to_base"):
-        if getattr(cfg, name) and peft != "none":
-            raise ValueError(f"--{name} holds weights that --peft {peft} freezes anyway; leave one "
+    # the base's weights stand still, and text without virtual tokens is read as before
+    is_idle = {"ewc": peft != "none", "l2_to_base": peft != "none",
+               "kl_to_base": peft in lora.VIRTUAL, "replay": peft in lora.VIRTUAL}
+    for name, idle in is_idle.items():
+        if getattr(cfg, name) and idle:
+            raise ValueError(f"--{name} holds what --peft {peft} leaves as it is anyway; leave one "
                              "of them out")
     if is_on(cfg) and (cfg.shard != "none" or cfg.tensor_parallel > 1):
         raise ValueError(f"{', '.join(READERS)}: each rank compares whole weights and logits with "

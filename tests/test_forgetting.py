@@ -343,8 +343,10 @@ def test_a_damaged_f_is_made_again_and_a_strangers_stays(folder, made):
     ({"ewc": 1.0, "fisher_examples": 0}, "--fisher_examples 0: give a number >= 1"),
     ({"fisher_examples": 9}, "--fisher_examples 9: only --ewc would read it"),
     ({"replay_data": "text.txt"}, "--replay_data text.txt: only --ewc, --l2_to_base, .*--replay, "),
-    ({"ewc": 1.0, "peft": "lora"}, "--ewc holds weights that --peft lora freezes anyway"),
-    ({"l2_to_base": 1.0, "peft": "lora"}, "--l2_to_base holds weights that --peft lora freezes"),
+    ({"ewc": 1.0, "peft": "lora"}, "--ewc holds what --peft lora leaves as it is anyway"),
+    ({"l2_to_base": 1.0, "peft": "qlora"}, "--l2_to_base holds what --peft qlora leaves as it is"),
+    ({"kl_to_base": 1.0, "peft": "prompt"}, "--kl_to_base holds what --peft prompt leaves as it"),
+    ({"replay": 0.5, "peft": "prefix"}, "--replay holds what --peft prefix leaves as it is"),
     ({"kl_to_base": 1.0, "shard": "fsdp"}, "leave out --shard and --tensor_parallel"),
     ({"replay": 0.5, "replay_data": "none.txt"}, "none.txt: not found"),
 ])
