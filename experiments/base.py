@@ -24,8 +24,10 @@ import corpus
 import evaluate
 import lifecycle
 import train_pretrain
+import train_sft
 from data import TokenStream
 from plumbing.claim import write_whole
+from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, read_record
 from plumbing.options import build, command_line
@@ -148,6 +150,36 @@ def examined(folder: Path, seed: int, base: Path, n: int = 500) -> dict:
     of = {"model": read_record(folder)["sha256"], "n": n}
     return kept(folder.with_name(f"{folder.name}_exam.json"), of,
                 partial(examine, folder, seed, base, n))
+
+
+# ---------------------------------------------------------------------- what a fine-tuning reaches
+
+def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int,
+          **options) -> dict:
+    """The base model of a seed, fine-tuned with these options of train_sft.py: {family: accuracy on
+    n unseen tasks of it, "all": of all of them}, and the last figures of the run."""
+    run(train_sft, init=str(base / "pretrain"), out=str(folder), seed=seed,
+        **{"optimizer": "muon", "lr": 4e-3} | options)
+    of = {"model": read_record(folder)["sha256"], "families": list(families), "n": n}
+    found = kept(folder.with_name(f"{folder.name}_exam.json"), of,
+                 partial(accuracies, folder, seed, families, n))
+    return read_metrics(folder)[-1] | found
+
+
+def accuracies(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict:
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    tasks = []
+    for family in families:
+        tasks += evaluate.exam(f"world:{seed}", n, (family,))
+    return evaluate.accuracy_by_family(tasks, evaluate.greedy_texts(model, tokenizer, tasks))
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    """Conversations of readers.read_examples() as a file for --data."""
+    kept_columns = ("messages", "task", "chain")
+    lines = [json.dumps({name: row[name] for name in kept_columns}) + "\n" for row in rows]
+    keep(file, "".join(lines))
+    return file
 
 
 def fast_dtype() -> torch.dtype:

@@ -1,0 +1,96 @@
+"""
+Reasoning before the answer: sums of two steps, learned with chains, without, and mixed.
+
+The sentences of the documents (001 section 3.6): instruction tuning "is significantly enhanced by
+including Chain-of-Thought (CoT) exemplars"; "both direct-answer and CoT variants", "with a mixing
+ratio of approximately 50:50". The base model of a seed learns the world's arithmetic, "7 + 5 - 3"
+and stories of such sums, with --cot_ratio 0, 0.25, 0.5, 0.75 and 1 of the chains before the
+answers ("7 + 5 = 12. 12 - 3 = 9."). The answer alone is compared; whether a chain came is counted.
+
+    python experiments/chain_of_thought.py            # results/chain_of_thought.png and .md
+    python experiments/chain_of_thought.py --quick    # one seed, three ratios, a tenth of the steps
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+import readers
+from experiments.base import base_models, cell, keep, save, tuned, write_rows
+from plumbing.options import command_line
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FAMILY = "arithmetic"
+SFT = {"steps": 300, "batch_size": 8, "eval_every": 300}
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"              # of world, models and batches
+    out: str = "out/chain_of_thought"             # folder for the models and their data
+    figure: str = "results/chain_of_thought.png"  # the picture; the table beside it, as .md
+    quick: bool = False               # one seed, three ratios, a tenth of the steps, marked
+
+
+def write_data(seed: int, file: Path) -> Path:
+    rows = []
+    for split in ("train", "heldout"):
+        rows += readers.read_examples(f"world:{seed}", split=split, n=5000, seed=seed,
+                                      families=(FAMILY,))
+    return write_rows(file, rows)
+
+
+def draw(found: dict[float, list[float]], file: Path, mark: str) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for ratio, accuracies in found.items():
+        axis.plot([ratio] * len(accuracies), accuracies, "o", color="C0")
+    means = [float(np.mean(accuracies)) for accuracies in found.values()]
+    axis.plot(list(found), means, color="C0")
+    axis.set(title=f"Sums of two steps{mark}", xlabel="share of the examples with a chain",
+             ylabel="accuracy, unseen sums", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    save(figure, file)
+
+
+def table(found: dict[float, list[float]], cfg: Config) -> str:
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# Chains of thought{mark}", "",
+             f"`python experiments/chain_of_thought.py`, seeds {cfg.seeds}: accuracy on unseen "
+             "sums of two steps; the mean, and from the lowest to the highest.", "",
+             "| share of chains | accuracy |", "|---|---|"]
+    lines += [f"| {ratio:g} | {cell(values, '.1%')} |" for ratio, values in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(cfg: Config) -> None:
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
+    ratios = RATIOS
+    options = dict(SFT)
+    if cfg.quick:
+        seeds = seeds[:1]
+        ratios = RATIOS[::2]
+        options["steps"] = SFT["steps"] // 10
+    found = {ratio: [] for ratio in ratios}
+    for seed in seeds:
+        base = base_models(seed)
+        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+        file = write_data(seed, out / "sums.jsonl")
+        for ratio in ratios:
+            exam = tuned(out / f"cot_{ratio}", seed, base, (FAMILY,), 100 if cfg.quick else 500,
+                         data=str(file), cot_ratio=ratio, **options)
+            found[ratio].append(exam["all"])
+    file = Path(cfg.figure)
+    draw(found, file, " (quick)" if cfg.quick else "")
+    keep(file.with_suffix(".md"), table(found, cfg))
+    print(file.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
