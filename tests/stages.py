@@ -41,6 +41,7 @@ STAGES = {
     "t5": (train_denoise, CORPUS | {"objective": "span"}),
     "sft": (train_sft, EXAMPLES),
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
+    "adapter": (train_sft, EXAMPLES | {"peft": "adapter", "bottleneck": 2, "template": True}),
     "rm": (train_rm, PAIRS | {"max_new_tokens": 6, "n_shift": 4}),
     "dpo": (train_dpo, PAIRS),
     "kto": (train_dpo, PAIRS | {"method": "kto", "data": "labels.jsonl"}),

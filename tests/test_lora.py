@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from stages import write_inputs
+from stages import (
+    EXAMPLES,
+    STAGES,
+    assert_same_end,
+    straight_stopped_and_killed,
+    write_inputs,
+)
 from tiny import ending_model, folder_of
 
 import kernels
@@ -634,3 +640,16 @@ def test_a_chat_swaps_adapters_over_one_base(tmp_path, monkeypatch, capsys):
     _, bare, with_lora, with_prompt, again, refused, *_ = capsys.readouterr().out.split("\n")
     assert again == bare and len({bare, with_lora, with_prompt}) == 3
     assert "sft: no adapter.json and adapter.safetensors there" in refused
+
+
+@pytest.mark.parametrize("method", ["qlora", "parallel_adapter", "prefix", "prompt"])
+def test_a_run_that_was_stopped_or_killed_ends_bit_for_bit_as_the_others(tmp_path, monkeypatch,
+                                                                         method):
+    """lora and adapter: test_resume.py"""
+    options = EXAMPLES | METHODS[method] | {"peft": method}
+    if method == "prefix":
+        options["prefix_mlp"] = 4
+    monkeypatch.setitem(STAGES, method, (train_sft, options))
+    write_inputs(tmp_path)
+    straight_stopped_and_killed(tmp_path, method)
+    assert_same_end(tmp_path, method)
