@@ -23,7 +23,7 @@ OLD_TEXT = ("ewc", "l2_to_base", "kl_to_base", "replay", "track_drift")
 
 # Options that say nothing about how a run ends.
 FREE = {"resume", "insist", "overwrite", "log_every", "eval_every", "save_every", "out", "device",
-        "compile", "reward_model"}
+        "compile", "reward_model", "host_state"}
 # What some changes do to a run that goes on; of the others their names say it.
 ANOTHER = ", and the run will not end as one that was never stopped"
 EFFECTS = {"steps": f": the learning rate follows a schedule of that length{ANOTHER}",

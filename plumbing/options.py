@@ -36,6 +36,7 @@ class Options:
     device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
     compile: bool = False             # torch.compile: 15-25 s, on CPUs for each width of a batch
+    host_state: bool = False          # optimizer state on the host between steps: less GPU memory
     log_every: int = 10               # steps between rows of metrics.jsonl
     save_every: int = 200             # steps between checkpoints
     resume: bool = False              # go on from --out if anything is there

@@ -46,6 +46,7 @@ from plumbing.device import (
 )
 from plumbing.guard import MAX_SKIPPED, Guard
 from plumbing.metrics import Metrics
+from plumbing.optimizers import keep_on_host
 from plumbing.options import INTERRUPTED, flat
 
 # what every run writes; more with run.also_writes()
@@ -409,6 +410,10 @@ class Run:
         what the run reads has changed.
         """
         self.parts = parts
+        if self.cfg.host_state:
+            for part in parts.values():
+                if isinstance(part, torch.optim.Optimizer):
+                    keep_on_host(part)
         folder = None
         if self.cfg.resume:
             folder, state = checkpoints.newest_whole(self.out, self.say)

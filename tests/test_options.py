@@ -203,9 +203,9 @@ def test_help_shows_the_scripts_own_options_first_and_common_ones_last(capsys, m
     assert group_of("vocab_size") == group_of("d_ff") == "the model's size:"
     assert group_of("seed") == group_of("log_every") == "options of every stage:"
     names = [option.name for option in options.options_of(Child)]
-    assert names[:2] == ["out", "beta"] and names[-9:] == [
-        "seed", "device", "dtype", "compile", "log_every", "save_every", "resume", "insist",
-        "overwrite"]
+    assert names[:2] == ["out", "beta"] and names[-10:] == [
+        "seed", "device", "dtype", "compile", "host_state", "log_every", "save_every", "resume",
+        "insist", "overwrite"]
 
 
 def test_a_script_that_is_no_stage_has_only_its_own_options(capsys, monkeypatch):

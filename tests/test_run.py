@@ -519,3 +519,10 @@ def test_ranks_skip_together_and_fail_together(two_ranks):
     assert "step_000002.tmp: no space left on the disk" in why.splitlines()[-1], why
     assert "another rank could not write its checkpoint, and says why" in hint.splitlines()[-1]
     assert code == other_code == 1
+
+
+def test_an_optimizer_on_the_host_trains_the_same_model(tmp_path):
+    corpus = write_corpus(tmp_path)
+    for name in ("plain", "host"):
+        train_pretrain.main(tiny_run(tmp_path / name, corpus, host_state=name == "host"))
+    assert same_run(tmp_path / "plain", tmp_path / "host")
