@@ -294,13 +294,17 @@ def fit_all(rows: list[dict], sequences_of: Callable[[dict], list[tuple]], limit
         arrays = [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in sequences]
         fitting_rows.append(row)
         all_sequences.append(arrays)
-    n_dropped = len(rows) - len(fitting_rows)
-    if n_dropped:
-        print(f"dropped {n_dropped:,} of {len(rows):,} rows longer than {limit:,} tokens",
-              file=sys.stderr)
-    if not fitting_rows:
-        raise ValueError(f"no rows left: of {len(rows):,}, none fits {limit:,} tokens")
+    say_dropped(len(rows), len(fitting_rows), limit)
     return fitting_rows, all_sequences
+
+
+def say_dropped(n_rows: int, n_left: int, limit: int) -> None:
+    """How many rows were too long, on stderr. Raises ValueError when none is left."""
+    if n_left < n_rows:
+        print(f"dropped {n_rows - n_left:,} of {n_rows:,} rows longer than {limit:,} tokens",
+              file=sys.stderr)
+    if not n_left:
+        raise ValueError(f"no rows left: of {n_rows:,}, none fits {limit:,} tokens")
 
 
 # ---------------------------------------------------------------------- task mixing

@@ -496,16 +496,22 @@ def calibration_error(margin: Tensor, bins: int = 10) -> float:
     margin: (pairs,) r_w - r_l, positive where the ranking is right.
     """
     confidence = torch.sigmoid(margin.abs().double())
-    right = (margin > 0).double()
-    part_of = ((confidence - 0.5) * 2 * bins).long()
+    return confidence_gap(confidence, margin > 0, 0.5, bins)
+
+
+def confidence_gap(confidence: Tensor, right: Tensor, lowest: float, bins: int = 10) -> float:
+    """The mean gap between confidence and accuracy over `bins` equal parts of [lowest, 1], weighted
+    by how many predictions fall into each (Guo et al. 2017). confidence, right: (n,)."""
+    part_of = ((confidence - lowest) / (1 - lowest) * bins).long()
     part_of = part_of.clamp(max=bins - 1)      # because a confidence of 1 would begin another part
+    right = right.double()
     total = 0
     for part in range(bins):
         inside = part_of == part
-        # Sums and not means, because a part's weight is the number of pairs inside.
+        # Sums and not means, because a part's weight is the number of predictions inside.
         gap = confidence[inside].sum() - right[inside].sum()
         total += abs(gap)
-    return float(total / len(margin))
+    return float(total / len(right))
 
 
 def length_accuracy(pairs: data.PreferencePairs) -> float:

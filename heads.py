@@ -4,6 +4,8 @@ One head on a trunk: n numbers at each token, read off the last hidden state.
     reward model   r = W_r h_last + b_r        n = 1, at the last response token (001, 4.4)
     critic         V(x, y_<t) = W h_t + b      n = 1, at every token (001, 4.5)
     next sentence  logits: random, next        n = 2, at token 0 (004: W_NSP)
+    classes        logits W h + b              n = C, of a text, or at each of its words (001, 2.2)
+    answer span    is it the start, the end?   n = 2, at every token of a passage (001, 2.2)
 
 The trunk is any model of architectures.py; its own arguments (segments, ...) are passed on.
 

@@ -8,6 +8,9 @@
     read_rankings       several answers to a prompt, best first         see RANKED
     read_chosen         the better answers of pairs, to imitate
     read_prompts        conversations to be answered (4.5)              FORMATS, or `prompt` alone
+    read_classes        texts and their classes (2.2)                   text / label
+    read_words          words and the label of each                     tokens / labels
+    read_spans          questions, answered by a piece of a passage     question / context / answer
 
 Each reads a file, all files of a folder, or the world ("world", "world:SEED"), and checks row by
 row. A bad row is an error with file, line and remedy; bad_rows="skip" leaves it out and counts it.
@@ -383,7 +386,10 @@ def prompt_of(row: dict, names: tuple[str, ...]) -> list[dict]:
 
 
 def user_text(row: dict) -> str:
-    """All that the user wrote in a parsed row, by which the row is held out or trained on."""
+    """All that the user wrote in a parsed row, by which the row is held out or trained on; of a row
+    with labels its text, so that no passage has questions on both sides."""
+    if "text" in row:
+        return row["text"]
     # a pair has its prompt alone; an example's or a prompt's turns are its messages
     turns = row["prompt"] if "prompt" in row else row["messages"]
     return "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
@@ -545,6 +551,62 @@ def ultrafeedback_answers(row: dict) -> tuple[dict[str, object], list[float]]:
         score = completion.get("overall_score")
         ratings.append(rating_of(score, f"{place}.overall_score", scale))
     return answers, ratings
+
+
+def parse_class(row: dict) -> dict:
+    format_of(row, (("text", "label"),))
+    return {"text": checked_text(row["text"], "text"), "label": class_name(row["label"], "label")}
+
+
+def class_name(value: object, field: str) -> str:
+    """A class as text: "sad" -> "sad", 1 -> "1"."""
+    # a bool is an int in Python; a float is no name, because 1.0 and 1 would be two classes
+    if isinstance(value, int):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise must_be("the name of a class, text or a whole number", field, value)
+    return checked_text(value, field)
+
+
+def parse_words(row: dict) -> dict:
+    format_of(row, (("tokens", "labels"),))
+    words = [checked_text(word, place) for place, word in listed(row, "tokens").items()]
+    labels = [class_name(label, place) for place, label in listed(row, "labels").items()]
+    if len(labels) != len(words):
+        raise ValueError(f'"labels" has {len(labels)} labels for the {len(words)} words of '
+                         '"tokens"; each word needs one')
+    if not words:
+        raise must_be("a list of words", "tokens", words)
+    return {"tokens": words, "labels": labels, "text": " ".join(words)}
+
+
+def parse_span(row: dict) -> dict:
+    format_of(row, (("question", "context", "answer"),))
+    question, context, answer = [checked_text(row[name], name)
+                                 for name in ("question", "context", "answer")]
+    return {"question": question, "text": context, "answer": answer,
+            "start": start_of(answer, context, row.get("start"))}
+
+
+def start_of(answer: str, context: str, start: object) -> int:
+    """The first character of the answer in the context, which a row has to say where the answer
+    stands there more than once."""
+    if start is None:
+        n_times = context.count(answer)
+        if n_times == 0:
+            raise ValueError(f'"answer" {excerpt(answer)} does not stand in "context"; a span is '
+                             "copied to the letter")
+        if n_times > 1:
+            raise ValueError(f'"answer" {excerpt(answer)} stands {n_times} times in "context"; '
+                             'say which is meant by "start", the number of its first character')
+        return context.index(answer)
+    if type(start) is not int or start < 0:
+        raise must_be("a whole number, 0 for the first character", "start", start)
+    if not context.startswith(answer, start):
+        raise ValueError(f'at "start" {start} the context has '
+                         f'{excerpt(context[start:start + len(answer)])} and not the answer, '
+                         f'{excerpt(answer)}')
+    return start
 
 
 def parse_chosen(row: dict) -> dict:
@@ -730,6 +792,24 @@ def read_prompts(data: str | Path, n: int | None = None, **options) -> list[dict
     """Conversations to be answered: [{"messages", "answer", "example", "where"}, ...]. "answer":
     the row's own, which no model sees; "" for none."""
     return read_rows(data, "prompts", parse_prompt, n, **options)
+
+
+def read_classes(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Texts with a class each: [{"text", "label", "where"}, ...]. A label is text; whole numbers
+    are spelled."""
+    return read_rows(data, "classes", parse_class, n, **options)
+
+
+def read_words(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Words with a label each: [{"tokens", "labels", "text": the words, "where"}, ...]."""
+    return read_rows(data, "words", parse_words, n, **options)
+
+
+def read_spans(data: str | Path, n: int | None = None, **options) -> list[dict]:
+    """Questions that a piece of a passage answers: [{"question", "text": the passage, "answer",
+    "start": its first character there, "where"}, ...]. A file's rows call the passage "context",
+    and have a "start" where the answer stands there more than once."""
+    return read_rows(data, "spans", parse_span, n, **options)
 
 
 def read_rows(data: str | Path, method: str, parse: Callable[[dict], dict], n: int | None = None,

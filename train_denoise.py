@@ -86,6 +86,8 @@ def load_init(cfg: Config, run):
     has_head = isinstance(model, WithHead)
     trunk = model.trunk if has_head else model
     found = trunk.architecture
+    if has_head and found != "encoder":
+        raise ValueError(f"--init {cfg.init} is a classifier; give the model that it was made of")
     if {found, cfg.architecture} <= {"decoder", "prefix"} and found != cfg.architecture:
         weights = model.state_dict()
         model = ARCHITECTURES[cfg.architecture](model.config, run.dtype).to(run.device)

@@ -172,6 +172,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     """
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
+    if saved["head"] != "lm" and saved["architecture"] in ("decoder", "prefix"):
+        raise ValueError(f"{folder}: this is a classifier, which cannot write any more; give the "
+                         "model that it was made of")
     architecture = saved["architecture"]
     if architecture == "prefix":                       # the same weights by the same names
         saved["architecture"] = "decoder"

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import folder_of, tiny_model, write_rows
 from tiny_runs import make_runs_quick, same_run, under_torchrun, write_corpus
 
+import train_classifier
 import train_denoise
 import train_dpo
 import train_grpo
@@ -31,6 +32,7 @@ CORPUS = {"data": "corpus.txt", "tokenizer": "bytes", "context_length": 32, "bat
           "warmup": 2, "eval_every": 4, "eval_windows": 4, **SIZES}
 EXAMPLES = {"init": "sft", "data": "examples.jsonl", "batch_size": 2, "grad_accum": 2, "warmup": 2,
             "eval_every": 4, "eval_examples": 4}
+LABELS = {"init": "sft", "batch_size": 2, "warmup": 2, "eval_every": 4}
 PAIRS = {"init": "sft", "data": "pairs.jsonl", "batch_size": 2, "warmup": 2, "eval_every": 4}
 STAGES = {
     "pretrain": (train_pretrain, CORPUS | {"grad_accum": 2}),
@@ -42,6 +44,11 @@ STAGES = {
     "sft": (train_sft, EXAMPLES),
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
     "adapter": (train_sft, EXAMPLES | {"peft": "adapter", "bottleneck": 2, "template": True}),
+    "class": (train_classifier, LABELS | {"data": "texts.jsonl"}),
+    "tokens": (train_classifier, LABELS | {"data": "words.jsonl", "task": "tokens",
+                                           "train": "last_k", "last_k": 1}),
+    "span": (train_classifier, LABELS | {"data": "spans.jsonl", "task": "span", "optimizer": "muon",
+                                         "unfreeze": "gradual", "unfreeze_every": 2}),
     "rm": (train_rm, PAIRS | {"max_new_tokens": 6, "n_shift": 4}),
     "dpo": (train_dpo, PAIRS),
     "kto": (train_dpo, PAIRS | {"method": "kto", "data": "labels.jsonl"}),
@@ -62,16 +69,25 @@ def write_inputs(folder: Path) -> Path:
     pairs = []
     labels = []
     documents = []
+    texts = []
+    words = []
+    spans = []
     for i in range(60):
         question = f"what is {i} and one?"
         examples.append({"prompt": question, "response": f"{i + 1}"})
         pairs.append({"prompt": question, "chosen": f"it is {i + 1}", "rejected": f"{i} is odd"})
         labels.append({"prompt": question, "completion": f"it is {i + 1}", "label": i % 2})
         documents.append({"text": f"Bear {i} woke up. It ate {i} berries. Then it slept."})
+        texts.append({"text": f"is {i} odd?", "label": i % 2})
+        words.append({"tokens": ["bear", f"{i}"], "labels": ["B-bear", "O"]})
+        spans.append({"question": "which?", "context": f"bear {i} ate", "answer": f"{i}"})
     write_rows(folder / "documents.jsonl", documents)
     write_rows(folder / "examples.jsonl", examples)
     write_rows(folder / "pairs.jsonl", pairs)
     write_rows(folder / "labels.jsonl", labels)
+    write_rows(folder / "texts.jsonl", texts)
+    write_rows(folder / "words.jsonl", words)
+    write_rows(folder / "spans.jsonl", spans)
     sizes = SIZES | {"context_length": 64}
     folder_of(tiny_model(**sizes), folder / "sft")
     folder_of(tiny_model(seed=1, head="scalar", **sizes), folder / "rm")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from tiny import folder_of, tiny_model, write_rows
 
+import train_classifier
 import train_denoise
 import train_dpo
 import train_ppo
@@ -29,7 +30,7 @@ def parts_of(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(Run, "track", track)
     (tmp_path / "corpus.txt").write_text("The bear went home and slept. " * 200)
-    questions = [{"prompt": f"{i}?"} for i in range(40)]
+    questions = [{"prompt": f"{i}?", "text": f"{i}?", "label": i % 2} for i in range(40)]
     answers = {"response": "yes", "chosen": "yes", "rejected": "no"}
     rows = write_rows(tmp_path / "rows.jsonl", [row | answers for row in questions])
     folders = {"init": folder_of(tiny_model(), tmp_path / "base"),
@@ -37,6 +38,7 @@ def parts_of(tmp_path, monkeypatch):
     options = {
         train_pretrain: {"data": str(tmp_path / "corpus.txt"), "tokenizer": "bytes"},
         train_denoise: {"data": str(tmp_path / "corpus.txt"), "tokenizer": "bytes"},
+        train_classifier: {"init": folders["init"], "data": rows},
         train_sft: {"init": folders["init"], "data": rows},
         train_rm: {"init": folders["init"], "data": rows, "max_new_tokens": 8},
         train_dpo: {"init": folders["init"], "data": rows},
@@ -70,6 +72,7 @@ def test_pretraining_is_by_adamw_with_the_numbers_of_16(parts_of, script):
 
 @pytest.mark.parametrize("script, kind", [
     (train_sft, torch.optim.AdamW),        # 2.5 and 3.7
+    (train_classifier, torch.optim.AdamW),
     (train_rm, torch.optim.Adam),          # 4.5, phase 2
     (train_dpo, torch.optim.AdamW)])       # 4.7
 def test_later_stages_take_the_documents_optimizer_without_weight_decay(parts_of, script, kind):

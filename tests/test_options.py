@@ -14,6 +14,7 @@ import lifecycle
 import sample
 import shards
 import synthesize
+import train_classifier
 import train_denoise
 import train_dpo
 import train_grpo
@@ -303,7 +304,8 @@ def test_a_config_is_built_of_flat_values():
 # ---------------------------------------------------------------------- numbers and their ranges
 
 SCRIPTS = (train_pretrain, train_denoise, train_sft, train_rm, train_dpo, train_ppo,
-           train_grpo, compare, synthesize, evaluate, sample, shards, lifecycle, bench)
+           train_grpo, train_classifier, compare, synthesize, evaluate, sample, shards, lifecycle,
+           bench)
 # Of each script some values that mean nothing, and what is asked for instead.
 OUTSIDE = [
     (train_pretrain, "max_norm", -1.0, "> 0"), (train_pretrain, "steps", 0, ">= 1"),
@@ -315,6 +317,7 @@ OUTSIDE = [
     (train_dpo, "beta", 0.0, "> 0"), (train_dpo, "eval_pairs", 0, ">= 1"),
     (train_ppo, "gamma", 5.0, "in [0, 1]"), (train_ppo, "clip", -1.0, "in (0, 1)"),
     (train_ppo, "clip", 1.0, "in (0, 1)"), (train_ppo, "temperature", 0.0, "> 0"),
+    (train_classifier, "last_k", 0, ">= 1"), (train_classifier, "max_span", 0, ">= 1"),
     (sample, "top_p", 0.0, "in (0, 1]"), (sample, "temperature", -1.0, ">= 0"),
     (evaluate, "n_tasks", 0, ">= 1"), (shards, "workers", 0, ">= 1"),
     (lifecycle, "seed", 2 ** 32, "in [0, 4e9]"), (bench, "rounds", 0, ">= 1")]
@@ -351,6 +354,9 @@ WORDS = [
     (train_sft, "peft", "none, lora, qlora, adapter, parallel_adapter, prefix or prompt"),
     (train_sft, "truncate", "error, left or drop"), (train_rm, "optimizer", "adam, adamw or muon"),
     (train_dpo, "bad_rows", "error or skip"), (train_ppo, "critic_init", "rm, sft or shared"),
+    (train_classifier, "task", "class, tokens or span"),
+    (train_classifier, "train", "head, last_k or all"),
+    (train_classifier, "unfreeze", "at_once or gradual"),
     (lifecycle, "preset", "tiny, smoke or gpu"), (shards, "bad_rows", "error or skip"),
     *[(script, "dtype", "auto, ") for script in SCRIPTS if script is not shards]]
 

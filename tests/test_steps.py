@@ -28,7 +28,8 @@ ALGORITHMS = [
 ]
 LEAVES = [(script, prefix + number) for _, script, prefix, numbers in ALGORITHMS
           for number in numbers.split()]
-SCRIPTS = ["train_pretrain", "train_denoise", "train_sft", "train_rm", "train_ppo", "train_dpo"]
+SCRIPTS = ["train_pretrain", "train_denoise", "train_classifier", "train_sft", "train_rm",
+           "train_ppo", "train_dpo"]
 STEP = re.compile(r"# ((?:3\.7/)?\d(?:\.\d)?)\.? ")
 
 # step 5.2's parts: the name that each gives to its result, and the function that it calls

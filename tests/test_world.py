@@ -35,6 +35,7 @@ from world.text import (
     ANSWERS,
     ATTRIBUTES,
     EXTRAS,
+    FEELINGS,
     INSULTS,
     POLITE,
     PROMPTS,
@@ -581,6 +582,53 @@ def test_a_ranking_of_one_or_of_more_than_there_are_is_refused():
     for k in (1, 9):
         with pytest.raises(ValueError, match=f"k is {k}; a prompt has 2 to 8"):
             WORLD.rankings(1, k=k)
+
+
+# ------------------------------------------------------------------ labels
+
+def test_a_text_has_the_mood_of_its_one_bear():
+    for row in WORLD.classes(300):
+        name, deed, *_ = row["text"].split()
+        assert name in WORLD.names and row["text"].count(".") == 1
+        assert deed in {form.split()[0] for form in FEELINGS[row["label"]]}
+
+
+def test_what_follows_from_premises_is_told_by_their_first_word_in_five_of_six():
+    rows = WORLD.classes(600, family="inference")
+    rule = {"Some": "cannot say", "Every": "yes", "No": "no"}
+    right = [rule[row["text"].split()[0]] == row["label"] for row in rows]
+    assert np.mean(right) == pytest.approx(5 / 6, abs=0.05)
+    with pytest.raises(ValueError, match="no classes of the family 'lists'; there are sentiment"):
+        WORLD.classes(1, family="lists")
+
+
+def test_names_places_and_things_are_marked_and_a_colour_with_its_thing():
+    n_places = 0
+    for row in WORLD.words(300):
+        for i, (word, label) in enumerate(zip(row["tokens"], row["labels"], strict=True)):
+            assert (label == "B-name") == (word in WORLD.names)
+            assert (label[2:] == "thing") == (word in THINGS or row["labels"][i + 1:i + 2] == [
+                "I-thing"])
+            n_places += label == "B-place"
+    assert n_places > 100
+
+
+def test_an_answer_stands_once_in_its_passage_and_answers_the_question():
+    kinds = Counter()
+    for row in WORLD.spans(300):
+        assert row["context"].count(row["answer"]) == 1
+        assert row["context"].index(row["answer"]) == row["start"]
+        kinds[row["question"].split()[0], len(row["answer"].split())] += 1
+    assert set(kinds) == {("Who", 1), ("What", 2), ("Where", 3)} and min(kinds.values()) > 30
+
+
+@pytest.mark.parametrize("method, field", [("classes", "text"), ("words", "tokens"),
+                                           ("spans", "context")])
+def test_labelled_texts_share_nothing_between_the_splits(method, field):
+    make = getattr(World(0), method)
+    train = {str(row[field]) for row in make(1000)}
+    heldout = {str(row[field]) for row in make(300, split="heldout")}
+    assert not train & heldout and make(3, seed=5) == make(3, seed=5) != make(3)
 
 
 # ------------------------------------------------------------------ the judge

@@ -9,6 +9,9 @@ The world itself: its bears and its language, and streams of everything that sta
     world.ratings(n, split)            single responses, each with a rating and a thumb up or down
     world.rankings(n, split, k)        k responses to a prompt, best first
     world.prompts(n, split)            instructions to answer: reinforcement learning, evaluation
+    world.classes(n, split)            texts with labels, for classifiers: the mood of each
+    world.words(n, split)              ... of each word whether it is a name, a place, a thing
+    world.spans(n, split)              ... questions, and where in a passage the answer stands
 
 The judge of responses, true_reward(example, response), stands in judge.py. Annotators compare, rate
 and rank by it, and err as far as their dials say: noise, bias (length), disagreement (own weights).
@@ -29,6 +32,7 @@ from random import Random
 
 from world.documents import DOCUMENT_KINDS, bearish_document
 from world.judge import WEIGHTS, true_reward
+from world.marked import class_row, span_row, words_row
 from world.tasks import (
     FAMILIES,
     TRAINED_FAMILIES,
@@ -312,6 +316,23 @@ class World:
             rows.append({"prompt": example["prompt"], "responses": best_first,
                          "ratings": on_one_scale(in_order), "example": example})
         return rows
+
+    def classes(self, n: int, split: str = "train", seed: int = 0,
+                family: str = "sentiment") -> list[dict]:
+        """n rows {"text", "label"}, as a classifier learns from (marked.py). family: "sentiment",
+        moods; or "inference", what follows: "yes", "no", "cannot say"."""
+        rng = Random(f"classes {self.seed} {split} {seed} {family}")
+        return [class_row(self, rng, split, family) for _ in range(n)]
+
+    def words(self, n: int, split: str = "train", seed: int = 0) -> list[dict]:
+        """n rows {"tokens", "labels"}, the names, places and things of a text marked."""
+        rng = Random(f"words {self.seed} {split} {seed}")
+        return [words_row(self, rng, split) for _ in range(n)]
+
+    def spans(self, n: int, split: str = "train", seed: int = 0) -> list[dict]:
+        """n rows {"question", "context", "answer", "start": its first character in the context}."""
+        rng = Random(f"spans {self.seed} {split} {seed}")
+        return [span_row(self, rng, split) for _ in range(n)]
 
     def draw_pair(self, rng: Random, split: str) -> tuple[str, dict, dict, dict]:
         """A kind of PAIRS, an example, a better and a worse response to it, as assessed."""
