@@ -12,7 +12,7 @@ length:
 
   no mitigation   PPO without a KL penalty, until it is far away
   KL penalty      the same with --beta
-  ensemble        the same against the minimum of four such proxies
+  ensemble        the same against the minimum of six such proxies
   early stopping  the same, kept where the judge liked held-out answers best (--gold world)
   KL budget       the same, kept where the KL was last below --kl_budget
   best of N       N answers of the SFT model, of which the proxy picks one: no training at all
@@ -50,7 +50,7 @@ from world.text import text_of
 
 # Of every PPO run; what a mitigation changes stands beside its name.
 NO_END_SCORE = -1.0
-PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 2e-4, "critic_init": "rm",
+PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1e-4, "critic_init": "rm",
             "no_end_score": NO_END_SCORE}
 MITIGATIONS = {
     "no mitigation": {},
@@ -63,15 +63,15 @@ WINDOW = 5                             # steps whose rollouts are averaged for a
 DRAWS = (1, 2, 4, 8, 16, 32, 64)       # N of best of N
 SHOWN = ("SFT", "KL budget", "no mitigation")          # answers at three distances
 DISTANCE = "sqrt(KL), KL in nats per response"
-MEMBERS = 4                            # reward models of the ensemble; the first is the proxy
+MEMBERS = 6                            # reward models of the ensemble; the first is the proxy
 
 
 @dataclass
 class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
-    steps: int = 60                   # of each PPO run, >= 1
-    n_pairs: int = 1000               # that the proxy has seen, >= 1
-    rm_steps: int = 125               # of the proxy, >= 1
+    steps: int = 50                   # of each PPO run, >= 1
+    n_pairs: int = 500                # that the proxy has seen, >= 1
+    rm_steps: int = 80                # of the proxy, >= 1
     label_noise: float = 0.0          # of its annotators, in [0, 1]
     length_bias: float = 0.0          # the share that goes by length alone, in [0, 1]
     out: str = "out/overoptimization"  # folder for the models
