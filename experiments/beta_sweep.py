@@ -11,6 +11,10 @@ true reward is an inverted U over beta, and the KL falls along it. For each seed
   PPO   beta 0, 0.1, 0.4, 1.6, 6.4, which stays where it is (--kl_target 0): against the reward
         model of the base
 
+What came out, seed 0: both are inverted Us. DPO: true reward .46 at beta .05 (42 nats away), .95 at
+1, .89 at 16; PPO: .75 without a penalty, .96 at .4, .89 at 6.4; SFT's is .83. Accuracy falls first:
+DPO at .25 and PPO at .1 win as often as at their best, and have lost 9 and 5 points of it.
+
     python experiments/beta_sweep.py             # results/beta_sweep.png and .md
     python experiments/beta_sweep.py --quick     # one seed, three betas, a tenth of steps and pairs
 
