@@ -24,11 +24,12 @@ Differs from the document:
   2.2  the pooled state is not always that of [CLS], which a decoder has not.
   3.4  the gradient is clipped; the learning rate warms up and falls by a cosine to a tenth.
 
-    python train_classifier.py                                     # moods in the embedded world
+    python train_classifier.py                           # moods in the embedded world: all right
+    python train_classifier.py --family inference        # what follows: 83 %, by the first word
     python train_classifier.py --task tokens --data words.jsonl --train last_k --last_k 1
-    python train_classifier.py --task span --init out/denoise      # decoders find a start too late
+    python train_classifier.py --task span --optimizer muon --lr 4e-3 --steps 800 --n_examples 20000
+                                         # 84 % exact: a decoder chooses a start before it reads on
 """
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -186,11 +187,10 @@ def layers_of(model: WithHead) -> list[list[nn.Parameter]]:
     return [head, *blocks, embeddings]
 
 
-def n_learning(step: float, n_layers: int, cfg: Config) -> int:
-    """How many layers from the top learn in a step; at step inf, all that ever will."""
-    n = {"head": 1, "last_k": 1 + cfg.last_k, "all": n_layers}[cfg.train]
+def n_learning(step: int, n: int, cfg: Config) -> int:
+    """How many layers from the top learn in a step, of the n that ever will."""
     if cfg.unfreeze == "gradual":
-        n = min(n, 1 + step // cfg.unfreeze_every)
+        return min(n, 1 + step // cfg.unfreeze_every)
     return n
 
 
@@ -244,7 +244,8 @@ def main(cfg: Config) -> dict:
     classes = labels.classes_of(train_rows, cfg.task)
     model = WithHead(trunk, len(classes), zero=True)       # W, b: at first all classes are alike
     layers = layers_of(model)
-    freeze(layers, n_learning(math.inf, len(layers), cfg))
+    n_layers = {"head": 1, "last_k": 1 + cfg.last_k, "all": len(layers)}[cfg.train]
+    freeze(layers, n_layers)
 
     # 2. DATA FORMATTING
     train = LabelledTexts(train_rows, classes, tokenizer, trunk, cfg)
@@ -260,7 +261,7 @@ def main(cfg: Config) -> dict:
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
-        freeze(layers, n_learning(step, len(layers), cfg))
+        freeze(layers, n_learning(step, n_layers, cfg))
         # 3.1 Sample mini-batch
         batch = train.batch(step, cfg.batch_size, run.rank, run.world_size)
         batch = batch.to(run.device)
