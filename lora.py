@@ -140,8 +140,9 @@ def detach(model: Transformer) -> Transformer:
     # lists, because the loop changes the modules that it walks through
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "learns"):
-                setattr(parent, name, child.base)
+            while hasattr(child, "learns"):            # an embedding may have two around it
+                child = child.base
+            setattr(parent, name, child)
     model.peft = None
     return model.requires_grad_(True)
 
@@ -189,6 +190,9 @@ def begin(model: Transformer, options: Options, run, tokenizer=None) -> None:
         raise ValueError(f"--peft {options.peft}: its virtual tokens stand in the prompt, where "
                          "the reference must not see them; train_sft.py learns them, here give "
                          "lora, qlora or an adapter")
+    if options.lora_dropout and tokenizer is None:
+        raise ValueError(f"--lora_dropout {options.lora_dropout}: this stage compares log-probs, "
+                         "which dropout would blur; leave it out")
     if options.peft in VIRTUAL and run.cfg.truncate == "left":
         raise ValueError(f"--truncate left: it would cut off the virtual tokens of --peft "
                          f"{options.peft}; give error or drop")

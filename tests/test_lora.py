@@ -619,13 +619,27 @@ def test_the_templates_tokens_learn_beside_a_matrix_and_merge_with_it(tied):
     assert not torch.equal(merged.output_weight[260], base_model(tied=tied).output_weight[260])
 
 
-def test_virtual_tokens_do_not_go_with_a_reference(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options, message", [
+    ({"peft": "prompt"}, "--peft prompt: its virtual tokens stand in the prompt"),
+    ({"peft": "lora", "lora_dropout": 0.1}, "--lora_dropout 0.1: this stage compares log-probs"),
+])
+def test_what_would_blur_the_reference_is_refused(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
-    dpo = {"init": "sft", "out": "out", "data": "pairs.jsonl", "steps": 1, "peft": "prompt",
-           "device": "cpu", "dtype": "float32"}
-    with pytest.raises(ValueError, match="--peft prompt: its virtual tokens stand in the prompt"):
-        train_dpo.main(build(train_dpo.Config, dpo))
+    dpo = {"init": "sft", "out": "out", "data": "pairs.jsonl", "steps": 1, "device": "cpu",
+           "dtype": "float32"}
+    with pytest.raises(ValueError, match=message):
+        train_dpo.main(build(train_dpo.Config, dpo | options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_detaching_leaves_the_base_alone_whatever_stood_around_it(method):
+    model = lora.detach(attached(method, template=True))
+    if method == "qlora":                              # its base is in 4 bits from then on
+        assert not lora.adapters_of(model)
+    else:
+        assert same(weights_of(model), weights_of(base_model()))
+        assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_a_chat_swaps_adapters_over_one_base(tmp_path, monkeypatch, capsys):
