@@ -187,12 +187,11 @@ def begin(model: Transformer, options: Options, run, tokenizer=None) -> None:
     if options.peft == "none":
         return
     if options.peft in VIRTUAL and tokenizer is None:
-        raise ValueError(f"--peft {options.peft}: its virtual tokens stand in the prompt, where "
-                         "the reference must not see them; train_sft.py learns them, here give "
-                         "lora, qlora or an adapter")
+        raise ValueError(f"--peft {options.peft}: only train_sft.py reads virtual tokens before a "
+                         "text; here give lora, qlora or an adapter")
     if options.lora_dropout and tokenizer is None:
-        raise ValueError(f"--lora_dropout {options.lora_dropout}: this stage compares log-probs, "
-                         "which dropout would blur; leave it out")
+        raise ValueError(f"--lora_dropout {options.lora_dropout}: only train_sft.py learns with "
+                         "dropout; leave it out")
     if options.peft in VIRTUAL and run.cfg.truncate == "left":
         raise ValueError(f"--truncate left: it would cut off the virtual tokens of --peft "
                          f"{options.peft}; give error or drop")

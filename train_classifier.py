@@ -37,12 +37,13 @@ import torch
 from torch import Tensor, nn
 
 import labels
+import lora
 from heads import WithHead
 from labels import LabelledBatch, LabelledTexts
 from model import parameter_count
 from plumbing.folders import load_any_model, trunk_of
 from plumbing.optimizers import learning_rate, pick_optimizer
-from plumbing.options import Options, command_line, refuse_unread
+from plumbing.options import Options, command_line, nested, refuse_unread
 from plumbing.run import start
 from readers import read_classes, read_spans, read_words
 
@@ -79,6 +80,7 @@ class Config(Options):
     eval_every: int = 100             # steps between evaluations
     eval_examples: int = 500          # held-out texts, >= 1
     save_every: int = 200             # steps between checkpoints
+    adapters: lora.Options = nested(lora.Options)          # what learns of the layers of --train
 
 
 # ---------------------------------------------------------------------- the loss
@@ -176,15 +178,16 @@ def heldout_figures(model: WithHead, heldout: LabelledTexts, cfg: Config) -> dic
 
 def layers_of(model: WithHead) -> list[list[nn.Parameter]]:
     """The trainable parameters from the top down: the head, the blocks, the embeddings."""
+    # not trainable are a base under --peft, and an untied LM head, on which nothing here depends
+    def trainable(module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module.parameters() if p.requires_grad]
+
     trunk = model.trunk
-    head = list(model.head.parameters())
-    blocks = [list(block.parameters()) for block in reversed(trunk.blocks)]
-    blocks[0] += trunk.norm.parameters()                   # behind the last block
+    blocks = [trainable(block) for block in reversed(trunk.blocks)]
+    blocks[0] += trainable(trunk.norm)                     # behind the last block
     inside = {p for block in blocks for p in block}
-    # an untied LM head is not trainable, because nothing here depends on it (heads.py)
-    trainable = [p for p in trunk.parameters() if p.requires_grad]
-    embeddings = [p for p in trainable if p not in inside]
-    return [head, *blocks, embeddings]
+    embeddings = [p for p in trainable(trunk) if p not in inside]
+    return [trainable(model.head), *blocks, embeddings]
 
 
 def n_learning(step: int, n: int, cfg: Config) -> int:
@@ -238,6 +241,7 @@ def main(cfg: Config) -> dict:
     trunk = trunk_of(model)
     refuse_misfits(cfg, trunk)
     cfg = replace(cfg, pool=cfg.pool or POOLS[trunk.architecture][0])
+    lora.begin(trunk, cfg.adapters, run)
     trunk.eval()                               # because noisy routers would blur what is compared
     trunk.gradient_checkpointing = cfg.gradient_checkpointing
     train_rows, heldout_rows = read_rows(cfg)
@@ -289,6 +293,7 @@ def main(cfg: Config) -> dict:
         if run.due(step, cfg.save_every):
             run.save_checkpoint(step + 1)
 
+    lora.end(trunk, cfg.adapters, run)
     # 4. RETURN theta_ft, with what the head's numbers mean
     results = {"classes": classes, "pool": cfg.pool, "majority": majority}
     results |= run.last_with("val_", "accuracy", "macro_", "ece", "entity_", "exact_", "span_")

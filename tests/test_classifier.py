@@ -1,6 +1,7 @@
 """train_classifier.py: losses by hand, legal spans, padding, what is frozen, and small runs."""
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import TOKENIZER, folder_of, tiny_model, write_rows
 from torch.autograd import gradcheck
 
 import labels
+import lora
 import train_classifier
 import train_denoise
 from heads import WithHead
@@ -191,22 +193,41 @@ def test_what_is_frozen_does_not_move_by_a_bit(options, parts, optimizer, tmp_pa
     assert model.head.weight.any() and model.head.bias.any()
 
 
+@pytest.mark.parametrize("peft", ["lora", "qlora", "adapter"])
+def test_adapters_learn_in_the_place_of_the_trunk_and_the_folder_opens(peft, tmp_path):
+    cfg = config(tmp_path, peft=peft, steps=30)
+    result = train_classifier.main(cfg)
+    model, _ = load_any_model(tmp_path / "out")
+    base, _ = load_any_model(tmp_path / "base")
+    trunk = model.trunk
+    assert model.head.out_features == 3 and result["classes"] == sorted(ANIMALS)
+    # lora has changed W_q and W_v, qlora rounded all matrices, an adapter stands beside them
+    norm = torch.equal(trunk.norm.weight, base.norm.weight)
+    embedding = torch.equal(trunk.embedding.weight, base.embedding.weight)
+    assert norm and embedding and (peft == "adapter") == bool(lora.adapters_of(trunk))
+    cut = train_classifier.main(replace(cfg, out=str(tmp_path / "head"), train="head", steps=1))
+    assert cut["classes"] == result["classes"]
+
+
 def test_layers_unfreeze_from_the_top_down_each_in_its_turn(tmp_path, monkeypatch):
     """With two steps a layer: the head moves in steps 0 to 7, the embeddings in 6 and 7."""
-    states = []
+    layers, states = [], []
+    found = train_classifier.layers_of
+
+    def layers_of_model(model):
+        layers.extend(found(model))
+        states.append([[p.detach().clone() for p in layer] for layer in layers])
+        return layers
 
     def log(self, step, **figures):
-        layers = layers_of(self.parts["model"])        # the embeddings' only where they learn
         states.append([[p.detach().clone() for p in layer] for layer in layers])
+    monkeypatch.setattr(train_classifier, "layers_of", layers_of_model)
     monkeypatch.setattr(Run, "log", log)
-    start = tiny_model()
     cfg = config(tmp_path, unfreeze="gradual", unfreeze_every=2, steps=8, weight_decay=0.1)
     train_classifier.main(cfg)
-    embeddings = [start.embedding.weight]
-    for step in range(1, 8):
-        states[step - 1][3:] = [states[step - 1][3] or embeddings]
-        states[step][3:] = [states[step][3] or embeddings]
-        for i, (before, after) in enumerate(zip(states[step - 1], states[step])):
+    assert len(layers) == 4 and len(states) == 9       # head, two blocks, embeddings
+    for step in range(8):
+        for i, (before, after) in enumerate(zip(states[step], states[step + 1])):
             has_moved = any(not a.equal(b) for a, b in zip(before, after, strict=True))
             assert has_moved == (step >= 2 * i), (step, i)
 

@@ -620,8 +620,8 @@ def test_the_templates_tokens_learn_beside_a_matrix_and_merge_with_it(tied):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"peft": "prompt"}, "--peft prompt: its virtual tokens stand in the prompt"),
-    ({"peft": "lora", "lora_dropout": 0.1}, "--lora_dropout 0.1: this stage compares log-probs"),
+    ({"peft": "prompt"}, "--peft prompt: only train_sft.py reads virtual"),
+    ({"peft": "lora", "lora_dropout": 0.1}, "--lora_dropout 0.1: only train_sft.py"),
 ])
 def test_what_would_blur_the_reference_is_refused(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
