@@ -52,9 +52,9 @@ def test_each_mitigation_changes_one_thing_against_equal_proxies(monkeypatch, tm
     overoptimization.ppo_runs(cfg, 3, tmp_path, tmp_path / "out", folders)
     proxies = [found for script, found in runs if script is train_rm]
     policies = [found for script, found in runs if script is train_ppo]
-    assert [found.seed for found in proxies] == [3, 103, 203, 303]
+    assert [found.seed for found in proxies] == [3, 103, 203, 303, 403, 503]
     assert {found.data for found in proxies} == {"world:3"}
-    assert [found.reward.count(",") for found in policies] == [0, 0, 3, 0, 0]
+    assert [found.reward.count(",") for found in policies] == [0, 0, 5, 0, 0]
     assert [found.beta for found in policies] == [0, 0.3, 0, 0, 0]
     assert [found.gold for found in policies] == ["", "", "", "world", ""]
     assert [found.kl_budget for found in policies] == [0, 0, 0, 0, 1.5]
