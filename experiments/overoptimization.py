@@ -17,6 +17,13 @@ length:
   KL budget       the same, kept where the KL was last below --kl_budget
   best of N       N answers of the SFT model, of which the proxy picks one: no training at all
 
+What came out, three seeds: the proxy rises to the end, the truth until the policy is about one nat
+away, and then falls by .10 to .19 (5 to 12 standard errors). Every mitigation ends above it, by
+true reward: no mitigation .71 to .74, KL penalty .88 to .90, ensemble .79 to .86, early stopping
+.83 to .86, KL budget .84; the SFT model is at .80 to .83. An ensemble only delays: 100 steps at
+1.2e-4 took one of four proxies to .25. The proxies were made worse, 500 pairs instead of 1,000,
+after one seed of three had not turned.
+
     python experiments/overoptimization.py                 # results/overoptimization.png and .md
     python experiments/overoptimization.py --quick         # one seed, fewer steps
 """
