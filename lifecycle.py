@@ -151,7 +151,8 @@ def is_same_run(record: dict, cfg) -> bool:
     parents and the inputs of now."""
     # --resume and the like say what to do with a folder, and nothing about what comes out.
     ignored = {"resume": False, "insist": False, "overwrite": False}
-    recorded = record.get("config", {}) | ignored
+    # an option that has come since has done nothing in that run, which is what its default does
+    recorded = flat(type(cfg)()) | record.get("config", {}) | ignored
     wanted = flat(cfg) | ignored
     # Checksums of the parents' weights too, because a folder may have been trained again.
     if recorded != wanted or record.get("parents") != parents(cfg):

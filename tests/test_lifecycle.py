@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_claim import content
 from tiny import folder_of, tiny_model, write_rows
+from tiny_runs import tiny_run, write_corpus
 
 import bench
 import compare
@@ -32,6 +33,7 @@ import train_pretrain
 import train_rm
 import train_sft
 from plumbing.curves import plot_curves, read_metrics
+from plumbing.folders import read_record
 from plumbing.options import command_line
 from world.judge import WEIGHTS
 from world.tasks import TRAINED_FAMILIES
@@ -410,3 +412,13 @@ def test_each_script_says_what_is_wrong_with_its_options(monkeypatch, bad, scrip
     assert content(bad) == before
     assert stopped.value.code.startswith(f"{name}: ") and message in stopped.value.code
     assert "\n" not in stopped.value.code and not Path("new/metrics.jsonl").exists()
+
+
+def test_an_option_that_has_come_since_makes_no_other_run_and_one_that_was_given_does(tmp_path):
+    cfg = tiny_run(tmp_path / "out", write_corpus(tmp_path), steps=2)
+    lifecycle.run_stage(train_pretrain.main, cfg)
+    record = read_record(tmp_path / "out")
+    del record["config"]["host_state"]
+    assert lifecycle.is_same_run(record, cfg)
+    assert not lifecycle.is_same_run(record, dataclasses.replace(cfg, host_state=True))
+    assert not lifecycle.is_same_run(record | {"config": record["config"] | {"gone": 1}}, cfg)
