@@ -106,6 +106,16 @@ def read_options(options: Options) -> dict:
             if name == "peft" or options.peft in READ_BY[name]}
 
 
+def options_of(peft: dict) -> Options:
+    """What read_options() gave, in adapter.json or config.json, where it may name a base."""
+    return Options(**{name: value for name, value in peft.items() if name != "base"})
+
+
+def n_virtual(model: Transformer) -> int:
+    """How many virtual tokens each conversation of this model begins with."""
+    return (model.peft or {}).get("virtual_tokens", 0)
+
+
 def freeze_base(model: nn.Module) -> None:
     """Only what a method has put in learns (2.5, step 1.3)."""
     model.requires_grad_(False)                        # norms and embeddings, too
@@ -181,7 +191,6 @@ def begin(model: Transformer, options: Options, run, tokenizer=None) -> None:
     Raises ValueError where --peft does not go with the stage or its other options.
     """
     # imported here, because plumbing/ stands above this file
-    from plumbing.claim import sha256
     from plumbing.options import refuse_unread
     refuse_unread(options, READ_BY, choice="peft")
     if options.peft == "none":
@@ -197,10 +206,8 @@ def begin(model: Transformer, options: Options, run, tokenizer=None) -> None:
                          f"{options.peft}; give error or drop")
     run.also_writes("adapter.json", "adapter.safetensors")
     attach(model, options)
-    if options.peft in VIRTUAL:
-        tokenizer.n_virtual = options.virtual_tokens
-    folder = run.cfg.init
-    model.peft["base"] = {"folder": folder, "sha256": sha256(Path(folder) / "model.safetensors")}
+    if tokenizer is not None:
+        tokenizer.n_virtual = n_virtual(model)
 
 
 def end(model: Transformer, options: Options, run) -> None:
@@ -209,6 +216,8 @@ def end(model: Transformer, options: Options, run) -> None:
         return
     if options.peft == "prefix":
         settle(model)
+    base = run.cfg.init
+    model.peft["base"] = {"folder": base, "sha256": run.parents[base]}
     if run.rank == 0:
         save_adapter(run.out, model)
     if options.peft == "lora":
@@ -454,12 +463,11 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.base = base
         self.is_on = True                              # for adapters_off(); prompts hold them still
-        V, D = base.weight.shape
+        V = len(base.weight)
         self.V = V
         # words of the vocabulary to begin with (Lester et al. 2021, section 3.2)
-        words = base.weight[torch.randint(V, (n,), device=base.weight.device)]
-        self.vectors = nn.Parameter(words.detach().clone() if is_learned else torch.zeros(n, D))
-        self.vectors.requires_grad_(is_learned)
+        words = base.weight[torch.randint(V, (n,), device=base.weight.device)].detach()
+        self.vectors = nn.Parameter(words if is_learned else torch.zeros_like(words), is_learned)
         self.learns = ("vectors",) if is_learned else ()
         self.place = None                              # (B, T) of the last tokens: 0 .. L_p - 1,
         #                                                below 0 where a token is a real one
@@ -467,8 +475,12 @@ class VirtualTokens(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         self.place = tokens - self.V
         real = self.base(tokens.clamp(max=self.V - 1))
-        virtual = F.embedding(self.place.clamp(min=0), self.vectors)
-        return torch.where((self.place >= 0)[..., None], virtual, real)
+        return self.put(self.vectors, real)
+
+    def put(self, vectors: Tensor, x: Tensor) -> Tensor:
+        """x (B, T, n), at the virtual tokens of the last forward() the vectors (L_p, n)."""
+        virtual = F.embedding(self.place.clamp(min=0), vectors)
+        return torch.where((self.place >= 0)[..., None], virtual, x)
 
     @property
     def weight(self) -> Tensor:
@@ -491,8 +503,10 @@ class PrefixLinear(nn.Module):
         self.vectors = nn.Parameter(start)
         if mlp:
             self.learns = ("vectors", "down", "up")
-            self.down = nn.Parameter(torch.randn(mlp, start.shape[1]) * start.shape[1] ** -0.5)
-            self.up = nn.Parameter(torch.zeros(start.shape[1], mlp))
+            width = start.shape[1]
+            down = torch.randn(mlp, width, device=start.device) * width ** -0.5
+            self.down = nn.Parameter(down)
+            self.up = nn.Parameter(torch.zeros(width, mlp, device=start.device))
 
     def prefix(self) -> Tensor:
         """(L_p, K C) of the virtual tokens; with --prefix_mlp E + f(E W_down) W_up, which is easier
@@ -502,9 +516,8 @@ class PrefixLinear(nn.Module):
         return self.vectors + F.linear(torch.tanh(F.linear(self.vectors, self.down)), self.up)
 
     def forward(self, x: Tensor) -> Tensor:
-        place = self.tokens[0].place[..., None]        # (B, T, 1)
-        virtual = F.embedding(place[..., 0].clamp(min=0), self.prefix().to(x.dtype))
-        return torch.where(place >= 0, virtual, self.base(x))
+        [tokens] = self.tokens
+        return tokens.put(self.prefix().to(x.dtype), self.base(x))
 
 
 def add_virtual_tokens(model: Transformer, options: Options) -> None:
@@ -563,7 +576,7 @@ def load_adapter(model: Transformer, folder: str | Path, base: str | Path = "") 
     if in_4_bits and peft["peft"] != "qlora":
         raise ValueError(f"{folder}: its base is in full precision, and the model is in 4 bits "
                          "since another adapter; load the base anew")
-    attach(model, Options(**{name: peft[name] for name in peft if name != "base"}))
+    attach(model, options_of(peft))
     own = learned(model)                               # of the same names, if it fits
     for name in sorted(set(weights) | set(own)):
         found = shape_of(weights.get(name))
@@ -600,8 +613,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             peft = {"peft": "lora", "lora_rank": peft.pop("rank"), "lora_alpha": peft.pop("alpha"),
                     "lora_targets": peft.pop("targets")} | peft
         known = peft.pop("sha256", None)
-        options = {name: value for name, value in peft.items() if name != "base"}
-        check_values(Options, asdict(Options(**options)))
+        check_values(Options, asdict(options_of(peft)))
         if "base" in peft and peft["base"].keys() != {"folder", "sha256"}:
             raise ValueError("its base must have a folder and a sha256")
     except Exception as error:

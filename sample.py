@@ -406,7 +406,7 @@ def swap_adapter(model: Transformer, tokenizer, adapter: str, base: str) -> None
         lora.detach(model)
     else:
         lora.load_adapter(model, adapter, base).eval()
-    tokenizer.n_virtual = (model.peft or {}).get("virtual_tokens", 0)
+    tokenizer.n_virtual = lora.n_virtual(model)
 
 
 def is_base(folder: str) -> bool:

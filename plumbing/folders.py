@@ -314,9 +314,8 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         if base:
             model.load_state_dict(base)
         if peft:
-            options = {name: value for name, value in peft.items() if name != "base"}
-            lora.attach(model, lora.Options(**options))
-            tokenizer.n_virtual = options.get("virtual_tokens", 0)
+            lora.attach(model, lora.options_of(peft))
+            tokenizer.n_virtual = lora.n_virtual(model)
         if head != "lm":                               # one number for "scalar", or so many
             n = 1 if head == "scalar" else head
             model = WithHead(model, n, keep_lm_head=True)

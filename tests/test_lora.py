@@ -521,6 +521,14 @@ def test_only_the_named_layers_are_adapted():
         lora.attach(base_model(), lora_options(lora_layers="0,2"))
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter", "parallel_adapter", "prefix", "prompt"])
+def test_what_a_method_puts_in_is_on_the_models_device(method):
+    """A stage attaches to a model that is on the GPU already; "meta" is another device, too."""
+    changes = METHODS.get(method, {}) | ({"prefix_mlp": 4} if method == "prefix" else {})
+    model = lora.attach(base_model().to("meta"), lora.Options(method, **changes, template=True))
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+
+
 def test_a_model_that_cannot_be_merged_takes_no_second_method():
     with pytest.raises(ValueError, match="has learned by --peft adapter already"):
         lora.attach(attached("adapter"), lora_options())
