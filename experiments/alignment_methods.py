@@ -42,7 +42,17 @@ import torch
 from matplotlib import pyplot as plt
 
 import evaluate
-from experiments.base import base_models, cell, examine, keep, kept, made_by, run_apart, save
+from experiments.base import (
+    base_models,
+    cell,
+    examine,
+    keep,
+    kept,
+    made_by,
+    run_apart,
+    save,
+    seed_folder,
+)
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 from readers import checked_turns
@@ -282,7 +292,7 @@ def main(cfg: Config) -> dict:
     file = Path(cfg.figure)
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for name in names:
             figures = measured(name, int(seed), base, out, cfg.quick)
             found[name][seed] = figures

@@ -213,6 +213,17 @@ def keep(file: Path, text: str) -> None:
     write_whole(file, lambda temporary: temporary.write_text(text))
 
 
+def show_table(cfg, text: str) -> None:
+    """Write the table beside the picture, --figure, and print it."""
+    keep(Path(cfg.figure).with_suffix(".md"), text)
+    print(text)
+
+
+def seed_folder(cfg, seed: int | str) -> Path:
+    """Where the models of a seed lie in --out; those of a --quick run apart."""
+    return Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+
+
 def save(figure, file: Path) -> None:
     """The same for a picture."""
     file.parent.mkdir(parents=True, exist_ok=True)

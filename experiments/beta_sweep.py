@@ -34,7 +34,7 @@ from matplotlib import pyplot as plt
 
 import train_dpo
 import train_ppo
-from experiments.base import base_models, cell, examined, keep, run, save
+from experiments.base import base_models, cell, examined, run, save, seed_folder, show_table
 from plumbing.options import command_line
 
 SCRIPTS = {"DPO": train_dpo, "PPO": train_ppo}
@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
     sft = {}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         sft[seed] = examined(base / "sft", int(seed), base, n)
         for method, of_method in betas.items():
             for beta in of_method:
@@ -162,10 +162,8 @@ def main(cfg: Config) -> None:
                 run(SCRIPTS[method], out=str(folder),
                     **options(method, beta, seed, base, cfg.quick))
                 found[method][beta][seed] = examined(folder, int(seed), base, n)
-    file = Path(cfg.figure)
-    draw(found, sft, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, sft, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, sft, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, sft, cfg))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import readers
-from experiments.base import base_models, cell, keep, save, tuned, write_rows
+from experiments.base import (
+    base_models,
+    cell,
+    save,
+    seed_folder,
+    show_table,
+    tuned,
+    write_rows,
+)
 from plumbing.options import command_line
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -80,16 +88,14 @@ def main(cfg: Config) -> None:
     found = {ratio: [] for ratio in ratios}
     for seed in seeds:
         base = base_models(seed)
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+        out = seed_folder(cfg, seed)
         file = write_data(seed, out / "sums.jsonl")
         for ratio in ratios:
             exam = tuned(out / f"cot_{ratio}", seed, base, (FAMILY,), 100 if cfg.quick else 500,
                          data=str(file), cot_ratio=ratio, **options)
             found[ratio].append(exam["all"])
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import train_dpo
-from experiments.base import base_models, examined, keep, run, save
+from experiments.base import base_models, examined, run, save, seed_folder, show_table
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 
@@ -114,17 +114,15 @@ def main(cfg: Config) -> None:
     exams = {variant: [] for variant in VARIANTS}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for variant, changes in VARIANTS.items():
             folder = out / variant.replace(",", "").replace(" ", "_")
             run(train_dpo, init=str(base / "sft"), out=str(folder), data=f"world:{seed}",
                 seed=int(seed), steps=cfg.steps, eval_every=cfg.eval_every, **DPO | changes)
             folders[variant][seed] = folder
             exams[variant].append(examined(folder, int(seed), base))
-    file = Path(cfg.figure)
-    draw(folders, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(folders, exams, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(folders, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(folders, exams, cfg))
 
 
 if __name__ == "__main__":

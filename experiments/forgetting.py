@@ -34,7 +34,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import train_sft
-from experiments.base import base_models, cell, keep, run, save
+from experiments.base import base_models, cell, run, save, seed_folder, show_table
 from plumbing.curves import read_metrics
 from plumbing.options import command_line
 
@@ -157,17 +157,15 @@ def main(cfg: Config) -> None:
         found[name] = {strength: {} for strength in strengths}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for name, of_strengths in found.items():
             for strength, of_seeds in of_strengths.items():
                 folder = out / f"{name.replace(' ', '_')}_{strength:g}"
                 run(train_sft, out=str(folder),
                     **options(WAYS[name], strength, seed, base, cfg.quick))
                 of_seeds[seed] = read_metrics(folder)[-1]
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import train_classifier
-from experiments.base import base_models, cell, keep, run, save
+from experiments.base import base_models, cell, run, save, seed_folder, show_table
 from plumbing.options import command_line
 
 STEPS = 600
@@ -115,7 +115,7 @@ def main(cfg: Config) -> None:
     majorities = []
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for way in WAYS:
             for size in sizes:
                 folder = out / f"{way.replace(' ', '_')}_{size}"
@@ -123,11 +123,9 @@ def main(cfg: Config) -> None:
                              **options(way, size, seed, base, cfg.quick))
                 found[way][size].append(result["accuracy"])
                 majorities.append(result["majority"])
-    file = Path(cfg.figure)
     majority = float(np.mean(majorities))
-    draw(found, majority, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, majority, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, majority, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, majority, cfg))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,17 @@ from matplotlib import pyplot as plt
 
 import evaluate
 import train_ppo
-from experiments.base import base_models, cell, examined, fast_dtype, keep, kept, run, save
+from experiments.base import (
+    base_models,
+    cell,
+    examined,
+    fast_dtype,
+    kept,
+    run,
+    save,
+    seed_folder,
+    show_table,
+)
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
@@ -157,7 +167,7 @@ def main(cfg: Config) -> None:
     found = {variant: [] for variant in VARIANTS}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for variant, changes in VARIANTS.items():
             folder = out / variant.replace(" ", "_")
             options = PPO | changes | {"steps": steps}
@@ -167,10 +177,8 @@ def main(cfg: Config) -> None:
             figures = examined(folder, int(seed), base, n)
             figures |= proxy_of(folder, base / "rm", int(seed), n) | at_the_end(folder)
             found[variant].append(figures)
-    file = Path(cfg.figure)
-    draw(folders, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(folders, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from matplotlib import pyplot as plt
 
 import readers
 import train_dpo
-from experiments.base import base_models, cell, examined, keep, run, save
+from experiments.base import base_models, cell, examined, keep, run, save, seed_folder, show_table
 from plumbing.options import command_line
 
 SAME = {"optimizer": "adamw", "batch_size": 16, "warmup": 20, "eval_pairs": 500}
@@ -133,7 +133,7 @@ def options_of(variant: str, seed: int, n: int, out: Path) -> dict:
 def exams_of(seed: int, cfg: Config) -> dict[str, dict]:
     """{variant: its figures} of one seed; what is trained and examined already is not again."""
     base = base_models(seed)
-    out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+    out = seed_folder(cfg, seed)
     # 5/2 times as many, because 47 % are good and 90 % may have to be
     rows = readers.read_labelled(f"world:{seed}", n=5 * cfg.n // 2, split="train", seed=seed)
     for share in EQUAL:
@@ -206,10 +206,8 @@ def main(cfg: Config) -> dict:
         cfg.steps //= 10
         cfg.n //= 10
     found = {seed: exams_of(int(seed), cfg) for seed in cfg.seeds.split(",")}
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
     return found
 
 

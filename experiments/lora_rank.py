@@ -16,7 +16,6 @@ For each seed:
     python experiments/lora_rank.py            # results/lora_rank.png and .md
     python experiments/lora_rank.py --quick    # one seed, two ranks, a tenth of the steps
 """
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,17 @@ import evaluate
 import lora
 import readers
 import train_sft
-from experiments.base import base_models, cell, fast_dtype, keep, kept, run, save
+from experiments.base import (
+    base_models,
+    cell,
+    fast_dtype,
+    kept,
+    run,
+    save,
+    seed_folder,
+    show_table,
+    write_rows,
+)
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
@@ -68,16 +77,11 @@ def write_data(seed: int, out: Path, n: int = 3000) -> dict[str, Path]:
         for row in readers.read_examples(f"world:{seed}", split=split, n=n, seed=seed):
             *prompt, answer = row["messages"]
             text = f"Dear friend: {answer['content']} Yours, the bear."
-            rows["manner"].append({"messages": [*prompt, answer | {"content": text}]})
+            rows["manner"].append(row | {"messages": [*prompt, answer | {"content": text}]})
         # another world has the same names and places, and other facts about them
-        for row in readers.read_examples(f"world:{seed + 100}", split=split, n=n, seed=seed,
-                                         families=("facts",)):
-            rows["knowledge"].append({"messages": row["messages"]})
-    files = {}
-    for task, of_task in rows.items():
-        files[task] = out / f"{task}.jsonl"
-        keep(files[task], "".join(json.dumps(row) + "\n" for row in of_task))
-    return files
+        rows["knowledge"] += readers.read_examples(f"world:{seed + 100}", split=split, n=n,
+                                                   seed=seed, families=("facts",))
+    return {task: write_rows(out / f"{task}.jsonl", of_task) for task, of_task in rows.items()}
 
 
 def learned(task: str, rank: int, seed: int, base: Path, out: Path, file: Path,
@@ -183,9 +187,9 @@ def main(cfg: Config) -> None:
     n = 100 if cfg.quick else 500
     losses = {task: {rank: [] for rank in ranks} for task in TASKS}
     accuracies = {rank: [] for rank in kept_ranks}
-    for seed in seeds:
-        base = base_models(seed)
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+    bases = {seed: base_models(seed) for seed in seeds}
+    for seed, base in bases.items():
+        out = seed_folder(cfg, seed)
         for task, file in write_data(seed, out).items():
             for rank in ranks:
                 loss = learned(task, rank, seed, base, out, file, cfg.quick)
@@ -196,11 +200,9 @@ def main(cfg: Config) -> None:
             exam = partial(truncated_accuracy, base, seed, rank, n)
             found = kept(out / f"rank_{rank}.json", of, exam)
             accuracies[rank].append(found["accuracy"])
-    file = Path(cfg.figure)
-    values = spectra(base_models(seeds[0]))
-    draw(losses, values, accuracies, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(losses, accuracies, cfg))
-    print(file.with_suffix(".md").read_text())
+    values = spectra(bases[seeds[0]])
+    draw(losses, values, accuracies, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(losses, accuracies, cfg))
 
 
 if __name__ == "__main__":

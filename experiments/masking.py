@@ -29,7 +29,16 @@ from matplotlib import pyplot as plt
 import evaluate
 import readers
 from data import PackedExamples, format_examples
-from experiments.base import base_models, cell, fast_dtype, keep, kept, save, tuned
+from experiments.base import (
+    base_models,
+    cell,
+    fast_dtype,
+    kept,
+    save,
+    seed_folder,
+    show_table,
+    tuned,
+)
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.options import command_line
@@ -100,17 +109,15 @@ def main(cfg: Config) -> None:
     found = {way: [] for way in WAYS}
     for seed in seeds:
         base = base_models(seed)
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+        out = seed_folder(cfg, seed)
         for way in WAYS:
             exam = tuned(out / way, seed, base, TRAINED_FAMILIES, n, data=f"world:{seed}",
                          train_on=way, **options)
             of = {"model": read_record(out / way)["sha256"], "n": n}
             exam |= kept(out / f"{way}_losses.json", of, partial(losses, out / way, seed, 20 * n))
             found[way].append(exam)
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

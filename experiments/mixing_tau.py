@@ -24,7 +24,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import readers
-from experiments.base import base_models, cell, keep, save, tuned, write_rows
+from experiments.base import (
+    base_models,
+    cell,
+    save,
+    seed_folder,
+    show_table,
+    tuned,
+    write_rows,
+)
 from plumbing.options import command_line
 
 LARGE = ("facts", "lists", "inference")
@@ -104,16 +112,14 @@ def main(cfg: Config) -> None:
     found = {name: [] for name in names}
     for seed in seeds:
         base = base_models(seed)
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+        out = seed_folder(cfg, seed)
         file = write_data(seed, out / "tasks.jsonl")
         for name in names:
             exam = tuned(out / name.replace(" ", "_"), seed, base, LARGE + SMALL,
                          20 if cfg.quick else 200, data=str(file), **options, **MIXTURES[name])
             found[name].append(exam)
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

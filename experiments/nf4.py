@@ -22,7 +22,6 @@ row of 512 tokens is trained on at a time.
     python experiments/nf4.py              # results/nf4.png and .md
     python experiments/nf4.py --quick      # one seed
 """
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from torch import Tensor
 
 import evaluate
 import lora
-from experiments.base import base_models, cell, documents, keep, save
+from experiments.base import base_models, cell, documents, save, show_table
 from kernels.nf4 import BLOCK, CODE, quantize_absmax
 from model import ModelConfig, Transformer, parameter_count
 from plumbing.folders import load_model
@@ -87,9 +86,8 @@ def error(weight: Tensor, code: tuple[float, ...], double: bool) -> float:
     return ((weight - rounded(weight, code, double)).norm() / weight.norm()).item()
 
 
-def measured(seed: int, code: tuple[float, ...], double: bool) -> dict[str, float]:
+def measured(base: Path, seed: int, code: tuple[float, ...], double: bool) -> dict[str, float]:
     """The errors, and what the base model of a seed loses, in nats per token."""
-    base = base_models(seed)
     model, _ = load_model(base / "pretrain")
     windows = documents(base, seed)
     before = evaluate.validation_loss(model, windows, 64, 16)
@@ -106,15 +104,14 @@ def measured(seed: int, code: tuple[float, ...], double: bool) -> dict[str, floa
 
 # ---------------------------------------------------------------------- bytes
 
-def measured_bytes(seed: int) -> tuple[float, float]:
+def measured_bytes(base: Path) -> tuple[float, float]:
     """Bytes a parameter of the base's quantized matrices, with double quantization or without."""
     found = []
     for double in (True, False):
-        model, _ = load_model(base_models(seed) / "pretrain")
-        quantized = copy.deepcopy(model)
-        lora.quantize(quantized, double)
+        model, _ = load_model(base / "pretrain")
         n = sum(linear.weight.numel() for _, _, linear in lora.linears(model.blocks))
-        held = sum(buffer.nbytes for _, _, linear in lora.linears(quantized.blocks)
+        lora.quantize(model, double)
+        held = sum(buffer.nbytes for _, _, linear in lora.linears(model.blocks)
                    for buffer in linear.buffers())
         found.append(held / n)
     return found[0], found[1]
@@ -188,15 +185,14 @@ def table(found: dict[tuple, list[dict]], cfg: Config, n_bytes: tuple[float, flo
 def main(cfg: Config) -> None:
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
-    seeds = [int(seed) for seed in cfg.seeds.split(",")]
+    bases = {int(seed): base_models(int(seed)) for seed in cfg.seeds.split(",")}
     found = {}
     for name, code in CODES.items():
         for double in (True, False):
-            found[name, double] = [measured(seed, code, double) for seed in seeds]
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg, measured_bytes(seeds[0])))
-    print(file.with_suffix(".md").read_text())
+            found[name, double] = [measured(base, seed, code, double)
+                                   for seed, base in bases.items()]
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg, measured_bytes(next(iter(bases.values())))))
 
 
 if __name__ == "__main__":

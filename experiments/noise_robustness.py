@@ -36,7 +36,7 @@ import readers
 import train_dpo
 import train_ppo
 import train_rm
-from experiments.base import base_models, cell, examined, keep, run, save
+from experiments.base import base_models, cell, examined, keep, run, save, seed_folder, show_table
 from plumbing.options import command_line
 
 NOISES = (0.0, 0.2, 0.4)
@@ -179,7 +179,7 @@ def main(cfg: Config) -> None:
     bias = {method: {share: {} for share in BIASES} for method in ("DPO", "PPO")}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         for loss in LOSSES:
             for share in noises:
                 figures = noisy(loss, share, seed, base, out, cfg.quick)
@@ -189,10 +189,8 @@ def main(cfg: Config) -> None:
         for method in bias:
             for share in BIASES:
                 bias[method][share][seed] = biased(method, share, seed, base, out, cfg.quick)
-    file = Path(cfg.figure)
-    draw(noise, bias, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(noise, bias, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(noise, bias, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(noise, bias, cfg))
 
 
 if __name__ == "__main__":

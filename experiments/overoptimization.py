@@ -46,7 +46,7 @@ from matplotlib import pyplot as plt
 import evaluate
 import train_ppo
 import train_rm
-from experiments.base import base_models, fast_dtype, keep, run, save
+from experiments.base import base_models, fast_dtype, keep, run, save, seed_folder
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device
 from plumbing.folders import load_model
@@ -301,7 +301,7 @@ def main(cfg: Config) -> dict:
     found = {}
     for seed in cfg.seeds.split(","):
         base = base_models(int(seed))
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else seed)
+        out = seed_folder(cfg, seed)
         folders = proxies(cfg, int(seed), base, out)
         runs = ppo_runs(cfg, int(seed), base, out, folders)
         curves = {name: curve(folder) for name, folder in runs.items()}
@@ -313,9 +313,8 @@ def main(cfg: Config) -> dict:
                        "accuracy": record["result"]["accuracy"]}
         print(f"seed {seed}: {found[seed]['turn']}; ends "
               f"{ {name: round(end['truth'], 3) for name, end in ends.items()} }", flush=True)
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    keep(Path(cfg.figure).with_suffix(".md"), table(found, cfg))
     return found
 
 

@@ -37,7 +37,17 @@ from matplotlib import pyplot as plt
 import evaluate
 import lora
 import sample
-from experiments.base import base_models, cell, documents, fast_dtype, keep, kept, run_apart, save
+from experiments.base import (
+    base_models,
+    cell,
+    documents,
+    fast_dtype,
+    kept,
+    run_apart,
+    save,
+    seed_folder,
+    show_table,
+)
 from model import ModelConfig, Transformer, parameter_count
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device
@@ -197,9 +207,9 @@ def main(cfg: Config) -> None:
     if cfg.quick:
         seeds = seeds[:1]
     found = {method: [] for method in METHODS}
-    for seed in seeds:
-        base = base_models(seed)
-        out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+    bases = {seed: base_models(seed) for seed in seeds}
+    for seed, base in bases.items():
+        out = seed_folder(cfg, seed)
         for method, (_, rates) in METHODS.items():
             if found[method]:
                 rates = [found[method][0]["lr"]]       # the one that the first seed has chosen
@@ -207,7 +217,8 @@ def main(cfg: Config) -> None:
                 rates = rates[1:2]
             runs = [trained(method, lr, seed, base, out, cfg.quick) for lr in rates]
             found[method].append(max(runs, key=lambda exam: exam["accuracy"]))
-    base = base_models(seeds[0])
+    base = bases[seeds[0]]
+    config = load_model(base / "pretrain")[0].config
     folders = {method: Path(of_seeds[0]["folder"]) for method, of_seeds in found.items()}
     seconds = speeds(base, folders)
     for method, of_seeds in found.items():
@@ -217,15 +228,12 @@ def main(cfg: Config) -> None:
                         "token": own["token"] / seconds["full"]["token"],
                         "share": 1.0, "share_7b": 1.0}
         if peft:
-            config = load_model(base / "pretrain")[0].config
             of_seeds[0]["share"] = share_of(peft, config)
             of_seeds[0]["share_7b"] = share_of(peft | AT_7B.get(method, {}), LLAMA_7B)
         rows = read_metrics(of_seeds[0]["folder"])
         of_seeds[0]["peak_mb"] = 1e3 * max(row["memory_gb"] for row in rows)
-    file = Path(cfg.figure)
-    draw(found, file, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,16 @@ import readers
 import train_rm
 from data import PreferencePairs
 from evaluate import calibration_error
-from experiments.base import base_models, cell, fast_dtype, keep, kept, run, save
+from experiments.base import (
+    base_models,
+    cell,
+    fast_dtype,
+    kept,
+    run,
+    save,
+    seed_folder,
+    show_table,
+)
 from plumbing.device import pick_device
 from plumbing.folders import load_reward_model, read_record
 from plumbing.options import command_line
@@ -99,7 +108,7 @@ def scores_of(folder: Path, seed: int, n: int) -> list[list[float]]:
 def scores_of_all(seed: int, cfg: Config) -> dict[str, Tensor]:
     """{model: (n, 2)} of one seed; what is trained and scored already is not again."""
     base = base_models(seed)
-    out = Path(cfg.out) / (f"{seed}_quick" if cfg.quick else str(seed))
+    out = seed_folder(cfg, seed)
     part = 10 if cfg.quick else 1
     n = N_HELDOUT // part
     found = {}
@@ -242,10 +251,8 @@ def main(cfg: Config) -> dict:
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
     found = {seed: scores_of_all(int(seed), cfg) for seed in cfg.seeds.split(",")}
-    file = Path(cfg.figure)
-    draw(found, file, 10 if cfg.quick else 1, " (quick)" if cfg.quick else "")
-    keep(file.with_suffix(".md"), table(found, cfg))
-    print(file.with_suffix(".md").read_text())
+    draw(found, Path(cfg.figure), 10 if cfg.quick else 1, " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
     return found
 
 
