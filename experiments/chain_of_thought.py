@@ -78,13 +78,13 @@ def table(found: dict[float, list[float]], cfg: Config) -> str:
 
 
 def main(cfg: Config) -> None:
-    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     ratios = RATIOS
     options = dict(SFT)
     if cfg.quick:
-        seeds = seeds[:1]
+        cfg.seeds = cfg.seeds.split(",")[0]
         ratios = RATIOS[::2]
         options["steps"] = SFT["steps"] // 10
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     found = {ratio: [] for ratio in ratios}
     for seed in seeds:
         base = base_models(seed)

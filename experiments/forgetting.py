@@ -49,7 +49,8 @@ FULL = "full fine-tuning"
 TASK = {"steps": 400, "batch_size": 16, "optimizer": "muon", "lr": 4e-3, "warmup": 30,
         "eval_every": 400, "eval_examples": 1000, "track_drift": True}
 QUICK = {"steps": 20, "warmup": 5, "n_examples": 3000, "eval_examples": 100}
-LORA = {"peft": "lora", "lora_rank": 16, "lora_targets": "wq,wk,wv,wo,w13,w2"}
+# with the template's tokens, because without them no answer ends
+LORA = {"peft": "lora", "lora_rank": 16, "lora_targets": "wq,wk,wv,wo,w13,w2", "template": True}
 WAYS = {
     FULL: Way("lr", (4e-3,), {}),
     "lower learning rate": Way("lr", (1.2e-3, 4e-4, 1.2e-4), {}),

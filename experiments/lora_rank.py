@@ -177,13 +177,13 @@ def table(losses: dict[str, dict[int, list[float]]], accuracies: dict[int, list[
 
 
 def main(cfg: Config) -> None:
-    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     ranks = (0, *RANKS)
     kept_ranks = KEPT_RANKS
     if cfg.quick:
-        seeds = seeds[:1]
+        cfg.seeds = cfg.seeds.split(",")[0]
         ranks = (0, 1, 16)
         kept_ranks = (1, 16, 128)
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     n = 100 if cfg.quick else 500
     losses = {task: {rank: [] for rank in ranks} for task in TASKS}
     accuracies = {rank: [] for rank in kept_ranks}

@@ -99,13 +99,13 @@ def table(found: dict[str, list[dict]], cfg: Config) -> str:
 
 
 def main(cfg: Config) -> None:
-    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     options = dict(SFT)
     n = 50
     if cfg.quick:
-        seeds = seeds[:1]
+        cfg.seeds = cfg.seeds.split(",")[0]
         options["steps"] = SFT["steps"] // 10
         n = 5
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     found = {way: [] for way in WAYS}
     for seed in seeds:
         base = base_models(seed)

@@ -102,13 +102,13 @@ def table(found: dict[str, list[dict]], cfg: Config) -> str:
 
 
 def main(cfg: Config) -> None:
-    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     names = list(MIXTURES)
     options = dict(SFT)
     if cfg.quick:
-        seeds = seeds[:1]
+        cfg.seeds = cfg.seeds.split(",")[0]
         names = ["tau 1", "tau 5"]
         options["steps"] = SFT["steps"] // 10
+    seeds = [int(seed) for seed in cfg.seeds.split(",")]
     found = {name: [] for name in names}
     for seed in seeds:
         base = base_models(seed)
