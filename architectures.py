@@ -191,13 +191,11 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, source: Tensor | None, mask: kernels.Mask,
                 cache: SourceCache | None = None) -> Tensor:
         """x (B, T, D), source (B, S, D), or None where the cache has it."""
-        by_head = (-1, self.d_head)
-        q = self.wq(x).unflatten(-1, by_head)                          # (B, T, H, C)
+        q = self.queries(x)                                            # (B, T, H, C)
         if source is None:
             k, v = cache.source[self.layer]            # (B, S, K, C), made by the first pass
         else:
-            k = self.wk(source).unflatten(-1, by_head)                 # (B, S, K, C)
-            v = self.wv(source).unflatten(-1, by_head)
+            k, v = self.keys_and_values(source)                        # (B, S, K, C)
             if cache is not None:
                 cache.source[self.layer] = k, v
         return self.wo(kernels.attention(q, k, v, mask).flatten(-2))

@@ -96,8 +96,7 @@ def encode_question(row: dict, tokenizer: Tokenizer, classes: list[str]) -> dict
     question = [first_token(tokenizer), *tokenizer.encode(row["question"]), *separator]
     passage = tokenizer.encode(row["text"])
     # where each token of the passage ends, in bytes, because a token need not be whole characters
-    token_bytes = tokenizer.encoding.decode_single_token_bytes
-    ends = np.cumsum([len(token_bytes(i)) for i in passage])
+    ends = np.cumsum([len(tokenizer.token_bytes(i)) for i in passage])
     before = row["text"][:row["start"]]
     first_byte = len(before.encode())
     last_byte = first_byte + len(row["answer"].encode()) - 1

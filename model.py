@@ -29,6 +29,8 @@ import kernels
 import moe
 import parallel
 
+ROPE_ORIGINAL = 8192                  # tokens: the context of Llama 3, before rope_factor
+
 
 @dataclass
 class ModelConfig:
@@ -39,8 +41,12 @@ class ModelConfig:
     n_layers: int = 4                 # Transformer blocks, >= 1
     n_heads: int = 4                  # H: query heads, >= 1
     n_kv_heads: int = 0               # K: key/value heads; 0: as many as n_heads
+    d_head: int = 0                   # C: width of a head; 0: d_model / n_heads
     d_ff: int = 0                     # F: width of SwiGLU; 0: 8/3 D, rounded up to 16s
+    qkv_bias: bool = False            # queries, keys and values have biases (Qwen2)
+    qk_norm: bool = False             # queries and keys are normalised, head by head (Qwen3)
     rope_theta: float = 10_000.0      # RoPE's slowest wavelength is about 2 pi times this, > 0
+    rope_factor: float = 1.0          # long wavelengths are so many times longer (Llama 3), >= 1
     norm_eps: float = 1e-5            # added to RMSNorm's mean square, > 0
     tied: bool = True                 # the output projection is the embedding
     token_shift: bool = False         # add each predecessor's embedding: gains 0.03 nats
@@ -68,8 +74,9 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.d_model % self.n_heads:
+        if self.d_model % self.n_heads and not self.d_head:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        self.d_head = self.d_head or self.d_model // self.n_heads
         if self.d_head % 2:
             raise ValueError(f"head width {self.d_head} (d_model {self.d_model} / n_heads "
                              f"{self.n_heads}) is odd; RoPE turns pairs of channels")
@@ -81,10 +88,6 @@ class ModelConfig:
             # a token's experts together are as wide as d_ff, and cost as many FLOPs
             self.d_expert = self.d_expert or 16 * math.ceil(self.d_ff / (16 * visited))
             moe.check_config(self)
-
-    @property
-    def d_head(self) -> int:
-        return self.d_model // self.n_heads
 
     @property
     def n_sparse_layers(self) -> int:
@@ -116,7 +119,8 @@ class ModelConfig:
         weighted values; a token sees length / 2 others on average. Norms and softmax are left
         out."""
         tokens_seen = 0.5 * length                     # the first sees one, the last all
-        return 6 * self.matmul_parameters() + 12 * tokens_seen * self.n_layers * self.d_model
+        width = self.n_heads * self.d_head
+        return 6 * self.matmul_parameters() + 12 * tokens_seen * self.n_layers * width
 
 
 class Embedding(nn.Embedding):
@@ -217,13 +221,39 @@ class Attention(nn.Module):
         self.wk = Linear(config.d_model, config.n_kv_heads * config.d_head)
         self.wv = Linear(config.d_model, config.n_kv_heads * config.d_head)
         self.wo = Linear(config.n_heads * config.d_head, config.d_model)
+        self.has_bias = config.qkv_bias
+        if self.has_bias:
+            self.bq = nn.Parameter(torch.zeros(config.n_heads * config.d_head))
+            self.bk = nn.Parameter(torch.zeros(config.n_kv_heads * config.d_head))
+            self.bv = nn.Parameter(torch.zeros(config.n_kv_heads * config.d_head))
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.q_norm = RMSNorm(config.d_head, config.norm_eps)
+            self.k_norm = RMSNorm(config.d_head, config.norm_eps)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, H, C)."""
+        q = self.wq(x)
+        if self.has_bias:
+            q = q + self.bq.to(q.dtype)
+        q = q.unflatten(-1, (-1, self.d_head))
+        return self.q_norm(q) if self.has_norms else q
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, K, C) each."""
+        k = self.wk(x)
+        v = self.wv(x)
+        if self.has_bias:
+            k = k + self.bk.to(k.dtype)
+            v = v + self.bv.to(v.dtype)
+        by_head = (-1, self.d_head)
+        k = k.unflatten(-1, by_head)
+        return self.k_norm(k) if self.has_norms else k, v.unflatten(-1, by_head)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: kernels.Mask | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        by_head = (-1, self.d_head)                    # (B, T, n C) -> (B, T, n, C)
-        q = self.wq(x).unflatten(-1, by_head)          # (B, T, H, C)
-        k = self.wk(x).unflatten(-1, by_head)          # (B, T, K, C)
-        v = self.wv(x).unflatten(-1, by_head)
+        q = self.queries(x)                            # (B, T, H, C)
+        k, v = self.keys_and_values(x)                 # (B, T, K, C)
         # q . k then depends on the distance of the two tokens, not on where they stand
         q, k = kernels.rope(q, k, cos, sin)
         if cache is None:
@@ -471,8 +501,17 @@ def predecessors(h: Tensor, before: Tensor, documents: Tensor | None,
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """theta^(-2i/C) for i < C/2: radians per position (001 section 1.3, alpha_i). Channel i turns
-    with channel i + C/2 (rotating halves, as Llama checkpoints do)."""
-    return config.rope_theta ** (-torch.arange(0, config.d_head, 2) / config.d_head)
+    with channel i + C/2 (rotating halves, as Llama checkpoints do).
+
+    With rope_factor s, as Llama 3.1 has it: of the frequencies that turn less than once in
+    ROPE_ORIGINAL tokens an s-th, of those that turn more than 4 times all, between them a mixture.
+    """
+    frequencies = config.rope_theta ** (-torch.arange(0, config.d_head, 2) / config.d_head)
+    if config.rope_factor == 1:
+        return frequencies
+    turns = ROPE_ORIGINAL * frequencies / (2 * math.pi)
+    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)         # 1: this channel stays as it is
+    return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
 
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:

@@ -193,6 +193,9 @@ def divide(model: nn.Module, mesh, groups: int) -> None:
 
 def check_sizes(config, tensor_parallel: int, groups: int) -> None:
     """Raises ValueError for sizes that the ranks of a group, or the groups, cannot share evenly."""
+    if tensor_parallel > 1 and (config.qkv_bias or config.qk_norm):
+        raise ValueError(f"--tensor_parallel {tensor_parallel}: biases and norms of queries and "
+                         "keys cannot be shared among ranks; use --shard fsdp")
     d_shared = config.n_shared_experts * config.d_expert
     among_ranks = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff,
                    "vocab_size": config.vocab_size, "n_experts": config.n_experts,

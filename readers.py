@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from messages import ROLES
 from tokenizer import check_blanks
 from world.world import World
 
 SUFFIXES = (".txt", ".md", ".jsonl")          # of files with texts; rows are in .jsonl alone
-ROLES = ("system", "user", "assistant")
 FORMATS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"),
            ("messages",), ("prompt", "completion"))
 

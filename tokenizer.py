@@ -40,6 +40,9 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+import imported_tokenizer
+from messages import check_messages
+
 MAX_BLANKS = 500_000                          # tiktoken's stack holds between 700,000 and 1,000,000
 # GPT-4's: contractions, words with one leading space or sign, numbers of up to three digits,
 # punctuation, line breaks, spaces. Every character falls into exactly one word.
@@ -47,7 +50,6 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 N_SPECIAL = 16      # ids set aside for special tokens; later stages name the free ones
-ROLES = ("system", "user", "assistant")
 Token = bytes
 Pair = tuple[Token, Token]           # neighbours: left, right
 
@@ -308,6 +310,10 @@ class Tokenizer:
         letters = [bytes([byte]) for byte in token]
         return [self.ranks[part] for part in merged(letters, self.ranks)]
 
+    def token_bytes(self, i: int) -> bytes:
+        """What an id stands for; of a special token its name."""
+        return self.encoding.decode_single_token_bytes(i)
+
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """Text of the ids; invalid UTF-8 becomes U+FFFD, special tokens are dropped or spelled.
 
@@ -385,7 +391,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read folder/tokenizer.json, or the file itself. Raises ValueError if it is not whole."""
+        """Read folder/tokenizer.json, or the file itself: of a model from elsewhere an
+        ImportedTokenizer. Raises ValueError if it is not whole."""
         path = Path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -397,6 +404,8 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({str(error)[:100]})") from None
         try:
+            if isinstance(saved, dict) and saved.get("imported"):
+                return imported_tokenizer.load(saved)
             return cls(*parse_saved(saved))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -420,20 +429,6 @@ def check_blanks(text: str) -> None:
         if longest > MAX_BLANKS:
             raise ValueError(f"{longest:,} blanks in a row; at most {MAX_BLANKS:,} can be "
                              "tokenized")
-
-
-def check_messages(messages: Sequence[dict]) -> None:
-    """Raises ValueError, with the number of the message, unless all have a role and a content."""
-    if not messages:
-        raise ValueError("a conversation needs at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or {"role", "content"} - message.keys():
-            raise ValueError(f"message {i} is {message!r}; it must be a dict with role and content")
-        if message["role"] not in ROLES:
-            raise ValueError(f"message {i} has role {message['role']!r}; it must be one of "
-                             f"{', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"message {i} has content {message['content']!r}; it must be a string")
 
 
 def parse_saved(saved: object) -> tuple[dict[bytes, int], str, list[str]]:

@@ -246,6 +246,7 @@ def refuse_reward_model(folder: str | Path, saved: dict) -> None:
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
     """The "model" of config.json, the weights by their current names, and the tokenizer."""
     folder = Path(folder)
+    refuse_foreign_model(folder)
     for name in FILES:
         if not (folder / name).is_file():
             problem = "there is no such folder"
@@ -281,6 +282,17 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tokenizer]
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return saved, weights, tokenizer
+
+
+def refuse_foreign_model(folder: Path) -> None:
+    """Raises ValueError, with the command that converts it, for a model in a form of others."""
+    is_foreign = folder.suffix in (".gguf", ".whl", ".zip") and folder.is_file()
+    if (folder / "config.json").is_file():
+        record = read_json(folder / "config.json")
+        is_foreign = "model" not in record and {"model_type", "architectures"} & record.keys()
+    if is_foreign:
+        raise ValueError(f"{folder} is a model of another library; convert it first: python "
+                         f"convert.py --init {folder} --out out/{folder.stem}")
 
 
 def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer: Tokenizer,

@@ -1,0 +1,450 @@
+r"""
+Other people's tokenizers and chat templates: what convert.py reads and writes.
+
+  tokenizer.json     of Hugging Face: byte-level BPE with merges, added tokens, a pattern
+  GGUF               tokenizer.ggml.*: tokens, merges, types, the name of a pattern
+  *.tiktoken         ranks: a token in base64 and its number in each line
+  vocab.json, merges.txt             of GPT-2
+
+A chat template is a program in Jinja. None is run: FORMS lists what templates write around a turn,
+one is chosen by the control tokens it names, and what else it would do is refused.
+"""
+import base64
+import binascii
+import json
+from pathlib import Path
+
+import regex
+
+from imported_tokenizer import ImportedTokenizer, Template
+from messages import ROLES
+from tokenizer import PATTERN, Tokenizer, merged
+
+GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+QWEN2 = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+DIGITS = r"\p{N}"                      # each by itself
+# What GGUF calls the patterns, with how llama.cpp splits by them.
+GGUF_PATTERNS = {"gpt-2": [GPT2], "smollm": [DIGITS, GPT2], "llama-bpe": [PATTERN],
+                 "qwen2": [QWEN2]}
+NORMAL = 1                             # of tokenizer.ggml.token_type: the other types are control
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+
+# {name: what stands before a turn and after it}; {role} is the role's own name
+FORMS = {
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
+    "lifecycle": ("<|{role}|>", "<|end|>"),
+}
+# What a template may call or apply; all else could be a program.
+CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range",
+         "join", "if", "elif", "and", "or", "not", "in", "else", "length", "split", "replace",
+         "startswith", "endswith", "lstrip", "rstrip", "upper", "items", "is")
+REMEDY = f"choose one with --template {' | '.join(FORMS)}"
+
+
+# ---------------------------------------------------------------------- bytes as characters
+
+def byte_characters() -> dict[str, int]:
+    """The character that GPT-2's vocabulary writes for each byte: itself where it can be seen, the
+    next one from U+0100 on where not. "Ġ" is the blank."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+            *range(ord("®"), ord("ÿ") + 1)]
+    found = {chr(byte): byte for byte in seen}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return found | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = byte_characters()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+
+
+def to_bytes(token: str) -> bytes:
+    """A token as vocabularies spell it -> its bytes: "Ġthe" -> b" the"."""
+    try:
+        return bytes(BYTE_OF[character] for character in token)
+    except KeyError as error:
+        raise ValueError(f"the token {token!r} has the character {error}, which stands for no "
+                         "byte: this is no byte-level vocabulary") from None
+
+
+def to_characters(token: bytes) -> str:
+    return "".join(CHARACTER_OF[byte] for byte in token)
+
+
+# ---------------------------------------------------------------------- templates
+
+def check_template(jinja: str) -> None:
+    """Raises ValueError for a template that does more than put texts around turns."""
+    inside = regex.findall(r"\{[{%](.*?)[%}]\}", jinja, flags=regex.DOTALL)
+    for code in inside:
+        code = regex.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "''", code)    # no texts
+        if "__" in code:
+            raise ValueError(f"the chat template has code in it: {code.strip()[:60]!r}; {REMEDY}")
+        for word in regex.findall(r"(\w+)\s*\(|\|\s*(\w+)", code):
+            name = "".join(word)
+            if name not in CALLS:
+                raise ValueError(f"the chat template calls {name}, which is not served; {REMEDY}")
+        statement = regex.match(r"-?\s*(include|import|from|extends)\b", code)
+        if statement:
+            raise ValueError(f"the chat template has {statement[1]}, which is not served; "
+                             f"{REMEDY}")
+
+
+def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
+                form: str = "") -> Template:
+    """The template of a model: by the name of a form, or the one whose control tokens the Jinja
+    text names. Without either that of FORMS whose control tokens the vocabulary has.
+
+    Raises ValueError, with the way out, for another one.
+    """
+    if jinja and not form:
+        check_template(jinja)
+    fitting = []
+    for name, (before, after) in FORMS.items():
+        needed = regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
+        stands = not jinja or form or all(mark in jinja for mark in written(before, after))
+        if stands and all(mark in special for mark in needed):
+            fitting.append(name)
+    if form and form not in fitting:
+        raise ValueError(f"--template {form}: the vocabulary does not have its control tokens")
+    if not form and len(fitting) != 1:
+        what = "its chat template" if jinja else "it has no chat template, and its vocabulary"
+        raise ValueError(f"{what} fits {' and '.join(fitting) or 'none of'} the forms that are "
+                         f"served ({', '.join(FORMS)}); {REMEDY}")
+    before, after = FORMS[form or fitting[0]]
+    start = bos if jinja and "bos_token" in jinja or bos and bos in (jinja or "") else ""
+    return Template(start, {role: before.format(role=role) for role in ROLES},
+                    dict.fromkeys(ROLES, after), default_system(jinja or "", before, after))
+
+
+def written(before: str, after: str) -> list[str]:
+    """The control tokens that a template of this form spells: of <|{role}|> only the ends."""
+    return regex.findall(r"<\|\w+\|>|<\|(?=\{)|(?<=\})\|>", before + after)
+
+
+def default_system(jinja: str, before: str, after: str) -> str:
+    """The system turn that a template writes where a conversation has none: a text that it spells
+    out between the marks of a system turn."""
+    head = regex.escape(before.format(role="system"))
+    tail = regex.escape(after.strip())
+    spelled = jinja.replace("\\n", "\n")
+    found = regex.search(f"{head}([^{{}}']+?){tail}", spelled)
+    return found[1] if found else ""
+
+
+def jinja_of(template: Template) -> str:
+    """A chat template for Hugging Face's apply_chat_template and for llama.cpp."""
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+    parts = []
+    if template.start:
+        parts.append(f"{{{{ {quoted(template.start)} }}}}")
+    if template.default_system:
+        turn = (template.before["system"] + template.default_system + template.after["system"])
+        parts.append("{% if messages[0]['role'] != 'system' %}"
+                     f"{{{{ {quoted(turn)} }}}}{{% endif %}}")
+    parts.append("{% for message in messages %}")
+    for number, role in enumerate(template.before):
+        word = "elif" if number else "if"
+        parts.append(f"{{% {word} message['role'] == {quoted(role)} %}}"
+                     f"{{{{ {quoted(template.before[role])} + message['content'] + "
+                     f"{quoted(template.after[role])} }}}}")
+    parts.append("{% endif %}{% endfor %}{% if add_generation_prompt %}"
+                 f"{{{{ {quoted(template.before['assistant'])} }}}}{{% endif %}}")
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------------- roles
+
+def roles_of(special: dict[str, int], template: Template, eos: str, pad: str) -> dict[str, str]:
+    """Which control token ends a turn, ends a document and pads.
+
+    The first of the template's after[assistant] ends a turn. A pad that is the end of a turn is not
+    taken, because it would then be masked, and no model would learn to end one.
+    """
+    after = template.after["assistant"]
+    at = {after.index(name): name for name in special if name in after}
+    end = at[min(at)]
+    names = ("<|endoftext|>", "<|end_of_text|>", "</s>", eos)
+    endoftext = next((name for name in names if name in special), end)
+    candidates = [pad, "<|pad|>", endoftext, *special]
+    pad = next(name for name in candidates if name in special and name != end)
+    return {"end": end, "pad": pad, "endoftext": endoftext}
+
+
+def assembled(vocabulary: dict[str, int], size: int, control: dict[str, int],
+              merges: list[tuple[str, str]], patterns: list[str], template: Template, eos: str,
+              pad: str, **kind) -> ImportedTokenizer:
+    """An ImportedTokenizer from tokens and merges spelled in characters. size: rows of the
+    embedding, which may be more than there are tokens."""
+    highest = max([*vocabulary.values(), *control.values()])
+    if highest >= size:
+        raise ValueError(f"the tokenizer has the id {highest}, and the model {size} tokens")
+    tokens: list[bytes | None] = [None] * size
+    for token, i in vocabulary.items():
+        if token in control:
+            continue
+        if not 0 <= i < size or tokens[i] is not None:
+            raise ValueError(f"the id {i} of the token {token!r} stands twice or is negative")
+        tokens[i] = to_bytes(token)
+    pairs = [(to_bytes(left), to_bytes(right)) for left, right in merges]
+    roles = roles_of(control, template, eos, pad)
+    return ImportedTokenizer(tokens, control, pairs, patterns, template, **roles, **kind)
+
+
+# ---------------------------------------------------------------------- tokenizer.json
+
+def read_folder(folder: Path, size: int, form: str = "") -> ImportedTokenizer:
+    """The tokenizer of a Hugging Face folder, of a model with `size` tokens: tokenizer.json, or
+    where there is none vocab.json and merges.txt, or one *.tiktoken.
+
+    Raises ValueError, by the name of the file and the field, for what is not served.
+    """
+    settings = read_json(folder / "tokenizer_config.json", {})
+    jinja = settings.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "tokenizer.json"
+    saved = read_json(file, None)
+    if saved is None:
+        file = folder / "tokenizer_config.json"
+        saved = from_ranks(folder, settings)
+    try:
+        return from_json(saved, settings, jinja, size, form)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: a field is missing or of another form ({error!r})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_json(file: Path, otherwise):
+    """The object in a JSON file, or `otherwise` where there is no such file."""
+    if not file.is_file():
+        return otherwise
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({str(error)[:100]})") from None
+
+
+def from_ranks(folder: Path, settings: dict) -> dict:
+    """The older files of a tokenizer in the form of tokenizer.json."""
+    pattern = GPT2
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = read_json(folder / "vocab.json", None)
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        files = sorted(folder.glob("*.tiktoken"))
+        if len(files) != 1:
+            raise ValueError(f"{folder}: there is neither tokenizer.json nor vocab.json and "
+                             "merges.txt nor one *.tiktoken; save the tokenizer with transformers: "
+                             "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        ranks = read_ranks(files[0])
+        vocabulary = {to_characters(token): rank for token, rank in ranks.items()}
+        merges = [[to_characters(part) for part in pair] for pair in merges_of(ranks)]
+        pattern = PATTERN
+    added = [{"id": int(i), "content": name_of(token)}
+             for i, token in settings.get("added_tokens_decoder", {}).items()]
+    if "<|endoftext|>" in vocabulary and not added:    # GPT-2 has it among the others
+        added = [{"id": vocabulary["<|endoftext|>"], "content": "<|endoftext|>"}]
+    steps = [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}},
+             {"type": "ByteLevel", "use_regex": False}]
+    return {"model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
+              form: str) -> ImportedTokenizer:
+    model = saved["model"]
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        kind = model.get("type", "BPE") + (" with byte_fallback" if model.get("byte_fallback")
+                                           else "")
+        raise ValueError(f"model.type is {kind}; byte-level BPE is served")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise ValueError(f"model.{name} is {model[name]!r}, which is not served")
+    patterns = patterns_of(saved.get("pre_tokenizer"))
+    control = {token["content"]: token["id"] for token in saved.get("added_tokens") or ()}
+    names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    template = template_of(jinja, control, names["bos_token"], form)
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
+              for pair in model["merges"]]
+    return assembled(model["vocab"], size, control, merges, patterns, template,
+                     names["eos_token"], names["pad_token"], nfc=is_nfc(saved.get("normalizer")),
+                     whole_words=bool(model.get("ignore_merges")))
+
+
+def name_of(token: str | dict | None) -> str:
+    """A control token of tokenizer_config.json, where it may be an object."""
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def is_nfc(normalizer: dict | None) -> bool:
+    if normalizer is None or normalizer == {"type": "Sequence", "normalizers": []}:
+        return False
+    if normalizer == {"type": "NFC"}:
+        return True
+    raise ValueError(f"normalizer is {normalizer.get('type')}, which is not served")
+
+
+def patterns_of(pre_tokenizer: dict | None) -> list[str]:
+    """The patterns that split a text, one after the other."""
+    if pre_tokenizer is None:
+        raise ValueError("pre_tokenizer is missing: this is no byte-level BPE")
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = []
+    for step in steps:
+        kind = step["type"]
+        if kind == "Split" and step["behavior"] == "Isolated" and "Regex" in step["pattern"]:
+            patterns.append(step["pattern"]["Regex"])
+        elif kind == "Digits":
+            patterns.append(DIGITS if step["individual_digits"] else DIGITS + "+")
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            if step.get("use_regex", True):
+                patterns.append(GPT2)
+        else:
+            raise ValueError(f"pre_tokenizer has a step {kind} ({json.dumps(step)[:80]}), which is "
+                             "not served")
+    if steps[-1]["type"] != "ByteLevel":
+        raise ValueError(f"pre_tokenizer ends in {steps[-1]['type']} and not in ByteLevel: this is "
+                         "no byte-level BPE")
+    return patterns
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """A *.tiktoken file: a token in base64 and its rank in each line."""
+    ranks = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{file}, line {number}: {line[:40]!r} is no token in base64 and its "
+                             "rank") from None
+    return ranks
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges behind a vocabulary of ranks, in their order: of each token the two parts that the
+    tokens of lower rank make of it."""
+    pairs = []
+    for token in sorted(ranks, key=ranks.get):
+        below = {}
+        for first in range(len(token)):
+            for last in range(first + 1, len(token) + 1):
+                part = token[first:last]
+                if ranks.get(part, ranks[token]) < ranks[token]:
+                    below[part] = ranks[part]
+        parts = merged([bytes([byte]) for byte in token], below)
+        if len(parts) == 2:                            # 1: a byte; more: no text leads to it
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def as_imported(tokenizer: Tokenizer | ImportedTokenizer) -> ImportedTokenizer:
+    """A tokenizer of this project in the form of other people's, with the same ids."""
+    if isinstance(tokenizer, ImportedTokenizer):
+        return tokenizer
+    tokens = [*sorted(tokenizer.ranks, key=tokenizer.ranks.get), *[None] * len(tokenizer.special)]
+    before, after = FORMS["lifecycle"]
+    template = Template("", {role: before.format(role=role) for role in ROLES},
+                        dict.fromkeys(ROLES, after))
+    return ImportedTokenizer(tokens, tokenizer.special, merges_of(tokenizer.ranks),
+                             [tokenizer.pattern], template, "<|end|>", "<|pad|>", "<|endoftext|>")
+
+
+def write_json(folder: Path, tokenizer: ImportedTokenizer) -> None:
+    """tokenizer.json and tokenizer_config.json as Hugging Face's libraries read them."""
+    added = [{"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
+              "rstrip": False, "normalized": False} for name, i in tokenizer.special.items()]
+    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+               "invert": False} for pattern in tokenizer.patterns]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+    vocabulary = {to_characters(token): i for token, i in tokenizer.ranks.items()}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+             "ignore_merges": tokenizer.whole_words,
+             "vocab": vocabulary | tokenizer.special,
+             "merges": [[to_characters(left), to_characters(right)]
+                        for left, right in tokenizer.merges]}
+    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+             "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+             "post_processor": None, "decoder": byte_level, "model": model}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "eos_token": tokenizer.roles["end"], "pad_token": tokenizer.roles["pad"],
+                "chat_template": jinja_of(tokenizer.template)}
+    for name, content in (("tokenizer.json", saved), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n",
+                                   encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- GGUF
+
+def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
+    """The tokenizer in the metadata of a GGUF file, of a model with `size` tokens."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; byte-level BPE, gpt2, is served")
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in GGUF_PATTERNS:
+        raise ValueError(f"tokenizer.ggml.pre is {name!r}; served are {', '.join(GGUF_PATTERNS)}")
+    spelled = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(spelled))
+    if len(types) != len(spelled):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types):,} entries, and there are "
+                         f"{len(spelled):,} tokens")
+    if len(set(spelled)) < len(spelled):
+        raise ValueError("tokenizer.ggml.tokens has a token twice")
+    control = {token: i for i, token in enumerate(spelled) if types[i] in (CONTROL, USER_DEFINED)}
+    vocabulary = {token: i for i, token in enumerate(spelled) if types[i] == NORMAL}
+    merges = [tuple(pair.split(" ")) for pair in metadata.get("tokenizer.ggml.merges", ())]
+
+    def named(role: str) -> str:
+        i = metadata.get(f"tokenizer.ggml.{role}_token_id", -1)
+        return spelled[i] if 0 <= i < len(spelled) else ""
+
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
+    template = template_of(metadata.get("tokenizer.chat_template"), control,
+                           named("bos") if adds_bos else "", form)
+    return assembled(vocabulary, size, control, merges, GGUF_PATTERNS[name], template,
+                     named("eos"), named("padding"), nfc=name == "qwen2",
+                     whole_words=name == "llama-bpe")
+
+
+def to_gguf(tokenizer: ImportedTokenizer) -> dict:
+    """The metadata of a GGUF file about a tokenizer. Raises ValueError for a pattern that
+    llama.cpp has no name for."""
+    names = [name for name, patterns in GGUF_PATTERNS.items() if patterns == tokenizer.patterns]
+    if not names:
+        raise ValueError(f"GGUF names patterns instead of spelling them, and has no name for "
+                         f"{tokenizer.patterns}")
+    name_of_id = {i: name for name, i in tokenizer.special.items()}
+    spelled = []
+    types = []
+    for i, token in enumerate(tokenizer.tokens):
+        if i in name_of_id:
+            spelled.append(name_of_id[i])
+            types.append(CONTROL)
+        elif token is None:
+            spelled.append(f"[UNUSED_{i}]")
+            types.append(UNUSED)
+        else:
+            spelled.append(to_characters(token))
+            types.append(NORMAL)
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": names[0],
+            "tokenizer.ggml.tokens": spelled, "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [f"{to_characters(left)} {to_characters(right)}"
+                                      for left, right in tokenizer.merges],
+            "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.bos_token_id": tokenizer.endoftext,
+            "tokenizer.ggml.eos_token_id": tokenizer.end,
+            "tokenizer.ggml.padding_token_id": tokenizer.pad,
+            "tokenizer.chat_template": jinja_of(tokenizer.template)}
