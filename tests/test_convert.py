@@ -314,7 +314,7 @@ def test_an_adapter_goes_out_to_peft_and_comes_back_the_same(sqrt, tmp_path):
     lora.attach(model, lora.Options(peft="lora", lora_rank=2, lora_targets="wq,w13,w2",
                                     lora_layers="1", lora_sqrt=sqrt))
     with torch.no_grad():
-        for name, weight in lora.learned(model).items():
+        for weight in lora.learned(model).values():
             weight.normal_()
     lora.save_adapter(tmp_path / "adapter", model)
     convert.main(convert.Config(init=str(tmp_path / "adapter"), out=str(tmp_path / "peft"),

@@ -10,7 +10,7 @@ import imported_tokenizer
 import tokenizer_formats
 from imported_tokenizer import ImportedTokenizer, Template, merged_by, split
 from tokenizer import PATTERN, Tokenizer
-from tokenizer_formats import GPT2, to_bytes, to_characters
+from tokenizer_formats import GPT2, to_characters
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
           "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
