@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TOKENIZER, folder_of, tiny_model, write_rows
+from tiny import TOKENIZER, folder_of, llama_of, tiny_model, write_rows
 from torch.autograd import gradcheck
 
 import labels
@@ -126,6 +126,27 @@ def test_padding_changes_nothing(architecture, pool, tmp_path):
         values = model(alone)
         found = pooled(values, torch.ones_like(alone, dtype=torch.bool), pool)
         torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_numbers_are_those_of_transformers_classifiers():
+    """Of a text at its last token, padding behind it, and of each token."""
+    trunk = tiny_model()
+    model = WithHead(trunk, 3)
+    of_texts = llama_of(trunk, "LlamaForSequenceClassification", num_labels=3,
+                        pad_token_id=TOKENIZER.pad)
+    of_tokens = llama_of(trunk, "LlamaForTokenClassification", num_labels=3)
+    torch.nn.init.normal_(model.head.bias)             # which the head of a text has not
+    tokens = torch.randint(256, (3, 9))
+    real = torch.arange(9) < torch.tensor([[9], [4], [1]])
+    tokens[~real] = TOKENIZER.pad
+    with torch.no_grad():
+        of_texts.score.weight.copy_(model.head.weight)
+        of_tokens.score.weight.copy_(model.head.weight)
+        of_tokens.score.bias.copy_(model.head.bias)
+    values = model(tokens)
+    torch.testing.assert_close(of_tokens.eval()(tokens).logits, values, rtol=0, atol=1e-5)
+    found = of_texts.eval()(tokens, attention_mask=real.long()).logits + model.head.bias
+    torch.testing.assert_close(found, pooled(values, real, "last"), rtol=0, atol=1e-5)
 
 
 def test_an_encoder_that_has_segments_is_told_which_is_the_passage(tmp_path):

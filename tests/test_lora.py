@@ -1,4 +1,7 @@
-"""lora.py: what stands still, what moves, and that merged, saved and swapped mean the same."""
+"""
+lora.py: what stands still, what moves, that merged, saved and swapped mean the same, and that peft
+and transformers, where they are installed, compute the same.
+"""
 import copy
 import hashlib
 import json
@@ -8,6 +11,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from stages import (
     EXAMPLES,
     STAGES,
@@ -15,7 +19,7 @@ from stages import (
     straight_stopped_and_killed,
     write_inputs,
 )
-from tiny import ending_model, folder_of
+from tiny import ending_model, folder_of, llama_of
 
 import kernels
 import lora
@@ -675,3 +679,114 @@ def test_a_run_that_was_stopped_or_killed_ends_bit_for_bit_as_the_others(tmp_pat
     write_inputs(tmp_path)
     straight_stopped_and_killed(tmp_path, method)
     assert_same_end(tmp_path, method)
+
+
+# ---------------------------------------------------------------------- beside peft
+
+# {ours: Llama's}; w13 holds two of Llama's matrices, which peft gives an A each
+NAMES_IN_PEFT = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w2": "down_proj"}
+
+
+def in_peft(config):
+    """The base model of these tests as a Llama that peft has taken in."""
+    return pytest.importorskip("peft").get_peft_model(llama_of(base_model()), config)
+
+
+def assert_as_good_as_equal(found, expected):
+    """To 1e-6 of the largest: sums of at most 96 numbers, in another order, through two blocks."""
+    largest = expected.detach().abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * largest)
+
+
+def mean_loss(logits):
+    """Of TOKENS, each from those before it, nats."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+def test_the_base_is_the_llama_that_transformers_computes():
+    assert_as_good_as_equal(base_model()(TOKENS), llama_of(base_model())(TOKENS).logits)
+
+
+@pytest.mark.parametrize("sqrt", [False, True])
+def test_lora_is_pefts_in_output_gradients_and_merged_weights(sqrt):
+    peft = pytest.importorskip("peft")
+    model = adapted(targets=",".join(NAMES_IN_PEFT), rank=4, alpha=6.0, lora_sqrt=sqrt)
+    theirs = in_peft(peft.LoraConfig(r=4, lora_alpha=6.0, use_rslora=sqrt,
+                                     target_modules=list(NAMES_IN_PEFT.values())))
+    pairs = []
+    for path, layer in theirs.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            number = int(path.split("layers.")[1].split(".")[0])
+            block = model.blocks[number]
+            [name] = [ours for ours, other in NAMES_IN_PEFT.items() if path.endswith(other)]
+            ours = block.mlp.w2 if name == "w2" else getattr(block.attention, name)
+            layer.lora_A["default"].weight.data.copy_(ours.A)
+            layer.lora_B["default"].weight.data.copy_(ours.B)
+            pairs.append((ours, layer))
+    assert len(pairs) == 2 * 5
+    logits, their_logits = model(TOKENS), theirs(TOKENS).logits
+    assert_as_good_as_equal(logits, their_logits)
+    assert (logits - base_model()(TOKENS)).abs().max() > 0.1
+    mean_loss(logits).backward()
+    mean_loss(their_logits).backward()
+    merged = [ours.merged_weight() for ours, _ in pairs]
+    theirs.merge_adapter()
+    for (ours, layer), weight in zip(pairs, merged):
+        assert_as_good_as_equal(ours.A.grad, layer.lora_A["default"].weight.grad)
+        assert_as_good_as_equal(ours.B.grad, layer.lora_B["default"].weight.grad)
+        assert_as_good_as_equal(weight, layer.base_layer.weight)
+
+
+def test_a_prompt_is_pefts_in_output_and_gradient():
+    peft = pytest.importorskip("peft")
+    model = attached("prompt")
+    theirs = in_peft(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    vectors = theirs.prompt_encoder["default"].embedding.weight
+    vectors.data.copy_(model.embedding.vectors)
+    logits, their_logits = model(with_virtual(TOKENS))[:, 3:], theirs(TOKENS).logits[:, 3:]
+    assert_as_good_as_equal(logits, their_logits)
+    mean_loss(logits).backward()
+    mean_loss(their_logits).backward()
+    assert_as_good_as_equal(model.embedding.vectors.grad, vectors.grad)
+
+
+def test_a_prefix_is_pefts_whose_keys_are_not_turned():
+    """peft's keys stand behind RoPE; ours are turned as those of other tokens are. What one can say
+    the other can: theirs is ours, turned by its place."""
+    peft = pytest.importorskip("peft")
+    model = attached("prefix")
+    theirs = in_peft(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    n_kv, C = model.config.n_kv_heads, model.config.d_head
+    layers = []
+    for block in model.blocks:
+        keys = block.attention.wk.vectors.view(1, 3, n_kv, C)
+        _, turned = kernels.rope_reference(keys, keys, model.cos[:3], model.sin[:3])
+        layers += [turned.flatten(2)[0], block.attention.wv.vectors]
+    # (L_p, layers, key and value, K C), as peft has it in a row
+    vectors = theirs.prompt_encoder["default"].embedding.weight
+    vectors.data.copy_(torch.cat(layers, 1).detach())
+    logits, their_logits = model(with_virtual(TOKENS))[:, 3:], theirs(TOKENS).logits
+    assert_as_good_as_equal(logits, their_logits)
+    mean_loss(logits).backward()
+    mean_loss(their_logits).backward()
+    their_values = vectors.grad.view(3, 2, 2, n_kv * C)[:, :, 1].unbind(1)
+    for block, gradient in zip(model.blocks, their_values):
+        assert_as_good_as_equal(block.attention.wv.vectors.grad, gradient)
+
+
+def test_the_templates_tokens_are_pefts_trainable_tokens():
+    """They learn in both places, where they are read and where they are predicted."""
+    peft = pytest.importorskip("peft")
+    V = SIZES["vocab_size"]
+    model = lora.attach(base_model(), lora_options(template=True))
+    theirs = in_peft(peft.TrainableTokensConfig(token_indices=list(range(V - N_SPECIAL, V))))
+    [their_rows] = [weight for weight in theirs.parameters() if weight.requires_grad]
+    rows = model.embedding.rows
+    with torch.no_grad():
+        rows.add_(0.1 * torch.randn_like(rows))
+        their_rows.copy_(rows)
+    logits, their_logits = model(TOKENS), theirs(TOKENS).logits
+    assert_as_good_as_equal(logits, their_logits)
+    mean_loss(logits).backward()
+    mean_loss(their_logits).backward()
+    assert_as_good_as_equal(rows.grad, their_rows.grad)

@@ -23,6 +23,22 @@ def test_int4_rounds_to_sevenths_of_the_largest():
                                                                      "fp4": 15}
 
 
+def test_fp4_is_that_of_bitsandbytes_but_for_its_smallest_number():
+    """Theirs is 1/192 where one exponent lower, as E2M1 has it, is 1/12: hardly more than 0, so
+    that the gap around 0 is twice as wide, and the error of normal numbers .122 for .106."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    theirs = sorted(set(functional.get_4bit_type("fp4", "cpu").tolist()))
+    ours = nf4.CODES["fp4"]
+    differing = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != pytest.approx(b)]
+    assert differing == [(-1 / 12, pytest.approx(-1 / 192)), (1 / 12, pytest.approx(1 / 192))]
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="fp4")
+    rounded = functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(nf4.rounded(weight, tuple(theirs), False), rounded)
+    assert nf4.error(weight, ours, False) == pytest.approx(0.106, abs=0.001)
+    assert nf4.error(weight, tuple(theirs), False) == pytest.approx(0.122, abs=0.001)
+
+
 def test_65_billion_parameters_fit_into_48_gigabytes_in_4_bits():
     in_4_bits = nf4.gigabytes("65B", 4.127 / 8)
     assert 33 < in_4_bits["weights"] < 36 and in_4_bits["all"] < 48

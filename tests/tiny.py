@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 import data
@@ -75,6 +76,36 @@ def folder_of(model: Transformer, path: Path) -> str:
 def write_rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def llama_of(model: Transformer, kind: str = "LlamaForCausalLM", **options):
+    """transformers' Llama with the sizes and weights of a tied Transformer; without transformers
+    the test is skipped. kind: which of its classes; a head that is not ours is as it was drawn."""
+    transformers = pytest.importorskip("transformers")
+    config = model.config
+    llama = getattr(transformers, kind)(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.context_length,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, **options))
+    weights = {"embed_tokens.weight": model.embedding.weight, "norm.weight": model.norm.weight}
+    for number, block in enumerate(model.blocks):
+        gate, up = block.mlp.w13.weight.chunk(2)
+        attention = block.attention
+        of_block = {"input_layernorm": block.attention_norm.weight,
+                    "post_attention_layernorm": block.mlp_norm.weight,
+                    "self_attn.q_proj": attention.wq.weight,
+                    "self_attn.k_proj": attention.wk.weight,
+                    "self_attn.v_proj": attention.wv.weight,
+                    "self_attn.o_proj": attention.wo.weight,
+                    "mlp.gate_proj": gate, "mlp.up_proj": up,
+                    "mlp.down_proj": block.mlp.w2.weight}
+        for name, weight in of_block.items():
+            weights[f"layers.{number}.{name}.weight"] = weight
+    llama.model.load_state_dict(weights)             # lm_head is the embedding
+    return llama
 
 
 def slow_logps(model: Transformer, tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
