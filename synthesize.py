@@ -20,6 +20,7 @@ algorithm 1): the first such y of N. A wrong chain that ends in the right number
     python synthesize.py --method chains --prompts gsm8k.jsonl --out chains.jsonl
 """
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +181,13 @@ def parts_of(text: str) -> tuple[str, str]:
     last = found[-1]
     # its whole sentence, of which FINAL_NUMBER is the end
     start = 1 + max(text.rfind(stop, 0, last.start()) for stop in ".!?\n")
-    end = last.end() + text.startswith(".", last.end())
     chain = text[:start].strip()
-    return chain if NUMBER.search(chain) else "", text[start:end].strip()
+    return chain if NUMBER.search(chain) else "", text[start:end_of(last)].strip()
+
+
+def end_of(final: re.Match) -> int:
+    """Where a final answer ends, with its full stop."""
+    return final.end() + final.string.startswith(".", final.end())
 
 
 def few_shot_ids(tokenizer, examples: list[list[dict]], question: dict,
@@ -207,7 +212,7 @@ def ended_text(tokenizer, answer: list[int], is_text: bool) -> str | None:
         final = FINAL_NUMBER.search(paragraph)
         # something behind it, because "The answer is 1" may be about to become 12
         if final and final.end() < len(text):
-            return paragraph[:final.end()]
+            return paragraph[:end_of(final)]
         if between:
             return paragraph
     is_whole = answer[-1] in (tokenizer.end, tokenizer.endoftext)

@@ -232,7 +232,7 @@ def test_a_base_model_goes_on_with_a_text(chains, monkeypatch):
 
 
 @pytest.mark.parametrize("text, found", [
-    ("6 + 6 = 12. The answer is 12. What", "6 + 6 = 12. The answer is 12"),
+    ("6 + 6 = 12. The answer is 12. What", "6 + 6 = 12. The answer is 12."),
     ("6 + 6 = 12. The answer is 1", None), ("6 + 6 =", None), ("A frog.\n\nWhat", "A frog."),
     ("A frog.\n\n2 + 2 = 4. The answer is 4.", "A frog.")])
 def test_a_base_models_answer_ends_with_the_final_number_or_the_paragraph(text, found):
