@@ -1,0 +1,238 @@
+"""
+What instruction tuning brings that nobody trained for, and what alignment adds.
+
+The list of the documents (001 section 3.8): "zero-shot task transfer", "format control", "refusal
+precursors: rudimentary ability to decline (but unreliable without alignment)", "improved few-shot
+performance", "chain-of-thought elicitation: respond to 'think step by step' reliably". The base,
+the SFT model of a seed and what DPO makes of it answer the same unseen prompts, greedily:
+
+  unseen tasks   two families that no stage trained on, with no, one and three solved ones of the
+                 family before each, or as many as fit the context: two of the longer family
+  form           "Begin with "Answer:"" and "Use a whole sentence": is it kept? JSON: does it parse?
+  declining      what would do harm is refused, what does none is not; what nobody has told is
+                 admitted not to be known, what the corpus has told is not
+  step by step   the same sums with "Do it step by step." behind them and without it
+
+The base has never seen a conversation: it goes on with the prompt as a text, and of what it writes
+as many sentences count as an answer has; that they are whole ones is no answer to "Use a whole
+sentence", but counts. The world's sums are nearly always answered in steps, in the corpus and by
+most hands, so that there is little left for being asked to bring.
+
+    python experiments/instruction_tuning.py            # results/instruction_tuning.png and .md
+    python experiments/instruction_tuning.py --quick    # one seed, a tenth of the steps and prompts
+"""
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+import evaluate
+import readers
+import sample
+import train_dpo
+from experiments.base import (
+    base_models,
+    cell,
+    fast_dtype,
+    kept,
+    run,
+    save,
+    seed_folder,
+    show_table,
+)
+from model import Transformer
+from plumbing.device import pick_device
+from plumbing.folders import load_model, read_record
+from plumbing.options import command_line
+from world.judge import admits, claims_in, keeps_form, parse_answer, refuses
+from world.tasks import HELDOUT_FAMILIES
+from world.text import whole_sentences
+
+STAGES = ("base", "SFT", "aligned")
+DPO = {"method": "dpo", "beta": 1.0, "n_pairs": 8000, "steps": 500, "batch_size": 16, "lr": 1e-4}
+SHOTS = (0, 1, 3)                      # solved tasks before each
+ASKED = "Do it step by step."          # a wording that training has
+FORMED = ("lists", "length", "middle", "translation")          # of which a form may be asked
+# {figure: its name}; all are shares
+ROWS = {
+    "shots_0": "unseen tasks, right",
+    "shots_1": "... behind one solved one",
+    "shots_3": "... behind up to three",
+    "form": "form kept that was asked for",
+    "json": "JSON that parses",
+    "refused": "harm refused",
+    "refused_wrongly": "... and what does no harm",
+    "admitted": "not known, admitted",
+    "admitted_wrongly": "... and what could be known",
+    "steps_asked": "steps, where asked for",
+    "steps_unasked": "... where not",
+    "sums_asked": "sums right, asked for steps",
+    "sums_unasked": "... not asked",
+}
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"              # of world, models and batches
+    out: str = "out/instruction_tuning"           # folder for the models
+    figure: str = "results/instruction_tuning.png"        # the picture; the table beside it, as .md
+    quick: bool = False               # one seed, a tenth of the steps and prompts, marked
+
+
+# ---------------------------------------------------------------------- answers
+
+def turns_of(example: dict) -> list[dict]:
+    return readers.checked_turns(example["prompt"], "prompt", "user")
+
+
+def continued(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
+    """What a base model writes behind each prompt, a text without roles; of it as many sentences as
+    the answer may have."""
+    prompts = [tokenizer.encode(" ".join(turn["content"] for turn in turns_of(example)))
+               for example in examples]
+    stop_tokens = (tokenizer.end, tokenizer.endoftext)
+    answers = sample.generate(model, prompts, evaluate.MAX_ANSWER, stop_tokens)
+    texts = []
+    for example, ids in zip(examples, answers):
+        sentences = whole_sentences(tokenizer.decode(ids))
+        texts.append(" ".join(sentences[:example["key"].get("sentences")]))
+    return texts
+
+
+def asked_for_steps(example: dict) -> dict:
+    """The same prompt, and the sentence that asks for steps behind it."""
+    *before, last = turns_of(example)
+    return example | {"prompt": [*before, last | {"content": f"{last['content']} {ASKED}"}]}
+
+
+def with_shots(world: str, examples: list[dict], k: int, tokenizer,
+               context_length: int) -> list[dict]:
+    """Each example behind k solved ones of its family, or as many as fit: longer prompts have room
+    for fewer, and should not keep the others from theirs."""
+    shown = []
+    for example in examples:
+        [alone], _ = evaluate.few_shot(world, [example], k, tokenizer, context_length)
+        shown.append(alone)
+    return shown
+
+
+# ---------------------------------------------------------------------- figures
+
+def share(said: Callable[[str], bool], texts: list[str]) -> float:
+    return float(np.mean([said(text) for text in texts]))
+
+
+def in_form(example: dict, text: str) -> bool:
+    claims = claims_in(text)
+    return bool(claims) and keeps_form(example, claims)
+
+
+def in_steps(text: str) -> bool:
+    """"7 + 5 = 12. 12 - 3 = 9. The answer is 9." -> True; a result alone is no step."""
+    return "=" in text
+
+
+def figures_of(folder: Path, seed: int, is_base: bool, n: int) -> dict[str, float]:
+    """ROWS of one model, each of n prompts or about as many."""
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    answer = partial(continued if is_base else evaluate.greedy_texts, model, tokenizer)
+    world = f"world:{seed}"
+
+    def exam(*families: str) -> list[dict]:
+        return evaluate.exam(world, n, families)
+
+    def right(examples: list[dict], texts: list[str]) -> float:
+        return evaluate.accuracy_by_family(examples, texts)["all"]
+
+    found = {}
+    unseen = exam(*HELDOUT_FAMILIES)
+    for k in SHOTS:
+        shown = with_shots(world, unseen, k, tokenizer, model.config.context_length)
+        found[f"shots_{k}"] = right(shown, answer(shown))
+    # twice as many, because half of these prompts ask for a form
+    formed = [example for example in evaluate.exam(world, 2 * n, FORMED)
+              if "form" in example["key"]]
+    found["form"] = float(np.mean(list(map(in_form, formed, answer(formed)))))
+    records = exam("json")
+    objects = list(map(parse_answer, records, answer(records)))
+    found["json"] = float(np.mean([one is not None for one in objects]))
+    found["refused"] = share(refuses, answer(exam("unsafe")))
+    found["refused_wrongly"] = share(refuses, answer(exam("advice")))
+    found["admitted"] = share(admits, answer(exam("unanswerable")))
+    found["admitted_wrongly"] = share(admits, answer(exam("facts")))
+    # and half of these ask for steps already
+    sums = [example for example in evaluate.exam(world, 2 * n, ("arithmetic",))
+            if "form" not in example["key"]]
+    for name, examples in (("asked", list(map(asked_for_steps, sums))), ("unasked", sums)):
+        texts = answer(examples)
+        found[f"steps_{name}"] = share(in_steps, texts)
+        found[f"sums_{name}"] = right(examples, texts)
+    return found
+
+
+# ---------------------------------------------------------------------- what is shown
+
+def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
+    """A group of bars for each row, a color for each stage, a dot for each seed."""
+    figure, axis = plt.subplots(figsize=(10, 7), layout="constrained")
+    for number, (stage, exams) in enumerate(found.items()):
+        places = np.arange(len(ROWS)) + 0.27 * (number - 1)
+        values = np.array([[exam[name] for name in ROWS] for exam in exams])       # (seeds, rows)
+        axis.barh(places, values.mean(0), 0.25, color=f"C{number}", alpha=0.6, label=stage)
+        for of_seed in values:
+            axis.plot(of_seed, places, "k.", markersize=4)
+    axis.set_yticks(range(len(ROWS)), ROWS.values())
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="share of the answers",
+             title=f"What instruction tuning and alignment bring{mark}")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right")
+    save(figure, file)
+
+
+def table(found: dict[str, list[dict]], cfg: Config) -> str:
+    """found: {stage: [figures of a seed, ...]}."""
+    mark = " (quick)" if cfg.quick else ""
+    lines = [f"# What instruction tuning and alignment bring{mark}", "",
+             f"`python experiments/instruction_tuning.py`, seeds {cfg.seeds}: shares of greedy "
+             "answers to unseen prompts; the mean, and from the lowest to the highest.", "",
+             f"| {' | '.join(['', *found])} |", "|---" * (len(found) + 1) + "|"]
+    for name, label in ROWS.items():
+        cells = [cell([exam[name] for exam in exams], ".1%") for exams in found.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(cfg: Config) -> None:
+    options = dict(DPO)
+    n = 300                                            # prompts of a figure
+    if cfg.quick:
+        cfg.seeds = cfg.seeds.split(",")[0]
+        options |= {name: DPO[name] // 10 for name in ("steps", "n_pairs")}
+        n = 30
+    found = {stage: [] for stage in STAGES}
+    for seed in cfg.seeds.split(","):
+        base = base_models(int(seed))
+        out = seed_folder(cfg, seed)
+        run(train_dpo, init=str(base / "sft"), data=f"world:{seed}", out=str(out / "dpo"),
+            seed=int(seed), **options)
+        folders = dict(zip(STAGES, (base / "pretrain", base / "sft", out / "dpo")))
+        for stage, folder in folders.items():
+            of = {"model": read_record(folder)["sha256"], "n": n}
+            found[stage].append(kept(out / f"{stage}.json", of, partial(
+                figures_of, folder, int(seed), stage == "base", n)))
+    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, cfg))
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
