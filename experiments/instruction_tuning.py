@@ -18,6 +18,12 @@ as many sentences count as an answer has; that they are whole ones is no answer 
 sentence", but counts. The world's sums are nearly always answered in steps, in the corpus and by
 most hands, so that there is little left for being asked to bring.
 
+Solved tasks before the question do not help here, they mislead, seed 0, SFT, 120 unseen tasks: 92 %
+are right alone, 85 % behind one, 69 % behind up to three. Careful answers in the solved ones make
+it 87 %; trained families lose as much (92, 82, 71 %); a turn of small talk costs nothing (92 %), one
+of reading the most (83 %). The wording says all about the task already, and what is new in a longer
+context is more words to copy from by mistake.
+
     python experiments/instruction_tuning.py            # results/instruction_tuning.png and .md
     python experiments/instruction_tuning.py --quick    # one seed, a tenth of the steps and prompts
 """
@@ -195,7 +201,7 @@ def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
     axis.set(xlim=(0, 1), xlabel="share of the answers",
              title=f"What instruction tuning and alignment bring{mark}")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(found))
     save(figure, file)
 
 
