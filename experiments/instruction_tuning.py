@@ -7,7 +7,7 @@ performance", "chain-of-thought elicitation: respond to 'think step by step' rel
 the SFT model of a seed and what DPO makes of it answer the same unseen prompts, greedily:
 
   unseen tasks   two families that no stage trained on, with no, one and three solved ones of the
-                 family before each, or as many as fit the context: two of the longer family
+                 family before each, or as many as fit: of the longer family two, rarely one
   form           "Begin with "Answer:"" and "Use a whole sentence": is it kept? JSON: does it parse?
   declining      what would do harm is refused, what does none is not; what nobody has told is
                  admitted not to be known, what the corpus has told is not
@@ -18,11 +18,11 @@ as many sentences count as an answer has; that they are whole ones is no answer 
 sentence", but counts. The world's sums are nearly always answered in steps, in the corpus and by
 most hands, so that there is little left for being asked to bring.
 
-Solved tasks before the question do not help here, they mislead, seed 0, SFT, 120 unseen tasks: 92 %
-are right alone, 85 % behind one, 69 % behind up to three. Careful answers in the solved ones make
-it 87 %; trained families lose as much (92, 82, 71 %); a turn of small talk costs nothing (92 %), one
-of reading the most (83 %). The wording says all about the task already, and what is new in a longer
-context is more words to copy from by mistake.
+What came out so far, seed 0, SFT, 120 unseen tasks (one deviation: 3 points): solved tasks before
+the question mislead. 92 % are right alone, 85 % behind one, 69 % behind up to three. Three dials:
+careful answers in the solved one, 87 %; families that were trained on, 92, 83 and 71 %; a turn of
+another family, small talk 92 %, reading 83 %. Perhaps because the wording says all about the task
+already, and a longer context has more words that can be mistaken for the question's.
 
     python experiments/instruction_tuning.py            # results/instruction_tuning.png and .md
     python experiments/instruction_tuning.py --quick    # one seed, a tenth of the steps and prompts
