@@ -310,11 +310,17 @@ class Transformer(nn.Module):
             self.shift = Linear(config.d_model, config.d_model)
         if not config.tied:
             self.lm_head = Linear(config.d_model, config.vocab_size)
-        # not saved with the weights, because they follow from the sizes
-        angles = torch.outer(torch.arange(config.context_length), rope_frequencies(config))
-        self.register_buffer("cos", angles.cos(), persistent=False)    # (context_length, C / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.make_rope_table(self.device)
         self.initialize()
+
+    def make_rope_table(self, device: torch.device | str) -> None:
+        """cos and sin (context_length, C / 2) of RoPE's angles; not saved with the weights, because
+        they follow from the sizes."""
+        with torch.device(device):
+            positions = torch.arange(self.config.context_length)
+            angles = torch.outer(positions, rope_frequencies(self.config))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
     @torch.no_grad()
     def initialize(self) -> None:

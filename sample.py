@@ -373,10 +373,11 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     load = load_any_model if cfg.raw or cfg.fill else load_model   # a chat needs a decoder
-    model, tokenizer = load(cfg.init, device, dtype)
+    model, tokenizer = load(cfg.init, device, dtype, to_answer=True)
     if isinstance(model, WithHead):
         model = model.trunk                                        # without its next sentences
-    model.eval()
+    # now, because at every answer it would be a second copy of the model
+    model = cast_once(model.eval(), decoding_dtype(model))
     if cfg.adapter:
         swap_adapter(model, tokenizer, cfg.adapter, cfg.init)
     if cfg.fill:

@@ -162,12 +162,13 @@ def names_not_finite(weights: dict[str, Tensor]) -> list[str]:
 # ---------------------------------------------------------------------- reading
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
-               dtype: torch.dtype = torch.float32,
-               context_length: int | None = None) -> tuple[Transformer, Tokenizer]:
+               dtype: torch.dtype = torch.float32, context_length: int | None = None,
+               to_answer: bool = False) -> tuple[Transformer, Tokenizer]:
     """Read a decoder, which every stage after pretraining takes. A prefix model comes back as a
     decoder, because the stages read conversations from left to right and its weights are the same.
 
-    context_length changes how far RoPE's table reaches. Raises ValueError for other models, and
+    context_length changes how far RoPE's table reaches. to_answer: it will not be trained, and its
+    weights stay as they lie in the file, of which nothing is copied. Raises ValueError for other models, and
     when the folder is absent or half-written, or its parts do not fit together.
     """
     saved, weights, tokenizer = read_folder(folder)
@@ -181,17 +182,19 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     elif architecture != "decoder":
         raise ValueError(f"{folder}: this model is an {architecture}; chatting and the "
                          "stages after pretraining take a decoder or a prefix model")
-    return build(folder, saved, weights, tokenizer, dtype, context_length).to(device), tokenizer
+    model = build(folder, saved, weights, tokenizer, dtype, context_length, to_answer)
+    return model.to(device), tokenizer
 
 
 def load_any_model(folder: str | Path, device: torch.device | str = "cpu",
-                   dtype: torch.dtype = torch.float32, context_length: int | None = None
-                   ) -> tuple[Transformer | WithHead, Tokenizer]:
+                   dtype: torch.dtype = torch.float32, context_length: int | None = None,
+                   to_answer: bool = False) -> tuple[Transformer | WithHead, Tokenizer]:
     """Read a model of any architecture; one that has learned next-sentence prediction comes with
-    its head (WithHead). Raises as load_model() does, also for a reward model."""
+    its head (WithHead). to_answer: as in load_model(). Raises as load_model() does, also for a reward model."""
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
-    return build(folder, saved, weights, tokenizer, dtype, context_length).to(device), tokenizer
+    model = build(folder, saved, weights, tokenizer, dtype, context_length, to_answer)
+    return model.to(device), tokenizer
 
 
 def load_reward_model(folder: str | Path, device: torch.device | str = "cpu",
@@ -296,8 +299,10 @@ def refuse_foreign_model(folder: Path) -> None:
 
 
 def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer: Tokenizer,
-          dtype: torch.dtype, context_length: int | None = None) -> nn.Module:
-    """The model that read_folder() found."""
+          dtype: torch.dtype, context_length: int | None = None,
+          to_answer: bool = False) -> nn.Module:
+    """The model that read_folder() found. to_answer: with those weights, not with copies of them,
+    where nothing else is put on it."""
     sizes = dict(saved)
     architecture = sizes.pop("architecture")
     n_segments = sizes.pop("n_segments")
@@ -318,10 +323,12 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
                          f"{tokenizer.vocab_size}; they are not of one run")
-    if architecture == "encoder":
-        model = Encoder(config, dtype, n_segments)
-    else:
-        model = ARCHITECTURES[architecture](config, dtype)
+    is_plain = not peft and head == "lm"
+    with torch.device("meta" if to_answer and is_plain else "cpu"):
+        if architecture == "encoder":
+            model = Encoder(config, dtype, n_segments)
+        else:
+            model = ARCHITECTURES[architecture](config, dtype)
     try:
         if base:
             model.load_state_dict(base)
@@ -331,7 +338,10 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         if head != "lm":                               # one number for "scalar", or so many
             n = 1 if head == "scalar" else head
             model = WithHead(model, n, keep_lm_head=True)
-        missing, unknown = model.load_state_dict(weights, strict=not base)
+        if to_answer and is_plain:
+            model.make_rope_table("cpu")
+        missing, unknown = model.load_state_dict(weights, strict=not base,
+                                                 assign=to_answer and is_plain)
         own = lora.learned_names(model)
         if unknown or own & {*missing}:
             raise RuntimeError(f"not there: {sorted(own & {*missing})}; unknown: {unknown}")
