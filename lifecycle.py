@@ -5,6 +5,7 @@ model -> DPO and, beside it, PPO, on the embedded world, and a report of what ea
     python lifecycle.py                    # minutes on two CPU cores; a GPU is used if there
     python lifecycle.py --preset smoke     # every stage, real but short: under a minute
     python sample.py --init out/dpo        # then talk to it
+    python lifecycle.py --base out/smollm2 --sft_data F --pairs F --prompts F     # own_life.py
 
 Writes out/{pretrain,sft,rm,chosen,dpo,ppo}/, out/report.md, out/report.json, pictures, and
 out/blind.md for readers who are to judge without knowing which model wrote. Run again, it skips
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 import evaluate
+import own_life
 import readers
 import sample
 import train_dpo
@@ -96,6 +98,10 @@ class Config:
     out: str = "out"                  # where the six model folders and the report go
     device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"               # auto | float32 | bfloat16 | float16
+    base: str = ""                    # a model from elsewhere (convert.py), and its data:
+    sft_data: str = ""                # with --base: demonstrations, as for train_sft.py
+    pairs: str = ""                   # with --base: preferences, as for train_dpo.py
+    prompts: str = ""                 # with --base: prompts, as for train_ppo.py
 
 
 # ---------------------------------------------------------------------- the stages
@@ -246,6 +252,9 @@ def examine_language(model, tokenizer, cfg: train_pretrain.Config, n: int = 32) 
 
 
 def main(cfg: Config) -> dict:
+    own_life.check(cfg)
+    if cfg.base:
+        return own_life.live(cfg, run_stage)
     plan = stages(cfg)
     # Here already, because the first stage would find it wrong after an earlier run has made room.
     pick_dtype(cfg.dtype, pick_device(cfg.device))

@@ -40,9 +40,9 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, architecture: 
     return model
 
 
-def ending_model() -> Transformer:
+def ending_model(**sizes) -> Transformer:
     """A tiny model whose samples often end: <|end|> has an output row that likes every state."""
-    model = tiny_model(tied=False)
+    model = tiny_model(tied=False, **sizes)
     with torch.no_grad():
         states = model.hidden(torch.randint(0, 256, (8, 32))).flatten(0, 1)
         direction = states.mean(0)
