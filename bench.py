@@ -6,6 +6,7 @@ How fast we are beside what others use, measured in one run on this machine.
     python bench.py train --contenders lifecycle,nanogpt --modes eager --rounds 1
     python bench.py kernels                # every kernel beside its alternatives (kernels/bench.py)
     python bench.py generate               # 16 prompt tokens + 256 new ones, batch 1 and 16
+    python bench.py generate --init out/smollm2 --prompt_tokens 64 --new_tokens 128
     python bench.py lora                   # the same step, all weights and LoRA, beside peft's
     python bench.py tokenizer              # BPE on 10 MB of text, beside Hugging Face's in Rust
     python bench.py dpo                    # a DPO step of 8 pairs, beside TRL's
@@ -27,24 +28,28 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bench_alignment
+import convert
 import kernels
 import lora
 import readers
 from model import ModelConfig, Transformer
 from plumbing.device import DTYPES, cpu_multiplies_bfloat16, pick_device, pick_dtype
+from plumbing.folders import load_model, read_record
 from plumbing.forecast import matmul_peak
 from plumbing.optimizers import adamw
 from plumbing.options import command_line
-from sample import generate
+from sample import cast_once, decoding_dtype, generate
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
@@ -71,7 +76,9 @@ class Config:
     vocab_size: int = 4096            # >= 1
     context_length: int = 256         # train: tokens per row, >= 1
     batch_size: int = 0               # rows; 0: 16, 8 pairs of dpo, both 1 and 16 for generate
-    new_tokens: int = 256             # generate: tokens after a prompt of 16, >= 1
+    init: str = ""                    # generate: a model folder, in the place of random weights
+    prompt_tokens: int = 16           # generate: tokens of a prompt, >= 1
+    new_tokens: int = 256             # generate: tokens after it, >= 1
     dtype: str = "auto"               # auto (what is fast here) | bfloat16 | float32 | float16
     device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
     modes: str = "all"                # with commas: eager, compile; cached, default; grpo, rloo
@@ -381,11 +388,17 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a whole generation (greedy, no stop token), in this process."""
     device = pick_device(cfg.device)
     dtype = DTYPES[cfg.dtype]
-    length = 16 + cfg.new_tokens
-    prompts = torch.randint(1, cfg.vocab_size, (cfg.batch_size, 16), device=device)
-    model = build_model(dataclasses.replace(cfg, context_length=length), name)
+    length = cfg.prompt_tokens + cfg.new_tokens
+    shape = cfg.batch_size, cfg.prompt_tokens
+    prompts = torch.randint(1, cfg.vocab_size, shape, device=device)
+    before = resident_mb()
+    if cfg.init:
+        model = of_folder(cfg, name)
+    else:
+        model = build_model(dataclasses.replace(cfg, context_length=length), name)
     if name == "lifecycle":
         model = model.to(device)                           # keeps fp32 weights and casts them
+        model = cast_once(model.eval(), decoding_dtype(model))
 
         def run() -> None:
             generate(model, prompts.tolist(), cfg.new_tokens)
@@ -415,7 +428,30 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
         warmup = 0                                         # because a generation takes a minute
     seconds = median_time(run, warmup, repeats=1)
     n_tokens = cfg.batch_size * cfg.new_tokens
-    return {"tokens_per_s": n_tokens / seconds, "ms_per_step": 1e3 * seconds / cfg.new_tokens}
+    return {"tokens_per_s": n_tokens / seconds, "ms_per_step": 1e3 * seconds / cfg.new_tokens,
+            "held_mb": resident_mb() - before}
+
+
+def of_folder(cfg: Config, name: str) -> nn.Module:
+    """The model of --init; for transformers written as its library reads it."""
+    if name == "lifecycle":
+        kernels.keep_memory()
+        model, _ = load_model(cfg.init, dtype=DTYPES[cfg.dtype], to_answer=True)
+        return model
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        config, weights, tokenizer = convert.our_weights(cfg.init)
+        convert.write_hf(Path(folder), config, weights, tokenizer)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[cfg.dtype])
+
+
+def resident_mb() -> float:
+    """MB of memory that this process holds now; 0 where /proc does not say it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * resource.getpagesize() / 1e6
 
 
 def tokenizer_row(cfg: Config, name: str, mode: str) -> dict:
@@ -502,6 +538,9 @@ def main(bench: str, cfg: Config) -> list[dict]:
     if not {*modes} <= {*MODES[bench]}:
         raise ValueError(f"--modes {cfg.modes}: {bench} knows {', '.join(MODES[bench])}; give some "
                          "of them with commas, or all")
+    if cfg.init:
+        names = [name for name in names if name != "nanogpt"]      # which has other weights
+        cfg = dataclasses.replace(cfg, vocab_size=read_record(cfg.init)["model"]["vocab_size"])
     if bench == "tokenizer":
         next(readers.read_documents(cfg.data, 1))          # raises for what cannot be read
     print(machine(device), flush=True)
@@ -519,7 +558,8 @@ def main(bench: str, cfg: Config) -> list[dict]:
     rows = []
     for name, mode, size in conditions:
         row = {"bench": bench, "name": name, "mode": mode, "dtype": cfg.dtype, "batch_size": size}
-        shares = [figure for figure in measured[name, mode, size][0] if figure.endswith("_share")]
+        shares = [figure for figure in measured[name, mode, size][0]
+                  if figure.endswith("_share") or figure == "held_mb"]
         for figure in (*FIGURES[bench], "peak_mb", *shares):
             values = [of_round[figure] for of_round in measured[name, mode, size]]
             row[figure] = statistics.median(values)
