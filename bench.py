@@ -49,7 +49,7 @@ from plumbing.folders import load_model, read_record
 from plumbing.forecast import matmul_peak
 from plumbing.optimizers import adamw
 from plumbing.options import command_line
-from sample import cast_once, decoding_dtype, generate
+from sample import cast_once, decoding_dtype, generate, lay_out
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
@@ -399,6 +399,8 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
     if name == "lifecycle":
         model = model.to(device)                           # keeps fp32 weights and casts them
         model = cast_once(model.eval(), decoding_dtype(model))
+        if cfg.init:
+            model = lay_out(model)                         # as a chat does
 
         def run() -> None:
             generate(model, prompts.tolist(), cfg.new_tokens)

@@ -168,8 +168,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     decoder, because the stages read conversations from left to right and its weights are the same.
 
     context_length changes how far RoPE's table reaches. to_answer: it will not be trained, and its
-    weights stay as they lie in the file, of which nothing is copied. Raises ValueError for other models, and
-    when the folder is absent or half-written, or its parts do not fit together.
+    weights stay as they lie in the file, of which nothing is copied. Raises ValueError for other
+    models, and when the folder is absent or half-written, or its parts do not fit together.
     """
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
@@ -190,7 +190,8 @@ def load_any_model(folder: str | Path, device: torch.device | str = "cpu",
                    dtype: torch.dtype = torch.float32, context_length: int | None = None,
                    to_answer: bool = False) -> tuple[Transformer | WithHead, Tokenizer]:
     """Read a model of any architecture; one that has learned next-sentence prediction comes with
-    its head (WithHead). to_answer: as in load_model(). Raises as load_model() does, also for a reward model."""
+    its head (WithHead). to_answer: as in load_model(). Raises as load_model() does, also for a
+    reward model."""
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
     model = build(folder, saved, weights, tokenizer, dtype, context_length, to_answer)
@@ -340,6 +341,9 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
             model = WithHead(model, n, keep_lm_head=True)
         if to_answer and is_plain:
             model.make_rope_table("cpu")
+            # a copy of what is not cast, because it would keep all of the file in memory
+            weights = {name: weight.clone() if weight.dim() < 2 else weight
+                       for name, weight in weights.items()}
         missing, unknown = model.load_state_dict(weights, strict=not base,
                                                  assign=to_answer and is_plain)
         own = lora.learned_names(model)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny import folder_of, tiny_model
 
 import lora
 import sample
@@ -13,7 +14,7 @@ from architectures import ARCHITECTURES, SourceCache
 from data import left_pad, response_batch
 from heads import WithHead
 from model import KVCache, ModelConfig, Transformer
-from plumbing.folders import save_model
+from plumbing.folders import load_any_model, save_model
 from sample import KEEP, filter_logits, generate, next_token, print_stream, respond, stream
 from scoring import token_logps
 from tokenizer import Tokenizer
@@ -599,3 +600,22 @@ def test_a_base_model_in_a_chat_says_so_names_raw_and_goes_on(chat, tmp_path, ca
 def test_nothing_is_said_to_who_gives_raw_or_has_another_model(chat, capsys, stage, raw):
     chat(prompt="One morning", raw=raw, record={"stage": stage})
     assert capsys.readouterr().err == ""
+
+
+def test_matrices_that_are_laid_out_say_the_same():
+    model = tiny_model().eval()
+    tokens = torch.randint(0, 256, (3, 20))
+    wanted = model(tokens)
+    with torch.no_grad():
+        assert torch.allclose(sample.lay_out(model)(tokens), wanted, atol=1e-5)
+    if torch.backends.mkldnn.is_available():
+        assert isinstance(model.blocks[0].mlp.w2, sample.LaidOut)
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "prefix", "encoder_decoder"])
+def test_a_model_that_only_answers_is_the_model_that_learns(architecture, tmp_path):
+    folder = folder_of(tiny_model(architecture=architecture), tmp_path)
+    learns, _ = load_any_model(folder)
+    answers, _ = load_any_model(folder, to_answer=True)
+    prompts = [[1, 2, 3], [4, 5]]
+    assert sample.generate(answers, prompts, 6) == sample.generate(learns, prompts, 6)
