@@ -23,6 +23,7 @@ import torch
 import corpus
 import evaluate
 import lifecycle
+import readers
 import train_pretrain
 import train_sft
 from data import TokenStream
@@ -155,14 +156,15 @@ def examined(folder: Path, seed: int, base: Path, n: int = 500) -> dict:
 # ---------------------------------------------------------------------- what a fine-tuning reaches
 
 def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int,
-          **options) -> dict:
+          exam: Callable | None = None, **options) -> dict:
     """The base model of a seed, fine-tuned with these options of train_sft.py: {family: accuracy on
-    n unseen tasks of it, "all": of all of them}, and the last figures of the run."""
+    n unseen tasks of it, "all": of all of them}, or what another exam says, and the last figures of
+    the run."""
     run(train_sft, init=str(base / "pretrain"), out=str(folder), seed=seed,
         **{"optimizer": "muon", "lr": 4e-3} | options)
     of = {"model": read_record(folder)["sha256"], "families": list(families), "n": n}
     found = kept(folder.with_name(f"{folder.name}_exam.json"), of,
-                 partial(accuracies, folder, seed, families, n))
+                 partial(exam or accuracies, folder, seed, families, n))
     return read_metrics(folder)[-1] | found
 
 
@@ -172,6 +174,40 @@ def accuracies(folder: Path, seed: int, families: tuple[str, ...], n: int) -> di
     for family in families:
         tasks += evaluate.exam(f"world:{seed}", n, (family,))
     return evaluate.accuracy_by_family(tasks, evaluate.greedy_texts(model, tokenizer, tasks))
+
+
+def rights(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict[str, float]:
+    """{family: share of the greedy answers to n unseen tasks of it that the judge calls right}.
+
+    That is the exact match of the parsed answer; in families without one a refusal, an admission or
+    a story, as is right there. Each task is asked by itself, without another one before it.
+    """
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    shares = {}
+    for family in families:
+        tasks = [asked_alone(task) for task in evaluate.exam(f"world:{seed}", n, (family,))]
+        texts = evaluate.greedy_texts(model, tokenizer, tasks)
+        shares[family] = float(evaluate.judgements(tasks, texts)["right"].mean())
+    return shares
+
+
+def asked_alone(task: dict) -> dict:
+    """A task without the turns about something else before it; a followup needs those it has."""
+    prompt = task["prompt"]
+    if isinstance(prompt, str) or task["family"] == "followup":
+        return task
+    return task | {"prompt": prompt[-1]["content"]}
+
+
+def write_families(file: Path, seed: int, families: tuple[str, ...], n: int) -> Path:
+    """n demonstrations of these families for --data. They are of the world's training split, from
+    which train_sft.py holds out a tenth; the exams are of the other split."""
+    rows = readers.read_examples(f"world:{seed}", split="train", n=n, seed=seed, families=families)
+    for row in rows:
+        # because the turns before would show families that are not among these
+        if row["example"]["family"] != "followup":
+            row["messages"] = row["messages"][-2:]
+    return write_rows(file, rows)
 
 
 def write_rows(file: Path, rows: list[dict]) -> Path:

@@ -1,0 +1,336 @@
+"""
+What transfers: a cluster of tasks that was never trained on, after training on all others.
+
+The sentences of the documents: instruction tuning gives a model "the meta-capability of following
+arbitrary instructions at inference time, including tasks unseen during tuning" (001 section 3.1),
+and 3.7 evaluates "on held-out tasks NOT in {D_1, ..., D_K}". 004, leave one cluster out: "the model
+is fully fine-tuned on all other clusters and tested exclusively on the withheld cluster". The base
+model of a seed learns the world's families of tasks, as many rows and steps in each run:
+
+  cluster left out     all clusters but one, for each cluster
+  family left out      all families but one, for each that has others in its cluster
+  only words, ...      one cluster alone, the three that differ most: lists of words, passages to
+                       read, sums and conclusions. Never the cluster that is left out
+  everything           all families: what there is to reach
+
+A right answer is an exact match, or a refusal, an admission or a story where these are right. The
+gain of a left-out family is counted above the base model and above the best of the models of one
+cluster, seed by seed. Prompts come without another task before them, and where "facts", "lists" or
+"transform" is left out "followup" is as well, because its earlier turns answer them.
+
+    python experiments/leave_one_cluster_out.py            # results/leave_one_cluster_out.png, .md
+    python experiments/leave_one_cluster_out.py --quick    # one seed, two clusters, fewer steps
+
+The same with a file of JSONL rows that have "cluster", "task", "prompt" and "response", such as one
+drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
+
+    python experiments/leave_one_cluster_out.py --data tasks.jsonl --figure results/tasks.png
+"""
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+import evaluate
+import readers
+import train_sft
+from data import PackedExamples, format_examples
+from experiments.base import (
+    base_models,
+    cell,
+    fast_dtype,
+    keep,
+    kept,
+    rights,
+    run,
+    save,
+    seed_folder,
+    show_table,
+    tuned,
+    write_families,
+)
+from plumbing.device import pick_device
+from plumbing.folders import load_model, read_record
+from plumbing.options import command_line
+from world.tasks import FAMILIES
+
+ALONE = ("words", "reading", "reasoning")
+# {family: others whose answers stand in its earlier turns}
+SHOWS = {"followup": ("facts", "lists", "transform")}
+QUICK = ("reading", "format")
+SFT = {"steps": 250, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 250}
+WAYS = ("cluster", "family")                     # what is left out
+POINTS = 0.15                                    # by which a left-out family has to gain
+CLUSTERS = 5                                     # in so many clusters
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"              # of world, models and batches
+    data: str = ""                    # JSONL with clusters, instead of the world
+    truncate: str = "drop"            # its rows longer than the context: drop | left | error
+    out: str = "out/leave_one_cluster_out"             # folder for the models and their data
+    figure: str = "results/leave_one_cluster_out.png"  # the picture; the table beside it, as .md
+    quick: bool = False               # one seed, two clusters, a third of the steps, marked
+
+
+# ---------------------------------------------------------------------- which runs there are
+
+def families_of(cluster: str) -> tuple[str, ...]:
+    return tuple(family for family, (its, _) in FAMILIES.items() if its == cluster)
+
+
+def all_without(left_out: tuple[str, ...]) -> tuple[str, ...]:
+    """The families in whose rows none of these is asked or answered."""
+    return tuple(family for family in FAMILIES
+                 if not {family, *SHOWS.get(family, ())} & {*left_out})
+
+
+def runs_for(clusters: list[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """{run: (families it trains on, families it is examined in)} to leave these clusters out."""
+    runs = {"everything": (tuple(FAMILIES), tuple(FAMILIES))}
+    for cluster in ALONE:
+        families = families_of(cluster)
+        runs[f"only {cluster}"] = families, tuple(f for f in FAMILIES if f not in families)
+    for cluster in clusters:
+        families = families_of(cluster)
+        runs[f"without cluster {cluster}"] = all_without(families), families
+        if len(families) > 1:
+            for family in families:
+                runs[f"without family {family}"] = all_without((family,)), (family,)
+    return runs
+
+
+# ---------------------------------------------------------------------- what they show
+
+def gains(found: dict[str, list[dict]], family: str, way: str) -> list[float]:
+    """By how much a left-out family is answered better than by the base model, and than by the best
+    model of one other cluster: of each seed; [] if it was not left out so."""
+    cluster, _ = FAMILIES[family]
+    left_out = found.get(f"without {way} {cluster if way == 'cluster' else family}", [])
+    others = ["base"] + [f"only {alone}" for alone in ALONE if alone != cluster]
+    return [exam[family] - max(found[other][i][family] for other in others)
+            for i, exam in enumerate(left_out)]
+
+
+def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seeds) -> list[str]:
+    """The clusters with a family that gains enough; of_seeds: np.mean, or min for every seed."""
+    enough = []
+    for cluster in clusters:
+        all_gains = [gains(found, family, way) for family in families_of(cluster)]
+        if any(of_seeds(values) >= POINTS for values in all_gains if values):
+            enough.append(cluster)
+    return enough
+
+
+def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: str) -> None:
+    figure, axis = plt.subplots(figsize=(13, 5), layout="constrained")
+    families = [family for cluster in clusters for family in families_of(cluster)]
+    for place, family in enumerate(families):
+        cluster, _ = FAMILIES[family]
+        alone = [f"only {name}" for name in ALONE if name != cluster]
+        bars = [("cluster left out", [f"without cluster {cluster}"], "C0"),
+                ("family left out", [f"without family {family}"], "C1"),
+                ("everything", ["everything"], "lightgrey"),
+                ("best of one other cluster", alone, "C3"),
+                ("base model", ["base"], "k")]
+        for number, (label, names, color) in enumerate(bars):
+            exams = [found[name] for name in names if name in found]
+            if not exams:                                  # the only family of its cluster
+                continue
+            values = np.max([[exam[family] for exam in seeds] for seeds in exams], 0)
+            x = place + 0.16 * (number - 2)
+            axis.bar(x, values.mean(), 0.15, color=color, label=label if place == 0 else None)
+            axis.plot([x] * len(values), values, "k.", markersize=3)
+    axis.set_xticks(range(len(families)),
+                    [f"{family}\n({FAMILIES[family][0]})" for family in families], rotation=60)
+    axis.set(title=f"Families that were not trained on{mark}", ylabel="right, unseen tasks",
+             ylim=(0, 1.02))
+    axis.legend(ncols=5)
+    save(figure, file)
+
+
+def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str:
+    mark = " (quick)" if cfg.quick else ""
+    alone = [f"only {name}" for name in ALONE]
+    columns = ["base", *alone, "cluster left out", "family left out", "everything"]
+    lines = [f"# Leave one cluster out{mark}", "",
+             f"`python experiments/leave_one_cluster_out.py`, seeds {cfg.seeds}: right answers to "
+             "unseen tasks; the mean, and from the lowest to the highest. Gain: above the base and "
+             "the best model of one other cluster.", "",
+             f"| cluster | family | {' | '.join(columns)} | gain, cluster out | gain, family out |",
+             "|---" * (len(columns) + 4) + "|"]
+    for cluster in clusters:
+        for family in families_of(cluster):
+            names = ["base", *alone, f"without cluster {cluster}", f"without family {family}",
+                     "everything"]
+            cells = []
+            for name in names:
+                exams = found.get(name, [])
+                values = [exam[family] for exam in exams if family in exam]
+                cells.append(cell(values, ".0%") if values else "")
+            for way in WAYS:
+                values = [100 * gain for gain in gains(found, family, way)]
+                cells.append(cell(values, "+.0f") if values else "")
+            lines.append(f"| {cluster} | {family} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *verdict(found, clusters)]) + "\n"
+
+
+def verdict(found: dict[str, list[dict]], clusters: list[str]) -> list[str]:
+    """What was to come out, and whether it does."""
+    lines = []
+    either = {}                                            # left out with its cluster or alone
+    for said, of_seeds in (("on average", np.mean), ("in every seed", min)):
+        either[said] = set()
+        for way in WAYS:
+            names = gaining(found, clusters, way, of_seeds)
+            either[said] |= {*names}
+            lines.append(f"- {way} left out, {said}: {len(names)} of {len(clusters)} clusters: "
+                         f"{', '.join(names) or 'none'}")
+    average, every = [len(names) for names in either.values()]
+    shown = "shown" if average >= CLUSTERS else "NOT shown"
+    first = (f"In {CLUSTERS} clusters at least, a left-out family is to be {100 * POINTS:.0f} "
+             "points above the base and above every model of one other cluster. It is in "
+             f"{average}, in every seed in {every}: {shown}.")
+    return [first, "", *lines]
+
+
+def main(cfg: Config) -> None:
+    if cfg.data:
+        main_of_file(cfg)
+        return
+    options = dict(SFT)
+    clusters = list(dict.fromkeys(cluster for cluster, _ in FAMILIES.values()))
+    n, n_rows = 100, 8000
+    if cfg.quick:
+        cfg.seeds = cfg.seeds.split(",")[0]
+        clusters = list(QUICK)
+        options["steps"] = SFT["steps"] // 3
+        n, n_rows = 20, 3000
+    runs = runs_for(clusters)
+    found = {name: [] for name in ("base", *runs)}
+    for seed in map(int, cfg.seeds.split(",")):
+        base = base_models(seed)
+        out = seed_folder(cfg, seed)
+        of = {"model": read_record(base / "pretrain")["sha256"], "n": n}
+        exam = partial(rights, base / "pretrain", seed, tuple(FAMILIES), n)
+        found["base"].append(kept(out / "base_exam.json", of, exam))
+        for name, (trained, examined) in runs.items():
+            folder = out / name.replace(" ", "_")
+            file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows)
+            found[name].append(tuned(folder, seed, base, examined, n, rights, data=str(file),
+                                     **options))
+    draw(found, clusters, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, clusters, cfg))
+
+
+# ---------------------------------------------------------------------- the clusters of a file
+
+def lines_by_cluster(data: str) -> dict[str, list[str]]:
+    """The rows of a file as JSONL, by cluster, the largest first. Raises ValueError for a row
+    without one, and for fewer than three clusters."""
+    lines = defaultdict(list)
+    for where, load in readers.file_rows(data, (".jsonl",)):
+        row = load()
+        cluster = row.get("cluster")
+        if not isinstance(cluster, str) or not cluster:
+            raise ValueError(f'{where}: "cluster" is {cluster!r}; it must name one')
+        lines[cluster].append(json.dumps(row) + "\n")
+    if len(lines) < 3:
+        raise ValueError(f"{data}: {len(lines)} clusters; three are needed to leave one out, and "
+                         "to compare with one of the others")
+    return dict(sorted(lines.items(), key=lambda item: -len(item[1])))
+
+
+def answer_loss(folder: Path, file: Path, cfg: Config, n: int) -> dict[str, float]:
+    """Nats per token of the answers of n rows, at most, and how many of these fit."""
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    rows = format_examples(readers.read_examples(file, n=n), tokenizer)
+    packed = PackedExamples(rows, tokenizer, model.config.context_length, 0, cfg.truncate)
+    return {"loss": evaluate.response_loss(model, packed, 16), "rows": len(rows),
+            "fit": len(packed.examples)}
+
+
+def examine_file(lines: dict[str, list[str]], clusters: list[str], seed: int, cfg: Config, n: int,
+                 options: dict) -> dict[str, list[dict]]:
+    """{cluster: answer_loss() of the base, of all other clusters, of the largest other one}."""
+    base = base_models(seed) / "pretrain"
+    out = seed_folder(cfg, seed) / "file"
+    places = {cluster: place for place, cluster in enumerate(lines)}   # names may be no file's
+
+    def write(name: str, its: list[str]) -> Path:
+        file = out / f"{name}.jsonl"
+        keep(file, "".join(line for cluster in its for line in lines[cluster]))
+        return file
+
+    def train(name: str, its: list[str]) -> Path:
+        run(train_sft, init=str(base), out=str(out / name), seed=seed, truncate=cfg.truncate,
+            data=str(write(name, its)), **options)
+        return out / name
+
+    found = {}
+    for cluster in clusters:
+        others = [name for name in lines if name != cluster]
+        largest = others[0]
+        left_out = write(f"{places[cluster]}", [cluster])
+        folders = [base, train(f"without_{places[cluster]}", others),
+                   train(f"only_{places[largest]}", [largest])]
+        found[cluster] = [answer_loss(folder, left_out, cfg, n) for folder in folders]
+    return found
+
+
+def show_file(found: list[dict[str, list[dict]]], cfg: Config) -> None:
+    """The picture and the table; found: examine_file() of each seed."""
+    mark = " (quick)" if cfg.quick else ""
+    names = ["base model", "all other clusters", "the largest other cluster"]
+    lines = [f"# Leave one cluster out, of a file{mark}", "",
+             f"`python experiments/leave_one_cluster_out.py --data {cfg.data}`, seeds {cfg.seeds}, "
+             f"--truncate {cfg.truncate}: loss of the left-out cluster's answers, nats per token; "
+             "the mean, and from the lowest to the highest.", "",
+             f"| cluster | rows that fit | {' | '.join(names)} |", "|---" * 5 + "|"]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for place, cluster in enumerate(found[0]):
+        _, with_others, _ = found[0][cluster]
+        cells = [f"{with_others['fit']} of {with_others['rows']}"]
+        for number, name in enumerate(names):
+            values = [seed[cluster][number]["loss"] for seed in found]
+            cells.append(cell(values, ".2f"))
+            x = place + 0.25 * (number - 1)
+            axis.bar(x, np.mean(values), 0.23, color=f"C{number}", alpha=0.5,
+                     label=name if place == 0 else None)
+            axis.plot([x] * len(values), values, "k.")
+        lines.append(f"| {cluster} | {' | '.join(cells)} |")
+    axis.set_xticks(range(len(found[0])), list(found[0]))
+    axis.set(title=f"Clusters that were not trained on{mark}", ylabel="answers, nats per token")
+    axis.legend()
+    save(figure, Path(cfg.figure))
+    show_table(cfg, "\n".join(lines) + "\n")
+
+
+def main_of_file(cfg: Config) -> None:
+    options = dict(SFT)
+    lines = lines_by_cluster(cfg.data)
+    clusters = list(lines)
+    n = 500
+    if cfg.quick:
+        cfg.seeds = cfg.seeds.split(",")[0]
+        clusters = clusters[:2]
+        options["steps"] = SFT["steps"] // 3
+        n = 50
+    found = [examine_file(lines, clusters, int(seed), cfg, n, options)
+             for seed in cfg.seeds.split(",")]
+    show_file(found, cfg)
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -1,0 +1,119 @@
+"""experiments/leave_one_cluster_out.py and breadth.py: what their runs read, gains by hand."""
+import json
+
+import pytest
+
+import train_sft
+from experiments import breadth
+from experiments import leave_one_cluster_out as leave
+from experiments.base import asked_alone, write_families
+from plumbing.options import build
+from world import talk
+from world.tasks import FAMILIES
+from world.world import World
+
+CLUSTERS = sorted({cluster for cluster, _ in FAMILIES.values()})
+
+
+@pytest.mark.parametrize("experiment", [breadth, leave])
+def test_experiments_name_options_that_train_sft_has(experiment):
+    assert build(train_sft.Config, dict(experiment.SFT)).steps >= 200
+
+
+# ---------------------------------------------------------------------- leave_one_cluster_out.py
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_no_row_of_a_cluster_that_is_left_out_is_trained_on(tmp_path, cluster):
+    families = leave.all_without(leave.families_of(cluster))
+    file = write_families(tmp_path / "others.jsonl", 0, families, 400)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 400
+    # in no other cluster than that of conversations a row shows another task than its own
+    assert all(len(row["messages"]) == 2 for row in rows if row["task"] != "talk")
+    assert {row["task"] for row in rows} == {*CLUSTERS} - {cluster}
+
+
+def test_the_earlier_turns_of_a_followup_show_the_families_that_are_said(monkeypatch):
+    asked = set()
+    real = talk.exchange
+
+    def exchange(rng, ask, slots, answer):
+        asked.add(ask.split(".")[0])
+        return real(rng, ask, slots, answer)
+
+    monkeypatch.setattr(talk, "exchange", exchange)
+    World().examples(200, families=("followup",))
+    assert asked - {"followup"} == {*leave.SHOWS["followup"]}
+    for family in leave.SHOWS["followup"]:
+        assert "followup" not in leave.all_without((family,))
+
+
+def test_a_run_is_examined_in_no_family_that_it_trains_on():
+    runs = leave.runs_for(CLUSTERS)
+    trained, _ = runs.pop("everything")
+    assert {*trained} == {*FAMILIES}
+    assert all(not {*trained} & {*examined} for trained, examined in runs.values())
+    # nine clusters, 17 families that have others in their cluster, three clusters alone
+    assert len(runs) == 9 + 17 + 3
+
+
+def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
+    found = {"base": [{"json": 0.1}, {"json": 0.0}],
+             "only words": [{"json": 0.0}, {"json": 0.3}],
+             "only reading": [{"json": 0.2}, {"json": 0.2}],
+             "only reasoning": [{"json": 0.0}, {"json": 0.0}],
+             "without cluster format": [{"json": 0.5}, {"json": 0.4}]}
+    assert leave.gains(found, "json", "cluster") == pytest.approx([0.3, 0.1])
+    assert leave.gains(found, "json", "family") == []
+    assert leave.gaining(found, ["format"], "cluster", max) == ["format"]
+    assert leave.gaining(found, ["format"], "cluster", min) == []
+    # 20 points on average, in one cluster where five are asked for
+    assert "in 1, in every seed in 0: NOT shown" in leave.verdict(found, ["format"])[0]
+
+
+def test_a_family_is_not_compared_with_a_model_of_its_own_cluster():
+    found = {"base": [{"colour": 0.0}], "only words": [{"colour": 0.1}],
+             "only reasoning": [{"colour": 0.0}], "without family colour": [{"colour": 0.6}]}
+    assert leave.gains(found, "colour", "family") == pytest.approx([0.5])
+
+
+def test_rows_of_a_file_go_by_their_cluster_the_largest_first(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    rows = [{"cluster": cluster, "prompt": "How?", "response": "So."} for cluster in "abbccc"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = leave.lines_by_cluster(str(file))
+    assert {cluster: len(its) for cluster, its in lines.items()} == {"c": 3, "b": 2, "a": 1}
+    assert list(lines) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("rows, complaint", [
+    ([{"prompt": "How?", "response": "So."}], r'tasks.jsonl:1: "cluster" is None'),
+    ([{"cluster": "a"}, {"cluster": "b"}], "2 clusters; three are needed")])
+def test_a_file_without_clusters_is_refused(tmp_path, rows, complaint):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=complaint):
+        leave.lines_by_cluster(str(file))
+
+
+def test_a_task_is_asked_alone_unless_it_refers_to_what_was_before():
+    turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello!"},
+             {"role": "user", "content": "What is 1 + 2 + 3?"}]
+    assert asked_alone({"family": "arithmetic", "prompt": turns})["prompt"] == turns[-1]["content"]
+    assert asked_alone({"family": "followup", "prompt": turns})["prompt"] == turns
+    assert asked_alone({"family": "arithmetic", "prompt": "How?"})["prompt"] == "How?"
+
+
+# ---------------------------------------------------------------------- breadth.py
+
+def test_a_smaller_choice_of_families_lies_in_a_larger_one_and_none_is_examined_as_unseen():
+    for seed in range(3):
+        for order in range(3):
+            choices = [breadth.drawn(seed, order, size) for size in breadth.SIZES]
+            assert [len({*choice}) for choice in choices] == list(breadth.SIZES)
+            for smaller, larger in zip(choices, choices[1:]):
+                assert {*smaller} < {*larger}
+            assert not {*choices[-1]} & {*breadth.UNSEEN}
+    assert len({breadth.drawn(seed, order, 4) for seed in range(3) for order in range(3)}) == 9
+    # nor do the earlier turns of a followup answer them
+    assert not {*leave.SHOWS["followup"]} & {*breadth.UNSEEN}
