@@ -155,8 +155,16 @@ def examined(folder: Path, seed: int, base: Path, n: int = 500) -> dict:
 
 # ---------------------------------------------------------------------- what a fine-tuning reaches
 
+def accuracies(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict:
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    tasks = []
+    for family in families:
+        tasks += evaluate.exam(f"world:{seed}", n, (family,))
+    return evaluate.accuracy_by_family(tasks, evaluate.greedy_texts(model, tokenizer, tasks))
+
+
 def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int,
-          exam: Callable | None = None, **options) -> dict:
+          exam: Callable = accuracies, **options) -> dict:
     """The base model of a seed, fine-tuned with these options of train_sft.py: {family: accuracy on
     n unseen tasks of it, "all": of all of them}, or what another exam says, and the last figures of
     the run."""
@@ -164,16 +172,8 @@ def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int
         **{"optimizer": "muon", "lr": 4e-3} | options)
     of = {"model": read_record(folder)["sha256"], "families": list(families), "n": n}
     found = kept(folder.with_name(f"{folder.name}_exam.json"), of,
-                 partial(exam or accuracies, folder, seed, families, n))
+                 partial(exam, folder, seed, families, n))
     return read_metrics(folder)[-1] | found
-
-
-def accuracies(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict:
-    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
-    tasks = []
-    for family in families:
-        tasks += evaluate.exam(f"world:{seed}", n, (family,))
-    return evaluate.accuracy_by_family(tasks, evaluate.greedy_texts(model, tokenizer, tasks))
 
 
 def rights(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict[str, float]:

@@ -68,7 +68,7 @@ def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
     assert leave.gaining(found, ["format"], "cluster", max) == ["format"]
     assert leave.gaining(found, ["format"], "cluster", min) == []
     # 20 points on average, in one cluster where five are asked for
-    assert "in 1, in every seed in 0: NOT shown" in leave.verdict(found, ["format"])[0]
+    assert "in 1 of 1, in every seed in 0: NOT shown" in leave.verdict(found, ["format"])[0]
 
 
 def test_a_family_is_not_compared_with_a_model_of_its_own_cluster():
