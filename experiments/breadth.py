@@ -88,8 +88,8 @@ def draw(found: dict[int, list[dict]], file: Path, mark: str) -> None:
 def table(found: dict[int, list[dict]], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     lines = [f"# One task or many{mark}", "",
-             f"`python experiments/breadth.py`, seeds {cfg.seeds}, {cfg.orders} orders of the "
-             "families each: right answers to unseen tasks; the mean, and from the lowest to the "
+             f"`python experiments/breadth.py`, seeds {cfg.seeds}, orders of the families each: "
+             f"{cfg.orders}. Right answers to unseen tasks; the mean, and from the lowest to the "
              "highest run.", "",
              f"| families | runs | trained | unseen | {' | '.join(UNSEEN)} |",
              "|---" * (len(UNSEEN) + 4) + "|"]
