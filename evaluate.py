@@ -5,8 +5,10 @@ How good is a model? Every figure of the report is made here, by functions that 
   tasks         exact-match accuracy of greedy answers, by family of the embedded world
   rewards       reward-model accuracy and calibration; the true reward; win rate with its interval
   drift         KL to another model, nats per response, over samples at temperature 1
+  data          diversity, complexity, correctness, format of instructions (data_quality.py)
 
     python evaluate.py --init out/dpo --reference out/sft      # a table; --json FILE keeps it
+    python evaluate.py --data_quality tasks.jsonl              # of data alone, without a model
 """
 import itertools
 import json
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 import data
+import data_quality
 import kernels
 import objectives
 import parallel
@@ -58,6 +61,7 @@ class Config:
     data: str = "world"               # world or world:SEED: what has an answer key
     n: int = 500                      # prompts for true reward, win rate and KL, >= 1
     n_tasks: int = 1000               # task instances for accuracy, >= 1
+    data_quality: str = ""            # examples to look at instead (JSONL, world:SEED), by no model
     seed: int = 0                     # of the samples, in [0, 4e9]
     json: str = ""                    # write the figures to this new file too
     device: str = "auto"              # auto | cpu | cuda | cuda:1 | mps
@@ -574,15 +578,35 @@ def print_figures(figures: dict) -> None:
         print(f"{name:24s} {value:8.3f}")
 
 
+def keep_figures(cfg: Config, figures: dict) -> None:
+    if cfg.json:
+        text = json.dumps(figures, indent=2) + "\n"
+        claim.write_whole(Path(cfg.json), lambda temporary: temporary.write_text(text))
+
+
+def examine_data(cfg: Config) -> dict:
+    """The four dimensions of --data_quality; no model is opened."""
+    if cfg.reference:
+        raise ValueError(f"--reference {cfg.reference}: --data_quality looks at data alone; give "
+                         "one of the two")
+    rows = data_quality.read(cfg.data_quality, cfg.seed)
+    figures = data_quality.quality(rows, cfg.seed)
+    print(data_quality.table(figures, len(rows)))
+    keep_figures(cfg, figures)
+    return figures
+
+
 def main(cfg: Config) -> dict:
+    if cfg.json:
+        claim.check_new_file("--json", cfg.json)
+    if cfg.data_quality:
+        return examine_data(cfg)
     kernels.keep_memory()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if readers.world_named(cfg.data) is None:
         raise ValueError(f"--data {cfg.data}: only a world has an answer key; give world or "
                          "world:SEED")
-    if cfg.json:
-        claim.check_new_file("--json", cfg.json)
     model, tokenizer = load_model(cfg.init, device, dtype)
     if cfg.reference:
         # Loaded before the exam, because a wrong folder should not be found out minutes later.
@@ -601,9 +625,7 @@ def main(cfg: Config) -> dict:
     for name in PER_PROMPT:                                # arrays, which JSON cannot hold
         del figures[name]
     print_figures(figures)
-    if cfg.json:
-        text = json.dumps(figures, indent=2) + "\n"
-        claim.write_whole(Path(cfg.json), lambda temporary: temporary.write_text(text))
+    keep_figures(cfg, figures)
     return figures
 
 
