@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 import corpus
+import data_quality
 import evaluate
 import lifecycle
 import readers
@@ -32,6 +34,8 @@ from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, read_record
 from plumbing.options import build, command_line
+from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
+from world.world import World
 
 BASE = Path("out/exp_base")
 MADE = ("pretrain", "sft", "rm")
@@ -208,6 +212,68 @@ def write_families(file: Path, seed: int, families: tuple[str, ...], n: int) -> 
         if row["example"]["family"] != "followup":
             row["messages"] = row["messages"][-2:]
     return write_rows(file, rows)
+
+
+def demonstrations(seed: int, n: int, split: str, answer: Callable[[Random, dict], str],
+                   families: tuple[str, ...] = TRAINED_FAMILIES) -> list[dict]:
+    """n rows of readers.read_examples() from a world, answered by answer(rng, task) (world.py:
+    demonstrate, respond) and not by whom World.examples() draws. The prompts are the same whatever
+    the answers; a file of them is split again into what it was drawn for."""
+    world = World(seed)
+    prompts = Random(f"demonstrations {seed} {split}")
+    answers = Random(f"answers {seed} {split}")
+    rows = []
+    while len(rows) < n:
+        example, task = world.draw(prompts, prompts.choice(families), split)
+        example["response"] = answer(answers, task)
+        # Chains are learned from this column, too: one that the answer leaves out would come back.
+        if example["chain"] not in example["response"]:
+            example["chain"] = ""
+        row = readers.parse_example(example)
+        if readers.in_split(readers.user_text(row), split):
+            rows.append(row)
+    return rows
+
+
+def tuned_on(rows: list[dict], folder: Path, seed: int, base: Path, n: int, **options) -> dict:
+    """Like tuned(), on these rows and no others, examined as a policy: unseen_families and the
+    figures of policy_figures()."""
+    file = write_rows(folder.with_suffix(".jsonl"), rows)
+    exam = tuned(folder, seed, base, HELDOUT_FAMILIES, n // 5, data=str(file), **options)
+    of = {"model": read_record(folder)["sha256"], "n": n}
+    figures = kept(folder.with_name(f"{folder.name}_policy.json"), of,
+                   partial(policy_figures, folder, seed, n))
+    return figures | {"unseen_families": exam["all"]}
+
+
+def policy_figures(folder: Path, seed: int, n: int) -> dict[str, float]:
+    """Of the greedy answers to unseen tasks of trained families "accuracy" (2 n tasks), "wordings"
+    (n, in unseen wordings) and "true_reward" (n); and drawn at temperature 1, where a fault of
+    fewer than half of the demonstrations shows, "drawn_reward" and "consistent" (data_quality.py)
+    of n answers."""
+    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
+    world = f"world:{seed}"
+    found = evaluate.evaluate_policy(model, tokenizer, world, 2 * n, n)
+    worded = World(seed).examples(n, "heldout", seed=1, phrasings="heldout")
+    wordings = evaluate.accuracy_by_family(worded, evaluate.greedy_texts(model, tokenizer, worded))
+    prompts = evaluate.reward_prompts(world, n)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    responses = evaluate.answers(model, tokenizer, prompts, 1.0, generator)
+    texts = evaluate.complete_texts(tokenizer, responses)
+    return {"accuracy": found["accuracy"], "wordings": wordings["all"],
+            "true_reward": found["true_reward"],
+            "drawn_reward": float(evaluate.true_rewards(prompts, texts).mean()),
+            "consistent": consistent_share(prompts, texts)}
+
+
+def consistent_share(prompts: list[dict], texts: list[str]) -> float:
+    """The share of answers in one format, that of most; an answer that never ended is in none."""
+    rows = [readers.parse_example(prompt | {"response": text})
+            for prompt, text in zip(prompts, texts) if text.strip()]
+    if not rows:
+        return 0.0
+    hits = data_quality.format_consistency(rows)["consistent"]["value"] * len(rows)
+    return hits / len(texts)
 
 
 def write_rows(file: Path, rows: list[dict]) -> Path:

@@ -1,24 +1,35 @@
 """
-experiments/chain_of_thought.py, mixing_tau.py, masking.py, instruction_tuning.py: what they read,
-options they name.
+experiments/chain_of_thought.py, mixing_tau.py, masking.py, instruction_tuning.py, quality.py,
+lima.py: what they read, options they name.
 """
 import json
 from collections import Counter
 
 import pytest
 
+import data_quality
 import evaluate
+import readers
 import train_dpo
 import train_sft
-from experiments import chain_of_thought, instruction_tuning, masking, mixing_tau
+from experiments import (
+    base,
+    chain_of_thought,
+    instruction_tuning,
+    lima,
+    masking,
+    mixing_tau,
+    quality,
+)
 from plumbing.options import build
 from tokenizer import Tokenizer
+from world.judge import is_inventing, is_rambling, is_right
 from world.text import FORMS
 
 
 @pytest.mark.parametrize("options", [
     chain_of_thought.SFT | {"cot_ratio": chain_of_thought.RATIOS[1]},
-    masking.SFT | {"train_on": masking.WAYS[1]},
+    masking.SFT | {"train_on": masking.WAYS[1]}, quality.SFT, lima.SFT,
     *[mixing_tau.SFT | mixture for mixture in mixing_tau.MIXTURES.values()]])
 def test_experiments_name_options_that_train_sft_has(options):
     assert build(train_sft.Config, options).steps >= 300
@@ -98,3 +109,129 @@ def test_what_is_drawn_is_in_the_table(tmp_path):
     lines = instruction_tuning.table(found, cfg).splitlines()
     assert len(lines) == 6 + len(instruction_tuning.ROWS)
     assert lines[-1] == "| ... not asked |" + " 50.0% (25.0% to 75.0%) |" * 3
+
+
+# ---------------------------------------------------------------------- demonstrations by one hand
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_demonstrations_are_split_again_as_they_were_drawn(tmp_path, split):
+    rows = base.demonstrations(3, 40, split, quality.careful)
+    file = base.write_rows(tmp_path / "rows.jsonl", rows)
+    found = readers.read_examples(file, split=split)
+    assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+    assert len(found) == 40
+
+
+def test_prompts_are_the_same_whoever_answers_them():
+    of_hands = [base.demonstrations(3, 60, "train", hand) for hand in (lima.clean, lima.noisy)]
+    prompts = [[row["messages"][:-1] for row in rows] for rows in of_hands]
+    assert prompts[0] == prompts[1]
+    assert base.demonstrations(3, 20, "train", lima.clean) == of_hands[0][:20]
+
+
+def test_no_right_chain_comes_back_before_a_wrong_answer():
+    rows = base.demonstrations(0, 200, "train", quality.half_wrong, families=("arithmetic",))
+    wrong = [row for row in rows if not is_right(row["example"], row["messages"][-1]["content"])]
+    assert 60 < len(wrong) < 140               # half of 200, within six standard errors
+    assert not any(row["chain"] for row in wrong)
+    assert sum(bool(row["chain"]) for row in rows) == 200 - len(wrong)
+
+
+# ---------------------------------------------------------------------- quality.py
+
+@pytest.fixture(scope="module")
+def sets():
+    return {name: draw(0, 600) for name, draw in quality.SETS.items()}
+
+
+@pytest.fixture(scope="module")
+def of_sets(sets):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_quality, "SAMPLE", 2)           # no row of the table compares prompts
+        return {name: quality.measured(rows, 0) for name, rows in sets.items()}
+
+
+def test_all_sets_have_as_many_rows_and_prompts_to_train_on(sets):
+    for rows in sets.values():
+        assert len(rows) == 600
+        assert all(readers.in_split(readers.user_text(row), "train") for row in rows)
+
+
+# {set: the measures that its damage lowers}
+LOWERED = {"few prompts": {"new prompts"}, "few tasks": {"tasks"}, "simple": {"reasoning", "words"},
+           "half wrong": {"right"}, "half misshapen": {"one format"}}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_each_damage_lowers_its_own_dimension(of_sets, name):
+    for measure, clean in of_sets["clean"].items():
+        after = of_sets[name][measure]
+        if measure in LOWERED[name]:
+            assert after < 0.75 * clean
+        elif name not in ("few prompts", "few tasks") or measure in ("right", "one format"):
+            # Where there are 30 prompts, or 4 tasks, they may have more or fewer words and chains.
+            assert after > 0.85 * clean
+
+
+def test_what_is_misshapen_is_not_wrong(of_sets):
+    assert of_sets["half misshapen"]["one format"] == pytest.approx(0.5, abs=0.1)
+    assert of_sets["half misshapen"]["right"] > 0.95 > of_sets["half wrong"]["right"]
+    assert of_sets["half wrong"]["right"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_simplest_are_of_all_families_alike(sets):
+    clean, simple = (Counter(row["example"]["family"] for row in sets[name])
+                     for name in ("clean", "simple"))
+    assert simple.keys() == clean.keys()
+    assert max(simple.values()) - min(simple.values()) <= 1
+
+
+# ---------------------------------------------------------------------- lima.py
+
+def test_careless_hands_are_three_and_a_third_of_their_answers_wrong():
+    rows = base.demonstrations(0, 900, "train", lima.noisy)
+    answers = [row["messages"][-1]["content"] for row in rows]
+    # 30 %, and the inventive hand's answers to what is to be refused or admitted: 1/3 of 2/18.
+    wrong = sum(not is_right(row["example"], answer) for row, answer in zip(rows, answers)) / 900
+    assert wrong == pytest.approx(0.3 + 0.7 / 3 * 2 / 18, abs=0.06)
+    for fault in (is_rambling, is_inventing):
+        assert sum(map(fault, answers)) / 900 == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_a_wrong_answer_is_dressed_as_its_hand_dresses_all(monkeypatch):
+    monkeypatch.setattr(lima, "WRONG", 1.0)
+    monkeypatch.setattr(lima, "CARELESS", ["rambling"])
+    rows = base.demonstrations(0, 60, "train", lima.noisy)
+    assert all(is_rambling(row["messages"][-1]["content"]) for row in rows)
+    assert lima.MANNERS.keys() == {"terse", "rambling", "inventive"}
+
+
+# ---------------------------------------------------------------------- what is examined
+
+def test_the_format_of_answers_counts_those_that_never_end():
+    prompts = [{"prompt": str(i), "cluster": "words"} for i in range(5)]
+    texts = ["A frog.", "A hen.", "**A fox.**", "A cat", ""]
+    assert base.consistent_share(prompts, texts) == 2 / 5
+    assert base.consistent_share(prompts, [""] * 5) == 0
+
+
+@pytest.mark.parametrize("script, sets_of_a_seed", [(quality, 6), (lima, 4)])
+def test_every_set_is_learned_and_stands_in_the_table(script, sets_of_a_seed, tmp_path,
+                                                      monkeypatch, capsys):
+    learned = []
+    monkeypatch.setattr(data_quality, "SAMPLE", 2)
+    monkeypatch.setattr(quality, "N", 600)
+    monkeypatch.setattr(lima, "SIZES", (300, 900))
+
+    def tuned_on(rows, folder, seed, base, n, **options):
+        assert build(train_sft.Config, options).steps == 40        # --quick
+        learned.append(folder)
+        return dict.fromkeys(script.COLUMNS, 0.5)
+
+    monkeypatch.setattr(script, "tuned_on", tuned_on)
+    monkeypatch.setattr(script, "base_models", lambda seed: tmp_path)
+    figure = tmp_path / "figure.png"
+    script.main(script.Config(out=str(tmp_path / "out"), figure=str(figure), quick=True))
+    assert len(set(learned)) == len(learned) == sets_of_a_seed
+    assert figure.exists() and "(quick)" in figure.with_suffix(".md").read_text()
+    assert "seeds 0:" in capsys.readouterr().out
