@@ -236,32 +236,37 @@ def demonstrations(seed: int, n: int, split: str, answer: Callable[[Random, dict
 
 
 def tuned_on(rows: list[dict], folder: Path, seed: int, base: Path, n: int, **options) -> dict:
-    """Like tuned(), on these rows and no others, examined as a policy: unseen_families and the
-    figures of policy_figures()."""
+    """Like tuned(), on these rows and no others, examined as a policy: the figures of
+    policy_figures(), and the accuracy on "unseen_families" and on "arithmetic" (n // 5 of each
+    family), which alone has written-out chains."""
     file = write_rows(folder.with_suffix(".jsonl"), rows)
-    exam = tuned(folder, seed, base, HELDOUT_FAMILIES, n // 5, data=str(file), **options)
+    families = (*HELDOUT_FAMILIES, "arithmetic")
+    exam = tuned(folder, seed, base, families, n // 5, data=str(file), **options)
     of = {"model": read_record(folder)["sha256"], "n": n}
     figures = kept(folder.with_name(f"{folder.name}_policy.json"), of,
                    partial(policy_figures, folder, seed, n))
-    return figures | {"unseen_families": exam["all"]}
+    unseen = float(np.mean([exam[family] for family in HELDOUT_FAMILIES]))
+    return figures | {"unseen_families": unseen, "arithmetic": exam["arithmetic"]}
 
 
 def policy_figures(folder: Path, seed: int, n: int) -> dict[str, float]:
     """Of the greedy answers to unseen tasks of trained families "accuracy" (2 n tasks), "wordings"
-    (n, in unseen wordings) and "true_reward" (n); and drawn at temperature 1, where a fault of
-    fewer than half of the demonstrations shows, "drawn_reward" and "consistent" (data_quality.py)
-    of n answers."""
+    (n, in unseen wordings), "true_reward" (n) and "form": how often what the prompt says about the
+    answer's form is kept to. Drawn at temperature 1, where a fault of fewer than half of the
+    demonstrations shows, "drawn_reward" and "consistent" (data_quality.py) of n answers."""
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
     world = f"world:{seed}"
     found = evaluate.evaluate_policy(model, tokenizer, world, 2 * n, n)
     worded = World(seed).examples(n, "heldout", seed=1, phrasings="heldout")
     wordings = evaluate.accuracy_by_family(worded, evaluate.greedy_texts(model, tokenizer, worded))
     prompts = evaluate.reward_prompts(world, n)
+    asks_for_form = np.array(["form" in prompt["key"] for prompt in prompts])
     generator = torch.Generator(model.device).manual_seed(seed)
     responses = evaluate.answers(model, tokenizer, prompts, 1.0, generator)
     texts = evaluate.complete_texts(tokenizer, responses)
     return {"accuracy": found["accuracy"], "wordings": wordings["all"],
             "true_reward": found["true_reward"],
+            "form": evaluate.mean_where(asks_for_form, found["whole"]),
             "drawn_reward": float(evaluate.true_rewards(prompts, texts).mean()),
             "consistent": consistent_share(prompts, texts)}
 

@@ -12,9 +12,10 @@ tasks, and as many with one dimension damaged, as many steps:
   half wrong        correctness: every second answer is a wrong one
   half misshapen    format: every second answer in one of four wrappers, or without its end
 
-data_quality.py measures the six sets, and the models are examined on unseen tasks: a task right,
-the same in wordings never trained on, in families never trained on; the true reward of greedy
-answers and of answers drawn at temperature 1; and how many of these are in one format.
+data_quality.py measures the six sets, and the models are examined on unseen tasks: accuracy in
+trained wordings, in wordings and families never trained on, and on sums of two steps; the true
+reward of greedy answers and of answers drawn at temperature 1; whether the form that a prompt asks
+for is kept to, and how many of the drawn answers are in one format.
 
     python experiments/quality.py            # results/quality.png and .md
     python experiments/quality.py --quick    # one seed, a tenth of the steps and rows
@@ -65,8 +66,10 @@ MEASURES = {"tasks": ("diversity", "effective_tasks", ".1f"),
 COLUMNS = {"accuracy": ("accuracy, unseen tasks", ".1%"),
            "wordings": ("unseen wordings", ".1%"),
            "unseen_families": ("unseen families", ".1%"),
+           "arithmetic": ("sums of two steps", ".1%"),
            "true_reward": ("true reward", ".3f"),
            "drawn_reward": ("true reward, drawn", ".3f"),
+           "form": ("form asked for, kept", ".1%"),
            "consistent": ("answers in one format", ".1%")}
 
 
@@ -139,7 +142,7 @@ def measured(rows: list[dict], seed: int) -> dict[str, float]:
 # ---------------------------------------------------------------------- table and picture
 
 def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(18, 7), layout="constrained")
     for axis, (name, (label, _)) in zip(axes.flat, COLUMNS.items()):
         for place, exams in enumerate(found.values()):
             values = [exam[name] for exam in exams]

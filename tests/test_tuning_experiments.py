@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+from tiny import folder_of, tiny_model
 
 import data_quality
 import evaluate
@@ -213,6 +214,15 @@ def test_the_format_of_answers_counts_those_that_never_end():
     texts = ["A frog.", "A hen.", "**A fox.**", "A cat", ""]
     assert base.consistent_share(prompts, texts) == 2 / 5
     assert base.consistent_share(prompts, [""] * 5) == 0
+
+
+def test_a_policy_is_examined_on_all_that_the_tables_show(tmp_path):
+    """A model that knows nothing is right nowhere."""
+    folder = folder_of(tiny_model(context_length=512), tmp_path / "model")
+    found = base.policy_figures(folder, 0, 4)
+    assert found.keys() | {"unseen_families", "arithmetic"} == quality.COLUMNS.keys()
+    assert lima.COLUMNS.keys() - {"right"} <= quality.COLUMNS.keys()
+    assert not any(found.values())
 
 
 @pytest.mark.parametrize("script, sets_of_a_seed", [(quality, 6), (lima, 4)])
