@@ -8,7 +8,8 @@ For each seed:
 
   (a) the SFT model learns, by LoRA on all matrices at constant alpha / r = 2,
         a manner      every answer is set between "Dear friend: " and " Yours, the bear."
-        knowledge     facts about the residents of another world, asked in unseen words
+        knowledge     facts about the residents of another world; held out are questions that
+                      were not asked in these words
       at r = 1, 4, 16, 64, and by full fine-tuning
   (b) from Delta W = W_SFT - W_base of each matrix: its singular values, and the accuracy of the SFT
       model whose matrices are W_base + the best part of rank r of Delta W (all else stays SFT's)
@@ -72,15 +73,14 @@ class Config:
 
 def write_data(seed: int, out: Path, n: int = 3000) -> dict[str, Path]:
     """{task: a file of prompts and responses}."""
-    rows = {"manner": [], "knowledge": []}
-    for split in ("train", "heldout"):
-        for row in readers.read_examples(f"world:{seed}", split=split, n=n, seed=seed):
-            *prompt, answer = row["messages"]
-            text = f"Dear friend: {answer['content']} Yours, the bear."
-            rows["manner"].append(row | {"messages": [*prompt, answer | {"content": text}]})
-        # another world has the same names and places, and other facts about them
-        rows["knowledge"] += readers.read_examples(f"world:{seed + 100}", split=split, n=n,
-                                                   seed=seed, families=("facts",))
+    rows = {"manner": []}
+    for row in readers.read_examples(f"world:{seed}", split="train", n=n, seed=seed):
+        *prompt, answer = row["messages"]
+        text = f"Dear friend: {answer['content']} Yours, the bear."
+        rows["manner"].append(row | {"messages": [*prompt, answer | {"content": text}]})
+    # another world has the same names and places, and other facts about them
+    rows["knowledge"] = readers.read_examples(f"world:{seed + 100}", split="train", n=n,
+                                              seed=seed, families=("facts",))
     return {task: write_rows(out / f"{task}.jsonl", of_task) for task, of_task in rows.items()}
 
 

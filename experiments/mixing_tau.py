@@ -53,16 +53,14 @@ class Config:
 
 
 def write_data(seed: int, file: Path) -> Path:
-    """Each family is a task of its own."""
+    """Each family is a task of its own, of the world's training split; train_sft.py holds out a
+    tenth of each, and the exam has tasks of the other split."""
     rows = []
-    for split in ("train", "heldout"):
-        for n, families in SIZES.items():
-            for family in families:
-                # a tenth as many held out, as train_sft.py would do it
-                drawn = readers.read_examples(f"world:{seed}", split=split, seed=seed,
-                                              n=n if split == "train" else n // 10,
-                                              families=(family,))
-                rows += [row | {"task": family} for row in drawn]
+    for n, families in SIZES.items():
+        for family in families:
+            drawn = readers.read_examples(f"world:{seed}", split="train", seed=seed, n=n,
+                                          families=(family,))
+            rows += [row | {"task": family} for row in drawn]
     return write_rows(file, rows)
 
 

@@ -75,4 +75,4 @@ def test_a_manner_is_every_answer_in_a_frame_and_knowledge_is_of_another_world(t
     files = lora_rank.write_data(0, tmp_path, n=20)
     manner, knowledge = (file.read_text().splitlines() for file in files.values())
     assert all("Dear friend: " in line and "Yours, the bear." in line for line in manner)
-    assert len(manner) == len(knowledge) == 40
+    assert len(manner) == len(knowledge) == 20

@@ -40,7 +40,7 @@ def test_a_family_is_a_task_of_its_own_a_hundred_times_as_large_or_not(tmp_path,
     monkeypatch.setattr(mixing_tau, "SIZES", {100: mixing_tau.LARGE, 10: mixing_tau.SMALL})
     lines = mixing_tau.write_data(0, tmp_path / "tasks.jsonl").read_text().splitlines()
     counts = Counter(json.loads(line)["task"] for line in lines)
-    assert counts == {**dict.fromkeys(mixing_tau.LARGE, 110), **dict.fromkeys(mixing_tau.SMALL, 11)}
+    assert counts == {**dict.fromkeys(mixing_tau.LARGE, 100), **dict.fromkeys(mixing_tau.SMALL, 10)}
 
 
 def test_every_sum_has_its_chain_beside_it(tmp_path, monkeypatch):
@@ -49,7 +49,17 @@ def test_every_sum_has_its_chain_beside_it(tmp_path, monkeypatch):
                         lambda *arguments, **options: real(*arguments, **options | {"n": 30}))
     lines = chain_of_thought.write_data(0, tmp_path / "sums.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == 60 and all(row["chain"].count("=") == 2 for row in rows)
+    assert len(rows) == 30 and all(row["chain"].count("=") == 2 for row in rows)
+
+
+@pytest.mark.parametrize("script", [chain_of_thought, mixing_tau])
+def test_no_task_of_the_exam_is_in_the_data(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixing_tau, "SIZES", {300: mixing_tau.LARGE + mixing_tau.SMALL})
+    lines = script.write_data(0, tmp_path / "tasks.jsonl").read_text().splitlines()
+    asked = {json.loads(line)["messages"][-2]["content"] for line in lines}
+    exam = evaluate.exam("world:0", 200, ("arithmetic", "translation", "lists"))
+    assert not asked & {readers.checked_turns(task["prompt"], "prompt", "user")[-1]["content"]
+                        for task in exam}
 
 
 def test_alignment_of_the_tuned_model_names_options_that_train_dpo_has():
