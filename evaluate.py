@@ -77,7 +77,7 @@ def validation_loss(model: Transformer, source, rows: int, batch_size: int,
     the same rows at every call.
 
     source: data.TokenStream or data.PackedExamples; or objectives.Denoised, with
-    scores=denoised_logps.
+    scores=denoised_logps. An encoder-decoder scores data.PackedExamples with answer_logps.
     """
     model.eval()
     loss = 0.0
@@ -155,9 +155,10 @@ def ngram_baselines(windows: dict, shares: dict[str, float], vocab_size: int) ->
     return baselines
 
 
-def response_loss(model: Transformer, examples: data.PackedExamples, batch_size: int) -> float:
+def response_loss(model: Transformer, examples: data.PackedExamples, batch_size: int,
+                  scores: Callable = token_logps) -> float:
     """Nats per response token over all examples."""
-    return validation_loss(model, examples, len(examples), batch_size)
+    return validation_loss(model, examples, len(examples), batch_size, scores)
 
 
 def unigram_response_loss(train: data.PackedExamples, val: data.PackedExamples,
@@ -607,7 +608,8 @@ def main(cfg: Config) -> dict:
     if readers.world_named(cfg.data) is None:
         raise ValueError(f"--data {cfg.data}: only a world has an answer key; give world or "
                          "world:SEED")
-    model, tokenizer = load_model(cfg.init, device, dtype)
+    # KL scores answers in one row with their prompts, as decoders read them
+    model, tokenizer = load_model(cfg.init, device, dtype, two_stacks=not cfg.reference)
     if cfg.reference:
         # Loaded before the exam, because a wrong folder should not be found out minutes later.
         reference, reference_tokenizer = load_model(cfg.reference, device, dtype)

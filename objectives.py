@@ -17,6 +17,7 @@ finds in one row, inputs first. Both sides end in <|end|>.
     inputs   The bear <s0> her hat on <s1> . <|end|>
     targets  <s0> had lost <s1> the hill <|end|>
 
+answers_apart makes such pairs of conversations, for fine-tuning an encoder_decoder (section 2.2).
 A side is (ids (B, T) right-padded, lengths (B,)).
 """
 from dataclasses import dataclass
@@ -491,6 +492,48 @@ def widened(ids: np.ndarray, limit: int, pad: int) -> np.ndarray:
     """Padded to one of a few widths (data.wide_enough)."""
     n_more = data.wide_enough(ids.shape[1], 16, limit) - ids.shape[1]
     return np.pad(ids, ((0, 0), (0, n_more)), constant_values=pad)
+
+
+def answers_apart(batch: data.Batch) -> DenoisingBatch:
+    """The conversations of packed rows (data.PackedExamples), each a row of its own, for an
+    encoder-decoder (001 section 2.2): the source is all before the last answer, <|assistant|> at
+    its end; the targets are that answer and its <|end|>. The writer starts from the source's last
+    token, as sample.py does. (B, T) -> source (n, S), the others (n, T_y).
+
+        <|user|>Hi<|end|><|assistant|>Yo<|end|> -> source   <|user|>Hi<|end|><|assistant|>
+                                                   tokens   <|assistant|>Yo
+                                                   targets  Yo<|end|>
+    """
+    inside = batch.documents >= 0                      # (B, T): no padding
+    n_in_row = batch.documents.amax(1, keepdim=True) + 1                   # (B, 1) conversations
+    n_before = n_in_row.cumsum(0) - n_in_row           # in the rows above
+    row = (n_before + batch.documents)[inside]         # (N,) where each token goes, and its place
+    place = batch.positions[inside]
+    ids = batch.tokens[inside]
+    n = int(n_in_row.sum())
+
+    # an answer begins behind the last token that is no target
+    others = ~batch.loss_mask[inside]
+    last_read = row.new_zeros(n).scatter_reduce(0, row[others], place[others], "amax")
+    n_read = last_read + 1
+    is_read = place < n_read[row]
+    longest = batch.tokens.shape[1] - 1                # one is written at least
+    # 0 behind the ends of rows, where nothing looks
+    width = data.wide_enough(int(n_read.max()), 16, longest)
+    source = ids.new_zeros(n, width)                                       # (n, S)
+    source[row[is_read], place[is_read]] = ids[is_read]
+
+    row = row[~is_read]
+    place = place[~is_read] - n_read[row]              # in the answer
+    width = data.wide_enough(int(place.max()) + 1, 16, longest)
+    targets = ids.new_zeros(n, width)                                      # (n, T_y)
+    targets[row, place] = ids[~is_read]
+    loss_mask = torch.zeros_like(targets, dtype=torch.bool)
+    loss_mask[row, place] = True
+    start = source.gather(1, last_read[:, None])                           # (n, 1)
+    before = torch.cat([start, targets[:, :-1]], 1)    # token t is predicted from those before it
+    return DenoisingBatch(before, loss_mask, None, None, batch.index, targets=targets,
+                          source=source, source_lengths=n_read)
 
 
 def spans_after(ids: list[int], sentinels: list[int]) -> dict[int, tuple[int, ...]]:

@@ -394,8 +394,10 @@ def main(cfg: Config) -> None:
     kernels.keep_memory()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    load = load_any_model if cfg.raw or cfg.fill else load_model   # a chat needs a decoder
-    model, tokenizer = load(cfg.init, device, dtype, to_answer=True)
+    if cfg.raw or cfg.fill:
+        model, tokenizer = load_any_model(cfg.init, device, dtype, to_answer=True)
+    else:
+        model, tokenizer = load_model(cfg.init, device, dtype, to_answer=True, two_stacks=True)
     if isinstance(model, WithHead):
         model = model.trunk                                        # without its next sentences
     model.eval()

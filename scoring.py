@@ -2,6 +2,7 @@
 What the stages share of the mathematics: log-probabilities, rewards, values, KL, masked means.
 
     log p(x_t | x_<t)                token_logps      every stage's loss is made of it
+    log p(y_t | y_<t, x)             answer_logps     of encoder-decoders (2.2)
     log pi(y | x) = sum_t of these   response_logps   DPO, rankings by likelihood
     r_psi(x, y)                      response_rewards the reward model at the last token of y
     KL(pi || pi_ref)                 kl_k1, kl_k3     from log pi - log pi_ref of sampled tokens
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+import objectives
 
 # ---------------------------------------------------------------------- log-probabilities
 
@@ -49,6 +51,13 @@ def denoised_logps(logps: Callable, batch) -> Tensor:
         loss_mask = loss_mask[:, 1:]
     return logps(tokens, targets, loss_mask=loss_mask, documents=batch.documents,
                  positions=batch.positions, **batch.of_architecture())
+
+
+def answer_logps(logps: Callable, batch: data.Batch) -> Tensor:
+    """log p(y_t | y_<t, x) in nats of each conversation's last answer y, by an encoder-decoder that
+    reads all before it, x (001 section 2.2): (n, T_y) fp32, 0 elsewhere. batch: packed rows, n
+    conversations."""
+    return denoised_logps(logps, objectives.answers_apart(batch))
 
 
 def response_logps(logps: Callable, batch: data.Batch) -> Tensor:

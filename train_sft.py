@@ -13,6 +13,9 @@ periodic evaluation on families that are never trained on.
 Minimise  L = -sum_t m_t log p_theta(s_t | s_<t) / sum_t m_t,  m_t = 1 on the assistant's tokens and
 their <|end|> (the <EOS> of the document).
 
+An encoder-decoder (train_denoise.py) reads a conversation up to its last answer and writes that
+one alone, L_seq2seq = -sum_t log p_theta(y_t | y_<t, x) of section 2.2.
+
 Differs from the document:
   1.       everything is trained unless --peft lora: 3.7 trains all of theta, 2.5 only phi.
   2.1      several examples share a row ("packing"); attention and loss stay inside each.
@@ -25,26 +28,29 @@ Differs from the document:
     python train_sft.py                                            # the embedded world
     python train_sft.py --peft lora --lora_rank 16 --lr 3e-3
     python train_sft.py --ewc 0.1                  # section 2.3: forget less text (forgetting.py)
+    python train_sft.py --init out/denoise         # T5, of train_denoise.py --objective span
     python train_sft.py --init out/base --data tasks.jsonl --context_length 512
 """
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 import evaluate
 import lora
-from data import PackedExamples, mixing_weights
+from data import PackedExamples, mixing_weights, response_start
 from forgetting import OLD_FIGURES, Past, check_options, squared_distance
-from model import parameter_count
+from model import Transformer, parameter_count
 from moe import router_loss
+from plumbing import inputs
 from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line, nested
 from plumbing.run import start
 from readers import read_chosen, read_examples
-from scoring import token_logps
+from scoring import answer_logps, token_logps
 
 
 @dataclass
@@ -111,8 +117,26 @@ def mix_chains(rows: list[dict], ratio: float, seed: int) -> None:
         row["messages"] = [*row["messages"][:-1], answer | {"content": text}]
 
 
-def format_rows(rows: list[dict], tokenizer, train_on: str = "response") -> None:
-    """Give each conversation its "ids" and its loss "mask", two lists of one length."""
+def task_of(model: Transformer, cfg: Config) -> tuple[Callable, bool]:
+    """How the model's answers are scored, and whether the last of a conversation is the only one.
+
+    Raises ValueError for options that ask an encoder-decoder to write what it only reads.
+    """
+    if model.architecture == "decoder":
+        return token_logps, False
+    options = [f"--{name}" for name in inputs.OLD_TEXT if getattr(cfg, name)]
+    if cfg.train_on != "response":
+        options.append(f"--train_on {cfg.train_on}")
+    if options:
+        raise ValueError(f"--init {cfg.init} is an encoder-decoder, which writes answers and reads "
+                         f"all else; leave out {', '.join(options)}, or give a decoder")
+    return answer_logps, True
+
+
+def format_rows(rows: list[dict], tokenizer, train_on: str = "response",
+                last_alone: bool = False) -> None:
+    """Give each conversation its "ids" and its loss "mask", two lists of one length. last_alone:
+    earlier answers are no targets."""
     for row in rows:
         # 2.1 Construct prompt-completion sequence: the template's role tokens around each turn
         row["ids"] = tokenizer.conversation(row["messages"])
@@ -120,11 +144,15 @@ def format_rows(rows: list[dict], tokenizer, train_on: str = "response") -> None
         row["mask"] = tokenizer.response_mask(row["ids"])
         if train_on == "all":
             row["mask"] = [int(i < tokenizer.vocab_size) for i in row["ids"]]    # not virtual ones
+        if last_alone:
+            start = response_start(row["mask"])
+            row["mask"] = [0] * start + row["mask"][start:]
 
 
-def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: Config) -> dict:
+def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: Config,
+                    scores: Callable) -> dict:
     """Response loss on held-out examples, and accuracy on the exams of a world."""
-    val_loss = evaluate.response_loss(model, heldout, cfg.batch_size)
+    val_loss = evaluate.response_loss(model, heldout, cfg.batch_size, scores)
     accuracies = evaluate.quiz_accuracy(model, tokenizer, quiz)
     return {"val_loss": val_loss, "perplexity": math.exp(val_loss), **accuracies}
 
@@ -134,7 +162,9 @@ def main(cfg: Config) -> dict:
     run = start(cfg, __file__)
 
     # 1. INITIALIZE
-    model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length)
+    model, tokenizer = load_model(cfg.init, run.device, run.dtype, cfg.context_length,
+                                  two_stacks=True)
+    scores, last_alone = task_of(model, cfg)
     # 1.1 Initialize A ~ N(0, sigma^2), with --peft lora
     # 1.2 Initialize B <- 0
     # 1.3 Freeze W_0, and all else that is no adapter
@@ -147,8 +177,8 @@ def main(cfg: Config) -> dict:
     train_rows, heldout_rows = read_rows(cfg)
     # 3.7/1.1 Templates and reasoning chains are the data's, of the chains as many as --cot_ratio
     mix_chains(train_rows, cfg.cot_ratio, cfg.seed)
-    format_rows(train_rows, tokenizer, cfg.train_on)
-    format_rows(heldout_rows, tokenizer)
+    format_rows(train_rows, tokenizer, cfg.train_on, last_alone)
+    format_rows(heldout_rows, tokenizer, last_alone=last_alone)
     # 3.7/1.2 Compute sampling weights w_k ~ min(N_k, M)^(1/tau) of the task families
     counts = Counter(row["task"] for row in train_rows)
     cap = cfg.cap or None
@@ -165,7 +195,7 @@ def main(cfg: Config) -> dict:
     # 3.7/2 theta <- theta*, AdamW
     optimizer = pick_optimizer(cfg.optimizer, model, cfg.lr, cfg.weight_decay, run.dtype)
     unigram_loss = evaluate.unigram_response_loss(train, heldout, tokenizer.vocab_size)
-    base_loss = evaluate.response_loss(model, heldout, cfg.batch_size)     # of --init
+    base_loss = evaluate.response_loss(model, heldout, cfg.batch_size, scores)     # of --init
     train = past.with_replay(train)
     run.track(model=model, optimizer=optimizer)
     run.say(f"{len(train_rows)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
@@ -184,7 +214,7 @@ def main(cfg: Config) -> dict:
             # ranks average in the backward pass of the last micro-batch (FSDP: of each)
             forward.require_backward_grad_sync = batch is batches[-1]
             # 3.2 FORWARD PASS
-            logps = token_logps(forward, batch)              # 3.7/3.2 (B, T), 0 where m_t = 0
+            logps = scores(forward, batch)                   # 3.7/3.2 (B, T), 0 where m_t = 0
             batch_loss = -logps.sum() / n_targets
             penalty = router_loss(model)                     # of this pass, before that of the KL
             if cfg.ewc:                                      # L_EWC of section 2.3
@@ -207,7 +237,7 @@ def main(cfg: Config) -> dict:
         figures = {"loss": loss}
         # 3.7/3.4 PERIODIC EVALUATION: held-out examples, and families never trained on
         if run.due(step, cfg.eval_every):
-            figures |= heldout_figures(model, heldout, tokenizer, quiz, cfg)
+            figures |= heldout_figures(model, heldout, tokenizer, quiz, cfg, scores)
             figures |= past.figures(model)
         tokens = sum(batch.tokens.numel() for batch in batches)
         run.log(step, tokens=tokens, grad_norm=grad_norm, lr=lr, **figures)

@@ -163,25 +163,29 @@ def names_not_finite(weights: dict[str, Tensor]) -> list[str]:
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
                dtype: torch.dtype = torch.float32, context_length: int | None = None,
-               to_answer: bool = False) -> tuple[Transformer, Tokenizer]:
+               to_answer: bool = False, two_stacks: bool = False) -> tuple[Transformer, Tokenizer]:
     """Read a decoder, which every stage after pretraining takes. A prefix model comes back as a
     decoder, because the stages read conversations from left to right and its weights are the same.
 
     context_length changes how far RoPE's table reaches. to_answer: it will not be trained, and its
-    weights stay as they lie in the file, of which nothing is copied. Raises ValueError for other
-    models, and when the folder is absent or half-written, or its parts do not fit together.
+    weights stay as they lie in the file, of which nothing is copied. two_stacks: take an
+    encoder-decoder, too. Raises ValueError for other models, and when the folder is absent or
+    half-written, or its parts do not fit together.
     """
+    taken = {"decoder": "a decoder", "prefix": "a prefix model"}
+    if two_stacks:
+        taken["encoder_decoder"] = "an encoder-decoder"
     saved, weights, tokenizer = read_folder(folder)
     refuse_reward_model(folder, saved)
-    if saved["head"] != "lm" and saved["architecture"] in ("decoder", "prefix"):
+    if saved["head"] != "lm" and saved["architecture"] in taken:
         raise ValueError(f"{folder}: this is a classifier, which cannot write any more; give the "
                          "model that it was made of")
     architecture = saved["architecture"]
     if architecture == "prefix":                       # the same weights by the same names
         saved["architecture"] = "decoder"
-    elif architecture != "decoder":
-        raise ValueError(f"{folder}: this model is an {architecture}; chatting and the "
-                         "stages after pretraining take a decoder or a prefix model")
+    elif architecture not in taken:
+        raise ValueError(f"{folder}: this model is an {architecture}; here give "
+                         f"{' or '.join(taken.values())}")
     model = build(folder, saved, weights, tokenizer, dtype, context_length, to_answer)
     return model.to(device), tokenizer
 

@@ -42,6 +42,7 @@ STAGES = {
                                          "next_sentence": True}),
     "t5": (train_denoise, CORPUS | {"objective": "span"}),
     "sft": (train_sft, EXAMPLES),
+    "seq2seq": (train_sft, EXAMPLES | {"init": "two_stacks"}),
     "lora": (train_sft, EXAMPLES | {"peft": "lora", "lora_rank": 2}),
     "adapter": (train_sft, EXAMPLES | {"peft": "adapter", "bottleneck": 2, "template": True}),
     "class": (train_classifier, LABELS | {"data": "texts.jsonl"}),
@@ -90,6 +91,7 @@ def write_inputs(folder: Path) -> Path:
     write_rows(folder / "spans.jsonl", spans)
     sizes = SIZES | {"context_length": 64}
     folder_of(tiny_model(**sizes), folder / "sft")
+    folder_of(tiny_model(architecture="encoder_decoder", **sizes), folder / "two_stacks")
     folder_of(tiny_model(seed=1, head="scalar", **sizes), folder / "rm")
     return folder
 

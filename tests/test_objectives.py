@@ -317,6 +317,43 @@ def test_all_architectures_read_and_score_the_same_pairs(objective):
     assert source.rows(range(8)).prefix.tolist() == sides[0][1].tolist()
 
 
+def conversations(*texts):
+    """Packed rows of conversations "question>answer>question>answer"."""
+    rows = []
+    for n, text in enumerate(texts):
+        roles = ("user", "assistant") * 9
+        turns = [{"role": role, "content": said} for role, said in zip(roles, text.split(">"))]
+        rows.append({"messages": turns, "task": "", "where": f"row {n}"})
+    return data.PackedExamples(data.format_examples(rows, BYTES), BYTES, 24, seed=0)
+
+
+def test_conversations_apart_by_hand():
+    packed = conversations("ab>cd", "e>f>g>hij", "k>l")
+    batch = packed.rows(range(len(packed)))
+    assert len(batch.tokens) == 2                              # 13 + 6 tokens in a row, and 8
+    pairs = objectives.answers_apart(batch)
+    user, writes, end = BYTES.user, BYTES.assistant, BYTES.end
+    a, b, c, d, e, f, g, h, i, j, k, m = b"abcdefghijkl"
+    expected = {0: ([user, a, b, end, writes], [writes, c, d], [c, d, end]),
+                1: ([user, e, end, writes, f, end, user, g, end, writes], [writes, h, i, j],
+                    [h, i, j, end]),
+                2: ([user, k, end, writes], [writes, m], [m, end])}
+    assert sorted(pairs.index.tolist()) == [0, 1, 2] and pairs.n_targets == 9
+    rows = zip(pairs.index.tolist(), pairs.source, pairs.source_lengths, pairs.tokens,
+               pairs.targets, pairs.loss_mask)
+    for n, source, length, tokens, targets, mask in rows:
+        found = source[:length].tolist(), tokens[mask].tolist(), targets[mask].tolist()
+        assert found == expected[n]
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)        # from the left
+    assert pairs.source.shape == (3, 16) and pairs.tokens.shape == pairs.targets.shape == (3, 16)
+
+
+def test_a_conversation_that_fills_the_context_has_a_source_that_fits():
+    packed = conversations("a" * 20 + ">b")                    # 25 tokens in all, 2 of them written
+    pairs = objectives.answers_apart(packed.rows([0]))
+    assert pairs.source.shape == (1, 24) and pairs.source_lengths.tolist() == [23]
+
+
 def test_masked_batches_score_the_chosen_tokens_and_stay_inside_documents():
     source, batch = a_source("mlm", "encoder", 40)
     window = source.stream.rows(range(8))

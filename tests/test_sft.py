@@ -15,11 +15,12 @@ import data
 import evaluate
 import lora
 import readers
+import sample
 import train_sft
 from plumbing.curves import read_metrics
 from plumbing.folders import load_model
 from plumbing.options import build
-from scoring import token_logps
+from scoring import answer_logps, token_logps
 from tokenizer import Tokenizer
 
 
@@ -183,6 +184,95 @@ def test_a_resumed_run_repeats_the_curve(tmp_path):
     assert all(torch.equal(w, weights[name]) for name, w in weights_of(folder).items())
 
 
+# ---------------------------------------------------------------------- encoder-decoders (2.2)
+
+def two_stacks(tmp_path, **changes):
+    """The config of a run that starts from an encoder-decoder."""
+    folder = folder_of(tiny_model(architecture="encoder_decoder"), tmp_path / "two_stacks")
+    return config(tmp_path, **{"init": folder} | changes)
+
+
+def answer_loss(model, messages):
+    """-sum_t log p(y_t | y_<t, x) of the last answer, a token at a time, and its tokens."""
+    source = torch.tensor([TOKENIZER.prompt(messages[:-1])])
+    written = [TOKENIZER.assistant]
+    loss = 0.0
+    for token in [*TOKENIZER.encode(messages[-1]["content"]), END]:
+        logits = model(torch.tensor([written]), source=source,
+                       source_lengths=torch.tensor([source.shape[1]]))
+        loss -= logits[0, -1].double().log_softmax(-1)[token].item()
+        written.append(token)
+    return loss, len(written) - 1
+
+
+@torch.no_grad()
+def test_an_encoder_decoders_loss_is_that_of_last_answers_alone(tmp_path):
+    rows = [*made_rows(9), {"messages": [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]}]
+    examples = readers.read_examples(write_rows(tmp_path / "rows.jsonl", rows))
+    train_sft.format_rows(examples, TOKENIZER, last_alone=True)
+    source = data.PackedExamples(examples, TOKENIZER, 64, seed=0)
+    model = tiny_model(architecture="encoder_decoder", token_shift=True)
+    counted = [answer_loss(model, row["messages"]) for row in examples]
+    n_targets = sum(n for _, n in counted)
+    assert len(source) < len(rows) and source.rows(range(len(source))).n_targets == n_targets
+    found = evaluate.response_loss(model, source, 2, answer_logps)
+    assert found == pytest.approx(sum(loss for loss, _ in counted) / n_targets, rel=1e-5)
+
+
+WORDS = {"red": "mu", "bear": "kati", "saw": "zo", "two": "li", "moons": "pero"}
+
+
+def test_an_encoder_decoder_learns_to_translate_and_answers(tmp_path):
+    rows = []
+    for first in WORDS:
+        for second in WORDS:
+            rows.append({"prompt": f"{first} {second}", "response": f"{WORDS[first]} "
+                                                                    f"{WORDS[second]}"})
+    file = write_rows(tmp_path / "words.jsonl", rows)
+    result = train_sft.main(two_stacks(tmp_path, data=file, steps=100, batch_size=8, lr=1e-2))
+    assert read_metrics(tmp_path / "sft")[-1]["loss"] < 0.1 < 1 < result["base_loss"]
+    assert result["unigram_loss"] > result["val_loss"]
+    model, tokenizer = load_model(tmp_path / "sft", two_stacks=True)
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    said = sample.respond(model, tokenizer, asked, 20)
+    heldout = {row["messages"][0]["content"] for row in readers.read_examples(file,
+                                                                              split="heldout")}
+    known = [(text, row["response"]) for text, row in zip(said, rows)
+             if row["prompt"] not in heldout]
+    assert len(known) > 15 and all(text == answer for text, answer in known)
+
+
+@pytest.mark.parametrize("options", [{"peft": "lora", "lora_rank": 2}, {"peft": "adapter"},
+                                     {"chosen": True}, {"grad_accum": 2, "optimizer": "muon"}])
+def test_encoder_decoders_learn_with_other_options(tmp_path, options):
+    if "chosen" in options:
+        pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
+        options = options | {"data": write_rows(tmp_path / "pairs.jsonl", pairs)}
+    result = train_sft.main(two_stacks(tmp_path, steps=15, lr=1e-2, **options))
+    assert result["val_loss"] < result["base_loss"]
+    assert load_model(tmp_path / "sft", two_stacks=True)[0].architecture == "encoder_decoder"
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"train_on": "all"}, "leave out --train_on all, or give a decoder"),
+    ({"ewc": 0.1, "replay": 0.5}, "writes answers and reads all else; leave out --ewc, --replay"),
+    ({"peft": "prompt"}, "virtual tokens stand before what a decoder reads")])
+def test_what_an_encoder_decoder_cannot_do_is_refused(tmp_path, options, named):
+    with pytest.raises(ValueError, match=named):
+        train_sft.main(two_stacks(tmp_path, **options))
+
+
+def test_stages_that_need_a_decoder_and_models_that_write_nothing_are_refused(tmp_path):
+    folder = folder_of(tiny_model(architecture="encoder_decoder"), tmp_path / "two")
+    with pytest.raises(ValueError, match="encoder_decoder; here give a decoder or a prefix model"):
+        load_model(folder)
+    encoder = folder_of(tiny_model(architecture="encoder"), tmp_path / "encoder")
+    with pytest.raises(ValueError, match="is an encoder; here .* a prefix model or an encoder-dec"):
+        train_sft.main(config(tmp_path, init=encoder))
+
+
 # ---------------------------------------------------------------------- LoRA
 
 def test_lora_trains_only_a_and_b_and_leaves_adapter_and_merged_model_that_agree(
@@ -301,7 +391,7 @@ def test_a_cap_and_a_temperature_let_small_tasks_in(tmp_path, monkeypatch, optio
         raise Stop
     monkeypatch.setattr(train_sft, "read_rows", lambda cfg: (rows, []))
     monkeypatch.setattr(train_sft, "mix_chains", lambda *arguments: None)
-    monkeypatch.setattr(train_sft, "format_rows", lambda *arguments: None)
+    monkeypatch.setattr(train_sft, "format_rows", lambda *arguments, **options: None)
     monkeypatch.setattr(train_sft, "PackedExamples", packed)
     with pytest.raises(Stop):
         train_sft.main(config(tmp_path, **options))
