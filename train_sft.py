@@ -40,6 +40,7 @@ import numpy as np
 
 import evaluate
 import lora
+import objectives
 from data import PackedExamples, mixing_weights, response_start
 from forgetting import OLD_FIGURES, Past, check_options, squared_distance
 from model import Transformer, parameter_count
@@ -149,6 +150,16 @@ def format_rows(rows: list[dict], tokenizer, train_on: str = "response",
             row["mask"] = [0] * start + row["mask"][start:]
 
 
+def read_at_once(train: PackedExamples, last_alone: bool, cfg: Config) -> dict[str, float]:
+    """What an encoder-decoder makes of the first batch, for the forecast: so many rows, and tokens
+    in each on either side. {} for a decoder, which reads the packed rows."""
+    if not last_alone:
+        return {}
+    pairs = objectives.answers_apart(train.batch(0, cfg.batch_size))
+    rows = len(pairs.tokens)
+    return {"rows": rows, "length": pairs.n_tokens / 2 / rows}
+
+
 def heldout_figures(model, heldout: PackedExamples, tokenizer, quiz: dict, cfg: Config,
                     scores: Callable) -> dict:
     """Response loss on held-out examples, and accuracy on the exams of a world."""
@@ -201,7 +212,7 @@ def main(cfg: Config) -> dict:
     run.say(f"{len(train_rows)} examples, {parameter_count(model, trainable=True) / 1e6:.3f}M of "
             f"{parameter_count(model) / 1e6:.2f}M parameters train; held-out response loss to "
             f"beat: unigram {unigram_loss:.2f}, the model as it is {base_loss:.2f} nats per token")
-    run.forecast(model, *past.references)
+    run.forecast(model, *past.references, **read_at_once(train, last_alone, cfg))
 
     # 3. TRAINING LOOP
     for step in run.steps(cfg.steps):
