@@ -224,7 +224,7 @@ def test_an_encoder_decoders_loss_is_that_of_last_answers_alone(tmp_path):
 WORDS = {"red": "mu", "bear": "kati", "saw": "zo", "two": "li", "moons": "pero"}
 
 
-def test_an_encoder_decoder_learns_to_translate_and_answers(tmp_path):
+def test_an_encoder_decoder_learns_to_translate_and_answers(tmp_path, capsys):
     rows = []
     for first in WORDS:
         for second in WORDS:
@@ -239,9 +239,13 @@ def test_an_encoder_decoder_learns_to_translate_and_answers(tmp_path):
     said = sample.respond(model, tokenizer, asked, 20)
     heldout = {row["messages"][0]["content"] for row in readers.read_examples(file,
                                                                               split="heldout")}
-    known = [(text, row["response"]) for text, row in zip(said, rows)
+    known = [(row["prompt"], text, row["response"]) for text, row in zip(said, rows)
              if row["prompt"] not in heldout]
-    assert len(known) > 15 and all(text == answer for text, answer in known)
+    assert len(known) > 15 and all(text == answer for _, text, answer in known)
+    capsys.readouterr()
+    asked, _, answer = known[0]
+    sample.main(sample.Config(init=str(tmp_path / "sft"), prompt=asked, device="cpu"))
+    assert capsys.readouterr().out == f"{answer}\n"
 
 
 @pytest.mark.parametrize("options", [{"peft": "lora", "lora_rank": 2}, {"peft": "adapter"},
