@@ -16,7 +16,7 @@ An answer that does not end, or for which the context has no room, ends its conv
 what would have followed count as neither.
 
     python experiments/system_prompts.py            # results/system_prompts.png and .md
-    python experiments/system_prompts.py --quick    # one seed, a tenth of steps and tasks
+    python experiments/system_prompts.py --quick    # one seed, 120 steps, a tenth of the tasks
 """
 import json
 import re
@@ -62,7 +62,7 @@ HANDS = ("terse", "careful")
 TURNS = 3
 LONGEST = 80                          # tokens of an answer
 N_CONVERSATIONS = 6000
-SFT = {"optimizer": "muon", "lr": 2e-3, "steps": 400, "batch_size": 16, "eval_every": 400,
+SFT = {"optimizer": "muon", "lr": 4e-3, "steps": 400, "batch_size": 16, "eval_every": 400,
        "n_examples": N_CONVERSATIONS}
 
 
@@ -161,6 +161,7 @@ RULES = {
 }
 WORDINGS = ("training", "held-out")
 NONE = "no system turn"
+TITLES = {"obeyed": "that obey", "right": "that are right"}
 NO_RULE = Rule((), (), str, lambda text: any(rule.obeys(text) for rule in RULES.values()), str)
 
 
@@ -169,7 +170,7 @@ class Config:
     seeds: str = "0,1,2"              # of world, models and batches
     out: str = "out/system_prompts"   # folder for the models and their data
     figure: str = "results/system_prompts.png"    # the picture; the table beside it, as .md
-    quick: bool = False               # one seed, a tenth of steps and tasks, marked
+    quick: bool = False               # one seed, 120 steps, a tenth of the tasks, marked
 
 
 # ---------------------------------------------------------------------- conversations
@@ -312,18 +313,19 @@ def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
                 label = f"{condition}{', SFT before' if model == 'sft' else ''}"
                 axis.plot(turns, np.mean(values, 0), line, color=f"C{color}", label=label)
                 axis.plot(turns, np.transpose(values), "o", color=f"C{color}", markersize=3)
-        axis.set(title=f"answers that are {name}{mark}", xlabel="turn of the conversation",
+        axis.set(title=f"share of answers {TITLES[name]}{mark}", xlabel="turn of the conversation",
                  xticks=turns, ylim=(-0.03, 1.03))
     axes[0].legend(fontsize=7)
-    for shift, wording in ((-0.2, "training"), (0.2, "held-out")):
-        for place, name in enumerate(RULES):
-            values = [float(np.mean(exam["obeyed"][f"{name}, {wording}"]))
-                      for exam in found["tuned"]]
-            color = "C0" if wording == "training" else "C1"
-            axes[1].bar(place + shift, float(np.mean(values)), 0.4, alpha=0.5, color=color)
-            axes[1].plot([place + shift] * len(values), values, "ko", markersize=3)
-    axes[1].set_xticks(range(len(RULES)), list(RULES))
-    axes[1].set(title=f"obeyed, by rule: training and held-out wordings{mark}", ylim=(-0.03, 1.03))
+    places = np.arange(len(RULES))
+    for shift, wording in zip((-0.2, 0.2), WORDINGS):
+        # (seeds, rules): the mean of the turns
+        values = np.mean([[exam["obeyed"][f"{name}, {wording}"] for name in RULES]
+                          for exam in found["tuned"]], 2)
+        axes[1].bar(places + shift, values.mean(0), 0.4, alpha=0.5, label=f"{wording} wordings")
+        axes[1].plot(places + shift, values.T, "ko", markersize=3)
+    axes[1].set_xticks(places, list(RULES))
+    axes[1].set(title=f"that obey, by rule{mark}", ylim=(-0.03, 1.03))
+    axes[1].legend(fontsize=7)
     save(figure, file)
 
 
@@ -359,7 +361,7 @@ def main(cfg: Config) -> None:
     n = 80
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
-        options["steps"] = SFT["steps"] // 10
+        options["steps"] = 120         # fewer teach no rule
         n = 8
     found = {"sft": [], "tuned": []}
     n_dropped = []
