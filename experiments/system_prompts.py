@@ -10,7 +10,7 @@ the rule. The other half has no system turn and plain answers, so that a rule mu
 guessed. Then both models answer unseen tasks, greedily, their own earlier answers in the context:
 
   obeyed   share of the answers that keep the rule; without a system turn, that keep any
-  right    share whose content, without the rule's dress, the world's judge finds right
+  right    share whose content, without the dress of any rule, the world's judge finds right
 
 An answer that does not end, or for which the context has no room, ends its conversation: it and
 what would have followed count as neither.
@@ -162,6 +162,15 @@ RULES = {
 WORDINGS = ("training", "held-out")
 NONE = "no system turn"
 TITLES = {"obeyed": "that obey", "right": "that are right"}
+
+
+def undressed(text: str) -> str:
+    """What an answer says, whichever rule it keeps: to keep the wrong one is no wrong answer."""
+    for rule in RULES.values():
+        text = rule.plain(text)
+    return text
+
+
 NO_RULE = Rule((), (), str, lambda text: any(rule.obeys(text) for rule in RULES.values()), str)
 
 
@@ -272,7 +281,7 @@ def examine(folder: Path, seed: int, n: int) -> dict[str, dict[str, list[float]]
         for (name, rule, tasks, turns), text in zip(talks, texts):
             if not text:
                 continue
-            is_right = parse_answer(tasks[t], rule.plain(text)) == tasks[t]["answer"]
+            is_right = parse_answer(tasks[t], undressed(text)) == tasks[t]["answer"]
             counts["obeyed"][name][t] += share * rule.obeys(text)
             counts["right"][name][t] += share * is_right
             turns.append({"role": "assistant", "content": text})

@@ -24,6 +24,7 @@ def test_a_rule_dresses_an_answer_and_takes_the_dress_off(name, dressed):
     assert rule.rewrite("A frog. I hope so!") == dressed
     assert rule.plain(dressed) == "A frog. I hope so!"
     assert rule.plain("A frog. I hope so!") == "A frog. I hope so!"    # not dressed: as it is
+    assert system_prompts.undressed(dressed) == "A frog. I hope so!"
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -32,8 +33,8 @@ def test_the_judge_finds_in_every_dress_what_the_demonstration_says(name):
     for task in TASKS:
         dressed = rule.rewrite(task["response"])
         assert rule.obeys(dressed) and not rule.obeys(task["response"])
-        found = parse_answer(task, rule.plain(dressed))
-        assert found == parse_answer(task, task["response"])
+        for plain in (rule.plain, system_prompts.undressed):
+            assert parse_answer(task, plain(dressed)) == parse_answer(task, task["response"])
 
 
 def test_no_answer_of_one_rule_keeps_another_and_plain_ones_keep_none():
