@@ -114,6 +114,8 @@ def is_bulleted(text: str) -> bool:
 
 
 def without_bullets(text: str) -> str:
+    if not is_bulleted(text):
+        return text
     return " ".join(line.removeprefix("- ") for line in text.split("\n"))
 
 
