@@ -126,6 +126,10 @@ class ModelConfig:
 class Embedding(nn.Embedding):
     """Rows of the weight (V, D) by number, from whichever rank has them."""
 
+    def reset_parameters(self) -> None:
+        if self.weight.device.type != "meta":          # where torch would load a library for it
+            super().reset_parameters()
+
     def forward(self, tokens: Tensor) -> Tensor:
         return parallel.embedding(tokens, self.weight)
 
@@ -316,16 +320,18 @@ class Transformer(nn.Module):
     def make_rope_table(self, device: torch.device | str) -> None:
         """cos and sin (context_length, C / 2) of RoPE's angles; not saved with the weights, because
         they follow from the sizes."""
-        with torch.device(device):
+        with torch.device("cpu"):                      # whatever the device of the weights is
             positions = torch.arange(self.config.context_length)
             angles = torch.outer(positions, rope_frequencies(self.config))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().to(device), persistent=False)
+        self.register_buffer("sin", angles.sin().to(device), persistent=False)
 
     @torch.no_grad()
     def initialize(self) -> None:
         """001 step 2.1: N(0, 1 / fan-in), and zero for the matrices that write to the residual
         stream, so that every block starts as the identity."""
+        if self.device.type == "meta":                 # without numbers there are none to draw
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features ** -0.5)

@@ -149,9 +149,11 @@ def lay_out(model: Transformer) -> Transformer:
     """Lay out the matrices of the blocks, in place, on a CPU that has oneDNN: a model of 134M
     parameters then writes 1.4 times as fast. Nothing can train or adapt them any more."""
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        for parent, name, matrix in list(lora.linears(model.blocks)):
-            if isinstance(matrix, Linear):
-                setattr(parent, name, LaidOut(matrix.weight))
+        places = [(parent, name) for parent, name, matrix in lora.linears(model.blocks)
+                  if isinstance(matrix, Linear)]
+        for parent, name in places:
+            # nobody else holds the matrix, so that it is gone before the next one is laid out
+            setattr(parent, name, LaidOut(getattr(parent, name).weight))
     return model
 
 

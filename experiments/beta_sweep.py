@@ -5,7 +5,7 @@ The sentences of the documents (003): "Too-high beta pins the policy to the refe
 improves (under-optimization); too-low beta lets it drift into reward-hacked, degenerate, or
 repetitive outputs that game the proxy while real quality drops"; and of DPO, whose beta is "the
 implicit KL strength": "smaller beta lets pi_theta diverge further from pi_ref". If both hold, the
-true reward is an inverted U over beta, and the KL falls along it. For each seed from the SFT model:
+true reward is an inverted U over beta, and the KL falls along it. For a seed from the SFT model:
 
   DPO   beta 0.05, 0.25, 1, 4, 16: on 8,000 pairs, each seen once
   PPO   beta 0, 0.1, 0.4, 1.6, 6.4, which stays where it is (--kl_target 0): against the reward
@@ -51,7 +51,7 @@ COLUMNS = {"true reward": ("true_reward", ".3f"), "KL": ("kl", ".2f"),
 
 @dataclass
 class Config:
-    seeds: str = "0,1,2"              # of world, models, batches and samples
+    seeds: str = "0"                  # of world, models, batches and samples
     out: str = "out/beta_sweep"       # folder for the models
     figure: str = "results/beta_sweep.png"        # the picture; the table beside it, as .md
     quick: bool = False               # one seed, three betas, a tenth of steps and pairs, marked

@@ -4,7 +4,7 @@ What annotators' errors do to the policy: labels that are wrong, and labels that
 The sentences of the documents (003): DPO "is sensitive to the reference model and to
 noisy/length-biased preferences", and "variants (IPO, KTO, online DPO) target DPO's overfitting";
 (001 section 4.8.1) IPO's fixed margin "rather than pushing the margin to infinity" is an "implicit
-regularization". For each seed from the SFT model, on 8,000 pairs that are each seen once:
+regularization". For a seed from the SFT model, on 8,000 pairs that are each seen once:
 
   (a) wrong labels, 0, 20 % and 40 % of them:
       DPO                --beta 1
@@ -18,6 +18,12 @@ regularization". For each seed from the SFT model, on 8,000 pairs that are each 
     python experiments/noise_robustness.py --quick   # one seed, two noises, a tenth of the steps
 
 Figures are of greedy answers to unseen prompts, judged without noise and bias.
+
+What came out, seed 0: 40 % wrong labels take .137 of true reward from DPO, .142 from conservative
+DPO and .086 from IPO, which has less to lose (.902 without noise, DPO .951): with each pair read
+once nothing is overfitted that a fixed margin or smoothed labels could keep out. Where every second
+annotator goes by length, answers grow from 9.5 words to 14.3 (DPO) and 17.1 (PPO), true reward
+falls by .120 and .096, and SFT's answers win 64 % of the comparisons.
 """
 import json
 import sys
@@ -58,7 +64,7 @@ BIAS_COLUMNS = {"words": ("words", ".1f"), "true reward": ("true_reward", ".3f")
 
 @dataclass
 class Config:
-    seeds: str = "0,1,2"              # of world, models, annotators, batches and samples
+    seeds: str = "0"                  # of world, models, annotators, batches and samples
     out: str = "out/noise_robustness"             # folder for pairs and models
     figure: str = "results/noise_robustness.png"  # the picture; the table beside it, as .md
     quick: bool = False               # one seed, two noises, a tenth of steps and pairs, marked

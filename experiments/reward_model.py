@@ -70,7 +70,7 @@ UNITS = ("in nats, mean", "over the mean margin's size, median")   # of disagree
 
 @dataclass
 class Config:
-    seeds: str = "0,1,2"              # of world, models and batches
+    seeds: str = "0"                  # of world, models and batches
     out: str = "out/reward_model"     # folder for the models
     figure: str = "results/reward_model.png"       # the picture; the table beside it, as .md
     quick: bool = False               # one seed, a tenth of steps and pairs, marked in the picture
