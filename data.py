@@ -271,9 +271,13 @@ def fit(sequences: list[tuple], limit: int, truncate: str, where: str) -> list[t
 
 
 def response_start(mask: list[int]) -> int:
-    """Where the last turn's targets begin: [0, 0, 1, 0, 1, 1] -> 4."""
-    n_targets = mask[::-1].index(0)               # at the end of the row, without a gap
-    return len(mask) - n_targets
+    """Where the last turn's targets begin, the end of the row without any: [0, 1, 0, 1, 1, 0] -> 3,
+    where a template writes something behind the end of a turn."""
+    if 1 not in mask:
+        return len(mask)
+    behind = len(mask) - mask[::-1].index(1)      # the last target
+    n_targets = mask[:behind][::-1].index(0)      # before it, without a gap
+    return behind - n_targets
 
 
 def fit_all(rows: list[dict], sequences_of: Callable[[dict], list[tuple]], limit: int,

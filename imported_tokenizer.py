@@ -172,6 +172,11 @@ class ImportedTokenizer:
     def named(self) -> list[str]:
         return list(self.special)
 
+    def extended(self, texts: Iterable[str], n: int):
+        """Raises ValueError: there is no place behind the ids of another model's vocabulary."""
+        raise ValueError("--new_words: the vocabulary of a model from elsewhere stays as it is; "
+                         "leave the option out")
+
     # ------------------------------------------------------------------ text
 
     def encode(self, text: str) -> list[int]:

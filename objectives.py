@@ -316,6 +316,10 @@ def with_special_tokens(tokenizer: Tokenizer, objective: str, window: int) -> To
     missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in tokenizer.special]
     if not missing:
         return tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"--objective {objective} needs the special tokens {' '.join(missing)}, "
+                         "and the vocabulary of a model from elsewhere stays as it is; give "
+                         "--objective causal, or a model of this project")
     return Tokenizer(tokenizer.ranks, tokenizer.pattern, [*tokenizer.named, *missing])
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import safetensors.torch
 import torch
+from test_imported_tokenizer import CHATML, vocabulary
 from torch.nn.functional import silu
 
 import convert
@@ -16,7 +17,6 @@ import sample
 import tokenizer_formats
 from model import ModelConfig, Transformer
 from plumbing.folders import load_model, save_model
-from tests.test_imported_tokenizer import CHATML, vocabulary
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------- folders by hand

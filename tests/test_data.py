@@ -383,3 +383,9 @@ def test_a_copying_row_is_said_again_and_every_other_row_backwards_in_turn():
 def test_targets_are_counted_before_a_batch_goes_to_a_gpu():
     batch = data.response_batch([[1], [2]], [[4, 5], [6]], pad=0, context_length=4).to("meta")
     assert batch.tokens.is_meta and batch.n_targets == 3
+
+
+@pytest.mark.parametrize("mask, start", [([0, 0, 1, 0, 1, 1], 4), ([0, 1, 0, 1, 1, 0], 3),
+                                         ([0, 1, 1, 0, 0], 1), ([0, 0], 2)])
+def test_the_last_response_begins_where_its_targets_do_whatever_stands_behind(mask, start):
+    assert data.response_start(mask) == start

@@ -7,6 +7,8 @@ import pytest
 import regex
 
 import imported_tokenizer
+import objectives
+import shards
 import tokenizer_formats
 from imported_tokenizer import ImportedTokenizer, Template, merged_by, split
 from tokenizer import PATTERN, Tokenizer
@@ -271,6 +273,21 @@ def test_a_damaged_folder_is_refused(name):
     del saved[name]
     with pytest.raises(ValueError, match=name):
         imported_tokenizer.load(saved)
+
+
+def test_a_vocabulary_from_elsewhere_neither_grows_nor_takes_other_control_tokens():
+    with pytest.raises(ValueError, match="--new_words"):
+        imported().extended(["new"], 3)
+    with pytest.raises(ValueError, match="--objective span"):
+        objectives.with_special_tokens(imported(), "span", 32)
+    assert objectives.with_special_tokens(imported(), "causal", 32) == imported()
+
+
+def test_shards_know_an_imported_tokenizer_by_its_ids():
+    assert shards.same_ids(imported(), imported())
+    assert not shards.same_ids(imported(), imported(merges=["l o"]))
+    assert not shards.same_ids(imported(), Tokenizer.bytes())
+    assert not shards.same_ids(Tokenizer.bytes(), imported())
 
 
 # ---------------------------------------------------------------------- beside the library

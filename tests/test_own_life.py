@@ -2,10 +2,13 @@
 import json
 
 import pytest
+from test_convert import BASE, write_folder
 from tiny import ending_model, folder_of, write_rows
 
+import convert
 import lifecycle
 import own_life
+from plumbing.folders import load_model
 
 QUICK = {
     "sft": {"steps": 2, "warmup": 1, "batch_size": 2, "context_length": 0, "eval_every": 2},
@@ -48,6 +51,16 @@ def test_four_stages_and_a_report_of_what_can_be_measured(command, tmp_path, cap
     capsys.readouterr()
     lifecycle.main(lifecycle.Config(**command))
     assert capsys.readouterr().err.count("finished before, skipped") == 4
+
+
+def test_every_stage_takes_a_model_from_elsewhere(command, tmp_path):
+    folder = write_folder(tmp_path / "hf", BASE | {"max_position_embeddings": 128})
+    convert.main(convert.Config(init=str(folder), out=str(tmp_path / "imported")))
+    found = lifecycle.main(lifecycle.Config(**command | {"base": str(tmp_path / "imported")}))
+    assert [*found["results"]] == ["sft", "rm", "dpo", "ppo"]
+    _, base_tokenizer = load_model(tmp_path / "imported")
+    _, tokenizer = load_model(tmp_path / "out/ppo")
+    assert tokenizer == base_tokenizer
 
 
 @pytest.mark.parametrize("option", ["sft_data", "pairs", "prompts"])
