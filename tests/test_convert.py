@@ -492,6 +492,64 @@ def test_transformers_opens_what_goes_out_and_says_the_same(kind, tmp_path):
     assert sample.generate(model, [list(ids)], 12) == [written.tolist()]
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_transformers_has_trained_on_comes_back(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = write_folder(tmp_path / "hf", CONFIGS[kind])
+    before, _ = to_lifecycle(folder, tmp_path / "ours")
+    convert.main(convert.Config(init=str(tmp_path / "ours"), out=str(tmp_path / "out"), to="hf"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out",
+                                                              dtype=torch.float32)
+    tokens = torch.tensor([[5, 9, 100, 7, 42, 8]])
+    theirs(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    theirs.save_pretrained(tmp_path / "trained")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(
+        tmp_path / "trained")
+    after, tokenizer = to_lifecycle(tmp_path / "trained", tmp_path / "back")
+    with torch.no_grad():
+        wanted = theirs.eval()(tokens).logits
+        assert (after(tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        assert (before(tokens) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert tokenizer.encode("low lower") == Tokenizer.load(tmp_path / "ours").encode("low lower")
+
+
+def test_the_gguf_package_reads_the_file_that_goes_out(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    folder = write_folder(tmp_path / "hf", BASE)
+    model, tokenizer = to_lifecycle(folder, tmp_path / "ours")
+    convert.main(convert.Config(init=str(tmp_path / "ours"), out=str(tmp_path / "m.gguf"),
+                                to="gguf"))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    wanted = convert.interleaved(model.blocks[1].attention.wk.weight.detach(), 2)
+    assert torch.equal(tensors["blk.1.attn_k.weight"], wanted)
+    assert torch.equal(tensors["output.weight"], model.lm_head.weight)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[tokenizer.end] == "<|im_end|>" and len(tokens) == BASE["vocab_size"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_peft_says_the_same_with_an_adapter_that_goes_out(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    folder = write_folder(tmp_path / "hf", CONFIGS[kind])
+    model, _ = to_lifecycle(folder, tmp_path / "ours")
+    lora.attach(model, lora.Options(peft="lora", lora_rank=3, lora_targets="wq,wv,w13,w2"))
+    with torch.no_grad():
+        for weight in lora.learned(model).values():
+            weight.normal_(std=0.2)
+    lora.save_adapter(tmp_path / "adapter", model)
+    convert.main(convert.Config(init=str(tmp_path / "adapter"), out=str(tmp_path / "peft"),
+                                to="peft"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    tokens = torch.tensor([[5, 9, 100, 7, 42, 8]])
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        assert (model(tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_sizes_survive_the_way_through_a_record():
     config = convert.our_config(CONFIGS["llama3"])
     assert ModelConfig(**asdict(config)) == config
