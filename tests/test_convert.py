@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 import convert
 import gguf_file
+import llama_family
 import lora
 import sample
 import tokenizer_formats
@@ -210,8 +211,8 @@ def test_in_and_out_again_is_bit_for_bit_the_same(kind, dtype, tmp_path):
     assert back.keys() == tensors.keys()
     for name, weight in tensors.items():
         assert back[name].dtype == dtype and torch.equal(back[name], weight), name
-    first = convert.our_config(json.loads((folder / "config.json").read_text()))
-    assert convert.our_config(json.loads((tmp_path / "back/config.json").read_text())) == first
+    first = llama_family.our_config(json.loads((folder / "config.json").read_text()))
+    assert llama_family.our_config(json.loads((tmp_path / "back/config.json").read_text())) == first
     again, _ = to_lifecycle(tmp_path / "back", tmp_path / "again")
     assert again.config == first
 
@@ -244,8 +245,8 @@ def test_a_gguf_file_holds_the_same_model_and_tokenizer(kind, tmp_path):
 
 def test_llama_cpp_turns_neighbours_where_we_turn_halves():
     weight = torch.arange(8.0)[:, None]                # one head of 8 channels
-    assert convert.interleaved(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert torch.equal(convert.in_halves(convert.interleaved(weight, 2), 2), weight)
+    assert llama_family.interleaved(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(llama_family.in_halves(llama_family.interleaved(weight, 2), 2), weight)
 
 
 def test_a_block_of_q8_0_is_a_scale_times_its_codes():
@@ -522,7 +523,7 @@ def test_the_gguf_package_reads_the_file_that_goes_out(tmp_path):
                                 to="gguf"))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    wanted = convert.interleaved(model.blocks[1].attention.wk.weight.detach(), 2)
+    wanted = llama_family.interleaved(model.blocks[1].attention.wk.weight.detach(), 2)
     assert torch.equal(tensors["blk.1.attn_k.weight"], wanted)
     assert torch.equal(tensors["output.weight"], model.lm_head.weight)
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
@@ -551,6 +552,6 @@ def test_peft_says_the_same_with_an_adapter_that_goes_out(kind, tmp_path):
 
 
 def test_sizes_survive_the_way_through_a_record():
-    config = convert.our_config(CONFIGS["llama3"])
+    config = llama_family.our_config(CONFIGS["llama3"])
     assert ModelConfig(**asdict(config)) == config
     assert tokenizer_formats.GGUF_PATTERNS["llama-bpe"] == [tokenizer_formats.PATTERN]

@@ -1,0 +1,267 @@
+"""
+The Llama family by the names of others: tensors and sizes at Hugging Face and in GGUF files, and
+here. convert.py reads and writes by these tables.
+
+    theirs("blocks.0.mlp.w2.weight", 0)      [["model.layers.0.mlp.down_proj.weight"]]
+    our_config(config_json)                  ModelConfig, or a refusal by the name of the field
+    their_config(config, tokenizer)          config.json
+    config_of_gguf(metadata, tensors)        the same from a GGUF file
+"""
+from torch import Tensor
+
+import gguf_file
+from imported_tokenizer import ImportedTokenizer
+from model import ROPE_ORIGINAL, ModelConfig
+from plumbing.folders import sizes_of
+
+# ---------------------------------------------------------------------- names of tensors
+
+WHOLE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+         "lm_head.weight": "lm_head.weight"}
+# Of a block: {ours: theirs, which lie one below the other in ours}
+OF_BLOCK = {
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "attention.wq.weight": ["self_attn.q_proj.weight"],
+    "attention.wk.weight": ["self_attn.k_proj.weight"],
+    "attention.wv.weight": ["self_attn.v_proj.weight"],
+    "attention.wo.weight": ["self_attn.o_proj.weight"],
+    "attention.bq": ["self_attn.q_proj.bias"],
+    "attention.bk": ["self_attn.k_proj.bias"],
+    "attention.bv": ["self_attn.v_proj.bias"],
+    "attention.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attention.k_norm.weight": ["self_attn.k_norm.weight"],
+    "mlp.w13.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.w2.weight": ["mlp.down_proj.weight"],
+    "mlp.router.weight": ["block_sparse_moe.gate.weight"],
+}
+# Of an expert, which is a slice of ours.
+OF_EXPERT = {"mlp.w13": ["w1.weight", "w3.weight"], "mlp.w2": ["w2.weight"]}
+# {Hugging Face's: GGUF's} of a layer
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down"}
+GGUF_WHOLE = {"model.embed_tokens.weight": "token_embd.weight",
+              "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+
+
+def theirs(name: str, n_experts: int) -> list[list[str]]:
+    """The tensors of Hugging Face that make one of ours: a list for each of its slices, of those
+    that lie one below the other in it.
+
+    "blocks.0.mlp.w2.weight" -> [["model.layers.0.mlp.down_proj.weight"]]
+    """
+    if name in WHOLE:
+        return [[WHOLE[name]]]
+    _, layer, rest = name.split(".", 2)
+    start = f"model.layers.{layer}"
+    if rest in OF_EXPERT:
+        return [[f"{start}.block_sparse_moe.experts.{e}.{part}" for part in OF_EXPERT[rest]]
+                for e in range(n_experts)]
+    return [[f"{start}.{part}" for part in OF_BLOCK[rest]]]
+
+
+def gguf_name(name: str) -> str:
+    """"model.layers.0.mlp.up_proj.weight" -> "blk.0.ffn_up.weight"."""
+    if name in GGUF_WHOLE:
+        return GGUF_WHOLE[name]
+    _, _, layer, rest = name.split(".", 3)
+    part, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
+
+
+def interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of queries or keys as llama.cpp's Llama turns them: channels i and i + C/2 of a head,
+    which RoPE turns together, one behind the other. (n C, ...) -> (n C, ...)."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def in_halves(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of interleaved()."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def by_their_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights by the names of Hugging Face, stacked ones taken apart."""
+    found = {}
+    for name, weight in weights.items():
+        slices = theirs(name, config.n_experts)
+        for parts, part_weight in zip(slices, weight if len(slices) > 1 else [weight]):
+            chunks = part_weight.chunk(len(parts))
+            found |= {part: chunk.contiguous() for part, chunk in zip(parts, chunks)}
+    return found
+
+
+def possible_names(config: dict) -> list[str]:
+    """Every tensor that a dense model of these sizes may have, by its name at Hugging Face."""
+    names = list(GGUF_WHOLE)
+    for layer in range(config["num_hidden_layers"]):
+        for part in GGUF_NAMES:
+            names += [f"model.layers.{layer}.{part}.{kind}" for kind in ("weight", "bias")]
+    return names
+
+
+# ---------------------------------------------------------------------- sizes
+
+# {model_type: (Hugging Face's class, what its models have besides)}
+KINDS = {"llama": ("LlamaForCausalLM", {}), "mistral": ("MistralForCausalLM", {}),
+         "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+         "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
+         "mixtral": ("MixtralForCausalLM", {})}
+SIZES = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings",
+         "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+         "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+         "d_head": "head_dim", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+         "tied": "tie_word_embeddings", "n_experts": "num_local_experts",
+         "top_k": "num_experts_per_tok"}
+# What other values would mean is not served.
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+        "use_sliding_window": False, "partial_rotary_factor": 1.0, "pretraining_tp": 1,
+        "is_decoder": False, "add_cross_attention": False}
+# What says nothing about the function that a model computes.
+SILENT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version",
+          "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+          "attention_dropout", "router_aux_loss_coef", "router_jitter_noise",
+          "output_router_logits", "max_window_layers", "_name_or_path", "transformers.js_config",
+          "is_llama_config", "rope_interleaved", "id2label", "label2id", "problem_type",
+          "chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states"}
+ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+
+
+def our_config(theirs: dict) -> ModelConfig:
+    """The sizes of a model from its config.json. Raises ValueError, by the name of the field, for
+    what is not served."""
+    kind = theirs.get("model_type")
+    if kind not in KINDS:
+        raise ValueError(f"model_type is {kind!r}; served are {', '.join(KINDS)}")
+    if theirs.get("use_sliding_window") is False:      # Qwen's say a width that is not used
+        theirs = theirs | {"sliding_window": None}
+    for name, value in theirs.items():
+        if name in ONLY:
+            if value != ONLY[name]:
+                raise ValueError(f"{name} is {value!r}; {ONLY[name]!r} is served")
+        elif name not in SILENT | ROPE | {*SIZES.values()} and value not in (None, False):
+            raise ValueError(f"{name} is {value!r}, and what that means is not known here; if it "
+                             "changes nothing in what the model computes, remove it")
+    for layer in theirs.get("layer_types") or ():
+        if layer != "full_attention":
+            raise ValueError(f"layer_types has {layer!r}; full_attention is served")
+    _, sizes = KINDS[kind]
+    sizes = dict(sizes)
+    for ours, name in SIZES.items():
+        if theirs.get(name) is not None:
+            sizes[ours] = theirs[name]
+    for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
+        if ours not in sizes:
+            raise ValueError(f"{SIZES[ours]} is missing")
+    sizes.setdefault("tied", False)                    # as Hugging Face's classes take it
+    if kind == "mixtral":
+        sizes["d_expert"] = sizes["d_ff"]
+    elif sizes.pop("n_experts", 0):
+        raise ValueError("num_local_experts: only mixtral has experts here")
+    return sizes_of("config.json", sizes | rope_of(theirs))
+
+
+def rope_of(theirs: dict) -> dict:
+    """rope_theta and rope_factor, from wherever a version of config.json has them."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    found = {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return found
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling has the type {kind!r}; llama3 is served")
+    served = {"low_freq_factor": 1, "high_freq_factor": 4,
+              "original_max_position_embeddings": ROPE_ORIGINAL}
+    for name, value in served.items():
+        if rope.get(name) != value:
+            raise ValueError(f"rope_scaling: {name} is {rope.get(name)!r}; {value} is served")
+    return found | {"rope_factor": float(rope["factor"])}
+
+
+def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
+    """config.json for transformers. Raises ValueError, by name, for what its models do not have."""
+    defaults = ModelConfig(config.vocab_size)
+    for name in ("token_shift", "n_shared_experts", "n_dense_layers", "router", "expert_groups",
+                 "router_noise", "capacity_factor"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is {getattr(config, name)!r}, which no model of the Llama "
+                             "family has")
+    kind = "llama"
+    if config.n_experts:
+        kind = "mixtral"
+        if config.top_k == 1 or config.balance == "bias":
+            raise ValueError(f"top_k is {config.top_k} and balance {config.balance!r}; a Mixtral "
+                             "has several experts per token and no biases")
+    elif config.qk_norm:
+        kind = "qwen3"
+    elif config.qkv_bias:
+        kind = "qwen2"
+    name, has = KINDS[kind]
+    for feature in ("qkv_bias", "qk_norm"):
+        if getattr(config, feature) != has.get(feature, False):
+            raise ValueError(f"{feature} is {getattr(config, feature)}; a {kind} has it otherwise")
+    if kind == "qwen2" and config.d_head * config.n_heads != config.d_model:
+        raise ValueError(f"d_head is {config.d_head}; a qwen2 has d_model / n_heads")
+    found = {"architectures": [name], "model_type": kind, "hidden_act": "silu",
+             "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad, "bos_token_id": None}
+    for ours, field in SIZES.items():
+        if ours not in ("n_experts", "top_k") or kind == "mixtral":
+            found[field] = getattr(config, ours)
+    if kind == "mixtral":
+        found["intermediate_size"] = config.d_expert
+    if kind == "qwen2":
+        del found["head_dim"]
+    found["rope_theta"] = config.rope_theta
+    if config.rope_factor != 1:
+        found["rope_scaling"] = {"rope_type": "llama3", "factor": config.rope_factor,
+                                 "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                 "original_max_position_embeddings": ROPE_ORIGINAL}
+    return found
+
+
+def config_of_gguf(metadata: dict, packed: dict) -> dict:
+    """The metadata of a GGUF file as a config.json."""
+    kind = metadata["general.architecture"]
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"general.architecture is {kind!r}; served are llama, qwen2, qwen3")
+    if metadata.get(f"{kind}.expert_count"):
+        raise ValueError(f"{kind}.expert_count is {metadata[f'{kind}.expert_count']}; experts are "
+                         "read from Hugging Face's folders only")
+    n_layers = metadata[f"{kind}.block_count"]
+    if n_layers > len(packed):
+        raise ValueError(f"{kind}.block_count is {n_layers:,}, and there are {len(packed):,} "
+                         "tensors")
+    n_heads = metadata[f"{kind}.attention.head_count"]
+    width = metadata[f"{kind}.embedding_length"]
+    head = metadata.get(f"{kind}.attention.key_length", width // n_heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if metadata.get(f"{kind}.{name}", head) != head:
+            raise ValueError(f"{kind}.{name} is {metadata[f'{kind}.{name}']}; the width of a "
+                             f"head, {head}, is served")
+    if metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
+        raise ValueError(f"{kind}.rope.scaling.type is not served; convert the Hugging Face folder")
+    found = {"model_type": kind, "hidden_size": width, "num_attention_heads": n_heads,
+             "head_dim": head, "num_hidden_layers": n_layers,
+             "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", n_heads),
+             "max_position_embeddings": metadata[f"{kind}.context_length"],
+             "intermediate_size": metadata[f"{kind}.feed_forward_length"],
+             "rms_norm_eps": rounded(metadata[f"{kind}.attention.layer_norm_rms_epsilon"]),
+             "rope_theta": rounded(metadata.get(f"{kind}.rope.freq_base", 10_000.0)),
+             "vocab_size": packed["token_embd.weight"].shape[0],
+             "tie_word_embeddings": "output.weight" not in packed}
+    if "rope_freqs.weight" in packed:
+        # the longest wavelengths are so many times longer
+        factor = float(gguf_file.unpacked(packed["rope_freqs.weight"]).max())
+        found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1,
+                                 "high_freq_factor": 4,
+                                 "original_max_position_embeddings": ROPE_ORIGINAL}
+    return found
+
+
+def rounded(number: float) -> float:
+    """A number that was stored in fp32, as it was written: 9.999999747378752e-06 -> 1e-05."""
+    return float(f"{number:.7g}")

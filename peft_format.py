@@ -1,0 +1,129 @@
+"""
+Adapters of the peft library: adapter_config.json and adapter_model.safetensors, to and from what
+lora.py saves. Of its methods LoRA alone, which both have.
+"""
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import lora
+from model import Transformer
+from tokenizer_formats import read_json
+
+# {ours: peft's modules, which lie one below the other in ours}
+OF_PEFT = {"wq": ["self_attn.q_proj"], "wk": ["self_attn.k_proj"], "wv": ["self_attn.v_proj"],
+           "wo": ["self_attn.o_proj"], "w13": ["mlp.gate_proj", "mlp.up_proj"],
+           "w2": ["mlp.down_proj"]}
+ONLY_IN_PEFT = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
+                "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+                "trainable_token_indices": None, "lora_bias": False, "target_parameters": None}
+
+
+def peft_names(name: str) -> list[str]:
+    """"blocks.0.mlp.w13.A" -> the lora_A of gate_proj and of up_proj."""
+    _, layer, _, matrix, letter = name.split(".")
+    return [f"base_model.model.model.layers.{layer}.{module}.lora_{letter}.weight"
+            for module in OF_PEFT[matrix]]
+
+
+def write_peft(folder: Path, adapter: str) -> None:
+    """adapter_config.json and adapter_model.safetensors of an adapter of LoRA."""
+    options, weights = lora.read_adapter(Path(adapter))
+    if options["peft"] not in lora.LORA:
+        raise ValueError(f"{adapter}: what --peft {options['peft']} has learned goes out in no "
+                         "format of peft's; give an adapter of lora or qlora")
+    if options.get("template"):
+        raise ValueError(f"{adapter}: it has learned the template's tokens as well (--template), "
+                         "for which peft's LoRA has no place; merge it and give --to hf")
+    found = {}
+    for name, weight in weights.items():
+        names = peft_names(name)
+        # one A reads for both matrices, of B each has its rows
+        parts = [weight] * len(names) if name.endswith("A") else weight.chunk(len(names))
+        found |= {part: chunk.clone() for part, chunk in zip(names, parts)}
+    modules = [module.rpartition(".")[2] for target in options["lora_targets"].split(",")
+               for module in OF_PEFT[target.strip()]]
+    layers = [int(layer) for layer in options.get("lora_layers", "").split(",") if layer]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": options["lora_rank"],
+              "lora_alpha": options["lora_alpha"], "target_modules": sorted(modules),
+              "lora_dropout": options.get("lora_dropout", 0.0), "bias": "none",
+              "use_rslora": bool(options.get("lora_sqrt")), "inference_mode": True,
+              "base_model_name_or_path": options.get("base", {}).get("folder"),
+              "layers_to_transform": layers or None}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(found, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_peft(folder: Path, model: Transformer) -> Transformer:
+    """Put an adapter of peft's LoRA on the model. gate_proj and up_proj are one matrix here, so
+    that two A of theirs lie one below the other in one of twice the rank.
+
+    Raises ValueError for what is not served, by the name of the field or tensor.
+    """
+    config = read_json(folder / "adapter_config.json", {})
+    for name, value in ONLY_IN_PEFT.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{folder}/adapter_config.json: {name} is {config[name]!r}; {value!r} "
+                             "is served")
+    try:
+        theirs = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    except Exception as error:                         # safetensors has errors of its own
+        raise ValueError(f"{folder}/adapter_model.safetensors is missing or damaged ({error})") \
+            from None
+    layers = sorted({int(name.split(".")[4]) for name in theirs})
+    targets = [ours for ours, modules in OF_PEFT.items()
+               if any(f"{module}.lora_A" in name for module in modules for name in theirs)]
+    rank = config["r"]
+    alpha = float(config["lora_alpha"])
+    is_double = any("gate_proj" in name and "lora_A" in name and not torch.equal(
+        theirs[name], theirs.get(name.replace("gate_proj", "up_proj"), theirs[name]))
+        for name in theirs)
+    if is_double:
+        # so that alpha / r, or alpha / sqrt(r), stays
+        alpha *= 2 ** 0.5 if config.get("use_rslora") else 2
+        rank *= 2
+    options = lora.Options(peft="lora", lora_rank=rank, lora_alpha=alpha,
+                           lora_targets=",".join(targets),
+                           lora_layers=",".join(map(str, layers)),
+                           lora_sqrt=bool(config.get("use_rslora")))
+    lora.attach(model, options)
+    weights = {}
+    used = set()
+    for name, own in lora.learned(model).items():
+        parts = [part for part in peft_names(name) if part in theirs]
+        used |= {*parts}
+        if not parts:
+            raise ValueError(f"{folder}: {peft_names(name)[0]} is missing")
+        weights[name] = put_together(name, theirs, own)
+    if unused := sorted({*theirs} - used):
+        raise ValueError(f"{folder}: {len(unused)} tensors are of no use, for example {unused[0]}")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def put_together(name: str, theirs: dict[str, Tensor], own: Tensor) -> Tensor:
+    """The A or B of one of our matrices, of own's shape, from those of peft's modules."""
+    whole = torch.zeros(own.shape)
+    modules = peft_names(name)
+    n = len(modules)
+    for i, module in enumerate(modules):
+        if module not in theirs:
+            continue
+        part = theirs[module].float()
+        if name.endswith("A"):
+            first = i * len(part) if len(whole) == n * len(part) else 0
+            rows, columns = slice(first, first + len(part)), slice(None)
+        else:
+            height = len(whole) // n
+            first = i * part.shape[1] if whole.shape[1] == n * part.shape[1] else 0
+            rows = slice(i * height, (i + 1) * height)
+            columns = slice(first, first + part.shape[1])
+        if whole[rows, columns].shape != part.shape:
+            raise ValueError(f"{module} has the shape {tuple(part.shape)}; the model takes "
+                             f"{tuple(whole[rows, columns].shape)}")
+        whole[rows, columns] = part
+    return whole
