@@ -114,7 +114,7 @@ KINDS = {"llama": ("LlamaForCausalLM", {}), "mistral": ("MistralForCausalLM", {}
 SIZES = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings",
          "d_model": "hidden_size", "n_layers": "num_hidden_layers",
          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-         "d_head": "head_dim", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+         "head_width": "head_dim", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
          "tied": "tie_word_embeddings", "n_experts": "num_local_experts",
          "top_k": "num_experts_per_tok"}
 # What other values would mean is not served.
@@ -157,6 +157,8 @@ def our_config(theirs: dict) -> ModelConfig:
     for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
         if ours not in sizes:
             raise ValueError(f"{SIZES[ours]} is missing")
+    if sizes.get("head_width") == sizes["d_model"] // sizes["n_heads"]:
+        del sizes["head_width"]                        # the usual one, which some spell out
     sizes.setdefault("tied", False)                    # as Hugging Face's classes take it
     if kind == "mixtral":
         sizes["d_expert"] = sizes["d_ff"]
@@ -211,6 +213,7 @@ def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
     for ours, field in SIZES.items():
         if ours not in ("n_experts", "top_k") or kind == "mixtral":
             found[field] = getattr(config, ours)
+    found["head_dim"] = config.d_head
     if kind == "mixtral":
         found["intermediate_size"] = config.d_expert
     if kind == "qwen2":

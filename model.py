@@ -41,7 +41,7 @@ class ModelConfig:
     n_layers: int = 4                 # Transformer blocks, >= 1
     n_heads: int = 4                  # H: query heads, >= 1
     n_kv_heads: int = 0               # K: key/value heads; 0: as many as n_heads
-    d_head: int = 0                   # C: width of a head; 0: d_model / n_heads
+    head_width: int = 0               # C; 0: d_model / n_heads
     d_ff: int = 0                     # F: width of SwiGLU; 0: 8/3 D, rounded up to 16s
     qkv_bias: bool = False            # queries, keys and values have biases (Qwen2)
     qk_norm: bool = False             # queries and keys are normalised, head by head (Qwen3)
@@ -74,9 +74,8 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.d_model % self.n_heads and not self.d_head:
+        if self.d_model % self.n_heads and not self.head_width:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
-        self.d_head = self.d_head or self.d_model // self.n_heads
         if self.d_head % 2:
             raise ValueError(f"head width {self.d_head} (d_model {self.d_model} / n_heads "
                              f"{self.n_heads}) is odd; RoPE turns pairs of channels")
@@ -88,6 +87,10 @@ class ModelConfig:
             # a token's experts together are as wide as d_ff, and cost as many FLOPs
             self.d_expert = self.d_expert or 16 * math.ceil(self.d_ff / (16 * visited))
             moe.check_config(self)
+
+    @property
+    def d_head(self) -> int:
+        return self.head_width or self.d_model // self.n_heads
 
     @property
     def n_sparse_layers(self) -> int:

@@ -253,7 +253,7 @@ def transpose(folder):
 
 def edit_heads(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["model"] |= {"n_heads": 2, "n_kv_heads": 1, "d_head": 0}    # matrices as large as before
+    config["model"] |= {"n_heads": 2, "n_kv_heads": 1}         # the matrices are as large as before
     config["model"]["rope_theta"] = 100.0
     (folder / "config.json").write_text(json.dumps(config))
 
