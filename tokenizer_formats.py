@@ -12,6 +12,7 @@ one is chosen by the control tokens it names, and what else it would do is refus
 import base64
 import binascii
 import json
+import sys
 from pathlib import Path
 
 import regex
@@ -114,14 +115,32 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
         raise ValueError(f"{what} fits {' and '.join(fitting) or 'none of'} the forms that are "
                          f"served ({', '.join(FORMS)}); {REMEDY}")
     before, after = FORMS[form or fitting[0]]
-    start = bos if jinja and "bos_token" in jinja or bos and bos in (jinja or "") else ""
-    return Template(start, {role: before.format(role=role) for role in ROLES},
-                    dict.fromkeys(ROLES, after), default_system(jinja or "", before, after))
+    jinja = jinja or ""
+    has_bos = bos and ("bos_token" in jinja or bos in jinja)
+    system = default_system(jinja, before, after)
+    others = other_texts(jinja, system)
+    if others:
+        print(f"the chat template writes other texts, too, for tools or dates, which conversations "
+              f"here do not have: {others[0]!r} (and {len(others) - 1} more)", file=sys.stderr)
+    return Template(bos if has_bos else "", {role: before.format(role=role) for role in ROLES},
+                    dict.fromkeys(ROLES, after), system)
 
 
 def written(before: str, after: str) -> list[str]:
     """The control tokens that a template of this form spells: of <|{role}|> only the ends."""
     return regex.findall(r"<\|\w+\|>|<\|(?=\{)|(?<=\})\|>", before + after)
+
+
+def other_texts(jinja: str, system: str) -> list[str]:
+    """The texts of several words that a template spells out, but for the default system turn and
+    what it says when it refuses a conversation."""
+    found = []
+    for match in regex.finditer(r"'([^'{}]*)'|\"([^\"{}]*)\"", jinja):
+        text = match[1] or match[2] or ""
+        is_refusal = jinja[:match.start()].rstrip().endswith("raise_exception(")
+        if len(text.split()) >= 3 and not is_refusal and not (system and system in text):
+            found.append(text.strip())
+    return found
 
 
 def default_system(jinja: str, before: str, after: str) -> str:

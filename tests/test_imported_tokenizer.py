@@ -185,6 +185,15 @@ def test_a_default_system_turn_is_found_and_written_where_there_is_none():
     assert tokenizer.prompt([{"role": "system", "content": "No."}, user]) != told
 
 
+def test_what_a_template_writes_besides_turns_is_said(capsys):
+    dated = "{{ 'Cutting Knowledge Date: December 2023' }}{{ raise_exception('no tools here') }}"
+    assert imported(dated + CHATML).template.before == imported(CHATML).template.before
+    said = capsys.readouterr().err
+    assert "'Cutting Knowledge Date: December 2023' (and 0 more)" in said
+    imported(CHATML)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("jinja, message", [
     (CHATML + "{{ ''.__class__ }}", "has code in it"),
     (CHATML + "{{ open('/etc/passwd') }}", "calls open"),
