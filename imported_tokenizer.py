@@ -33,12 +33,14 @@ class Template:
     """The text around the turns of a conversation, control tokens spelled out.
 
     start stands before the first turn, before[role] and after[role] around the content of each;
-    default_system is the system turn of conversations that begin without one, if it is not empty.
+    default_system is the system turn of conversations that begin without one, if it is not empty;
+    trim: without blanks at both ends of a content.
     """
     start: str = ""
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
     default_system: str = ""
+    trim: bool = False
 
 
 def merged_by(merges: dict[tuple[bytes, bytes], int], word: bytes) -> list[bytes]:
@@ -110,10 +112,10 @@ class ImportedTokenizer:
     def __init__(self, tokens: list[bytes | None], special: dict[str, int],
                  merges: list[tuple[bytes, bytes]], patterns: list[str], template: Template,
                  end: str, pad: str, endoftext: str, nfc: bool = False,
-                 whole_words: bool = False):
+                 whole_words: bool = False, visible: Iterable[str] = ()):
         """nfc: texts are normalised first (Qwen). whole_words: a word that is a token is that
-        token, whatever the merges say (Llama 3). Raises ValueError for parts that contradict one
-        another."""
+        token, whatever the merges say (Llama 3). visible: the control tokens that are read as
+        text, as <think> is. Raises ValueError for parts that contradict one another."""
         self.tokens = tokens
         self.special = special
         self.merges = merges
@@ -121,6 +123,7 @@ class ImportedTokenizer:
         self.template = template
         self.nfc = nfc
         self.whole_words = whole_words
+        self.visible = sorted(visible)
         self.vocab_size = len(tokens)
         self.n_virtual = 0                             # tokens before a conversation (lora.py)
         self.ranks = {}                                # ids of ordinary tokens
@@ -144,6 +147,8 @@ class ImportedTokenizer:
                 bytes([byte]) in self.ranks for byte in REPLACEMENT):
             raise ValueError("the vocabulary does not have the bytes of U+FFFD, which stand for "
                              "those that it lacks")
+        if unknown := {*self.visible} - special.keys():
+            raise ValueError(f"visible tokens {sorted(unknown)} are none of the control tokens")
         self.roles = {"end": end, "pad": pad, "endoftext": endoftext}
         for role, name in self.roles.items():
             if name not in special:
@@ -218,10 +223,9 @@ class ImportedTokenizer:
         return self.tokens[i] or b""
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
-        """Text of the ids; invalid UTF-8 becomes U+FFFD, control tokens are dropped or spelled.
-
-        Raises ValueError for an id outside the vocabulary."""
-        names = {i: name for name, i in self.special.items()} if specials else {}
+        """Text of the ids; invalid UTF-8 becomes U+FFFD, control tokens are dropped or spelled,
+        visible ones spelled. Raises ValueError for an id outside the vocabulary."""
+        names = {self.special[name]: name for name in (self.special if specials else self.visible)}
         found = []
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -255,7 +259,8 @@ class ImportedTokenizer:
                 raise ValueError(f"message {i} has role {role!r}, for which this model's template "
                                  f"has no turn; it has {', '.join(template.before)}")
             ids += self.piece(template.before[role])
-            ids += self.encode(message["content"])
+            content = message["content"]
+            ids += self.encode(content.strip() if template.trim else content)
             ids += self.piece(template.after[role])
         return ids
 
@@ -294,7 +299,8 @@ class ImportedTokenizer:
             return token.decode("latin-1")             # a character a byte, since JSON has no bytes
 
         return {"imported": True, **self.roles, "nfc": self.nfc, "whole_words": self.whole_words,
-                "patterns": self.patterns, "template": asdict(self.template),
+                "visible": self.visible, "patterns": self.patterns,
+                "template": asdict(self.template),
                 "special": self.special,
                 "tokens": [None if token is None else spelled(token) for token in self.tokens],
                 "merges": [[spelled(left), spelled(right)] for left, right in self.merges]}
@@ -311,7 +317,8 @@ class ImportedTokenizer:
 def load(saved: dict) -> ImportedTokenizer:
     """The tokenizer of saved(). Raises ValueError for an object that is not whole."""
     kinds = {"tokens": list, "special": dict, "merges": list, "patterns": list, "template": dict,
-             "end": str, "pad": str, "endoftext": str, "nfc": bool, "whole_words": bool}
+             "end": str, "pad": str, "endoftext": str, "nfc": bool, "whole_words": bool,
+             "visible": list}
     for name, kind in kinds.items():
         if not isinstance(saved.get(name), kind):
             found = type(saved[name]).__name__ if name in saved else "missing"
@@ -325,4 +332,4 @@ def load(saved: dict) -> ImportedTokenizer:
         raise ValueError(f"its tokens, merges or template are damaged ({error})") from None
     return ImportedTokenizer(tokens, saved["special"], merges, saved["patterns"], template,
                              saved["end"], saved["pad"], saved["endoftext"], saved["nfc"],
-                             saved["whole_words"])
+                             saved["whole_words"], saved["visible"])

@@ -111,6 +111,10 @@ KINDS = {"llama": ("LlamaForCausalLM", {}), "mistral": ("MistralForCausalLM", {}
          "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
          "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
          "mixtral": ("MixtralForCausalLM", {})}
+# Fields that must be there, because the classes have defaults of their own for them.
+NEEDED = {"llama": (), "mistral": ("sliding_window", "num_key_value_heads"),
+          "qwen2": ("num_key_value_heads",), "qwen3": ("num_key_value_heads", "head_dim"),
+          "mixtral": ("num_key_value_heads", "num_experts_per_tok", "num_local_experts")}
 SIZES = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings",
          "d_model": "hidden_size", "n_layers": "num_hidden_layers",
          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
@@ -120,13 +124,14 @@ SIZES = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"
 # What other values would mean is not served.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
         "use_sliding_window": False, "partial_rotary_factor": 1.0, "pretraining_tp": 1,
-        "is_decoder": False, "add_cross_attention": False}
+        "is_decoder": False, "add_cross_attention": False, "rope_interleaved": False}
 # What says nothing about the function that a model computes.
 SILENT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version",
           "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
           "attention_dropout", "router_aux_loss_coef", "router_jitter_noise",
           "output_router_logits", "max_window_layers", "_name_or_path", "transformers.js_config",
-          "is_llama_config", "rope_interleaved", "id2label", "label2id", "problem_type",
+          "is_llama_config", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
+          "id2label", "label2id", "problem_type",
           "chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states"}
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
 
@@ -154,9 +159,13 @@ def our_config(theirs: dict) -> ModelConfig:
     for ours, name in SIZES.items():
         if theirs.get(name) is not None:
             sizes[ours] = theirs[name]
-    for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff"):
+    for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff",
+                 "norm_eps"):
         if ours not in sizes:
             raise ValueError(f"{SIZES[ours]} is missing")
+    for name in NEEDED[kind]:
+        if name not in theirs:
+            raise ValueError(f"{name} is missing; give it as the model has it")
     if sizes.get("head_width") == sizes["d_model"] // sizes["n_heads"]:
         del sizes["head_width"]                        # the usual one, which some spell out
     sizes.setdefault("tied", False)                    # as Hugging Face's classes take it
@@ -170,7 +179,11 @@ def our_config(theirs: dict) -> ModelConfig:
 def rope_of(theirs: dict) -> dict:
     """rope_theta and rope_factor, from wherever a version of config.json has them."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    found = {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}; it must be an object with a rope_type")
+    if "rope_theta" not in {*rope, *theirs}:
+        raise ValueError("rope_theta is missing; give it as the model has it")
+    found = {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 0)))}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found
@@ -226,6 +239,12 @@ def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
     return found
 
 
+READ_OF_GGUF = {"block_count", "context_length", "embedding_length", "feed_forward_length",
+                "attention.head_count", "attention.head_count_kv", "attention.key_length",
+                "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal",
+                "rope.dimension_count", "rope.freq_base", "vocab_size"}
+
+
 def config_of_gguf(metadata: dict, packed: dict) -> dict:
     """The metadata of a GGUF file as a config.json."""
     kind = metadata["general.architecture"]
@@ -245,8 +264,11 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
         if metadata.get(f"{kind}.{name}", head) != head:
             raise ValueError(f"{kind}.{name} is {metadata[f'{kind}.{name}']}; the width of a "
                              f"head, {head}, is served")
-    if metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{kind}.rope.scaling.type is not served; convert the Hugging Face folder")
+    for name, value in metadata.items():
+        start, _, field = name.partition(".")
+        if start == kind and field not in READ_OF_GGUF and value not in (0, False, "none"):
+            raise ValueError(f"{name} is {value!r}, and what that means is not known here; convert "
+                             "the Hugging Face folder")
     found = {"model_type": kind, "hidden_size": width, "num_attention_heads": n_heads,
              "head_dim": head, "num_hidden_layers": n_layers,
              "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", n_heads),

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import kernels
 from model import Linear, Transformer
-from tokenizer import N_SPECIAL
+from tokenizer import N_SPECIAL, Tokenizer
 
 LORA = ("lora", "qlora")
 BOTTLENECKS = ("adapter", "parallel_adapter")
@@ -204,6 +204,9 @@ def begin(model: Transformer, options: Options, run, tokenizer=None) -> None:
     if options.peft in VIRTUAL and run.cfg.truncate == "left":
         raise ValueError(f"--truncate left: it would cut off the virtual tokens of --peft "
                          f"{options.peft}; give error or drop")
+    if options.template and not isinstance(Tokenizer.load(run.cfg.init), Tokenizer):
+        raise ValueError("--template: the template of a model from elsewhere has been learned "
+                         "already, and its tokens stand anywhere; leave it out")
     run.also_writes("adapter.json", "adapter.safetensors")
     attach(model, options)
     if tokenizer is not None:

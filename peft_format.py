@@ -20,6 +20,11 @@ OF_PEFT = {"wq": ["self_attn.q_proj"], "wk": ["self_attn.k_proj"], "wv": ["self_
 ONLY_IN_PEFT = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
                 "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
                 "trainable_token_indices": None, "lora_bias": False, "target_parameters": None}
+# What says nothing about what an adapter adds.
+SILENT = {"r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform", "lora_dropout",
+          "task_type", "inference_mode", "base_model_name_or_path", "init_lora_weights", "revision",
+          "auto_mapping", "peft_version", "layers_pattern", "exclude_modules", "megatron_core",
+          "ensure_weight_tying", "qalora_group_size"}
 
 
 def peft_names(name: str) -> list[str]:
@@ -64,16 +69,17 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
 
     Raises ValueError for what is not served, by the name of the field or tensor.
     """
-    config = read_json(folder / "adapter_config.json", {})
-    for name, value in ONLY_IN_PEFT.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{folder}/adapter_config.json: {name} is {config[name]!r}; {value!r} "
-                             "is served")
-    try:
-        theirs = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except Exception as error:                         # safetensors has errors of its own
-        raise ValueError(f"{folder}/adapter_model.safetensors is missing or damaged ({error})") \
-            from None
+    config = read_json(folder / "adapter_config.json", None)
+    theirs = read_weights(folder / "adapter_model.safetensors")
+    check_config(f"{folder}/adapter_config.json", config)
+    known = set()
+    for layer in range(len(model.blocks)):
+        for ours in OF_PEFT:
+            for letter in "AB":
+                known |= {*peft_names(f"blocks.{layer}._.{ours}.{letter}")}
+    if unused := sorted({*theirs} - known):
+        raise ValueError(f"{folder}: {len(unused)} tensors are of no use to this model, for "
+                         f"example {unused[0]}")
     layers = sorted({int(name.split(".")[4]) for name in theirs})
     targets = [ours for ours, modules in OF_PEFT.items()
                if any(f"{module}.lora_A" in name for module in modules for name in theirs)]
@@ -92,17 +98,39 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
                            lora_sqrt=bool(config.get("use_rslora")))
     lora.attach(model, options)
     weights = {}
-    used = set()
     for name, own in lora.learned(model).items():
-        parts = [part for part in peft_names(name) if part in theirs]
-        used |= {*parts}
-        if not parts:
+        if not any(part in theirs for part in peft_names(name)):
             raise ValueError(f"{folder}: {peft_names(name)[0]} is missing")
         weights[name] = put_together(name, theirs, own)
-    if unused := sorted({*theirs} - used):
-        raise ValueError(f"{folder}: {len(unused)} tensors are of no use, for example {unused[0]}")
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        weights = safetensors.torch.load_file(file)
+    except Exception as error:                         # safetensors has errors of its own
+        raise ValueError(f"{file} is missing or damaged ({error})") from None
+    if not weights or any(not weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"{file} is empty, or not all of its numbers are finite")
+    return weights
+
+
+def check_config(file: str, config: dict | None) -> None:
+    """Raises ValueError, by the name of the field, for what would make another adapter of it."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not an object of fields")
+    for name, value in config.items():
+        if name in ONLY_IN_PEFT and value != ONLY_IN_PEFT[name]:
+            raise ValueError(f"{file}: {name} is {value!r}; {ONLY_IN_PEFT[name]!r} is served")
+        if name not in SILENT | ONLY_IN_PEFT.keys() and value not in (None, False, {}, []):
+            raise ValueError(f"{file}: {name} is {value!r}, and what that means is not known here")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which "
+                         "changes the base as well")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
+            raise ValueError(f"{file}: {name} is {config.get(name)!r}; it must be above 0")
 
 
 def put_together(name: str, theirs: dict[str, Tensor], own: Tensor) -> Tensor:

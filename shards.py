@@ -455,7 +455,9 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     """Do both give every text the same ids, and <|endoftext|>, too?"""
     # other special tokens may differ, because none of them occurs in shards
     names = ["ranks", "endoftext"]
-    names += ["pattern"] if isinstance(a, Tokenizer) else ["merges", "patterns"]
+    own = ["pattern"]
+    imported = ["merges", "patterns", "nfc", "whole_words"]
+    names += own if isinstance(a, Tokenizer) else imported
     return type(a) is type(b) and all(getattr(a, name) == getattr(b, name) for name in names)
 
 

@@ -14,6 +14,7 @@ import binascii
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 
@@ -27,21 +28,26 @@ DIGITS = r"\p{N}"                      # each by itself
 # What GGUF calls the patterns, with how llama.cpp splits by them.
 GGUF_PATTERNS = {"gpt-2": [GPT2], "smollm": [DIGITS, GPT2], "llama-bpe": [PATTERN],
                  "qwen2": [QWEN2]}
-NORMAL = 1                             # of tokenizer.ggml.token_type: the other types are control
+NORMAL = 1                             # of tokenizer.ggml.token_type; other types have no text
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
 
-# {name: what stands before a turn and after it}; {role} is the role's own name
+class Form(NamedTuple):
+    before: str                        # of a turn; {role} is the role's own name
+    after: str
+    has_bos: bool = False              # whether a conversation begins with it, if nothing says so
+
+
 FORMS = {
-    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n"),
-    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
-    "lifecycle": ("<|{role}|>", "<|end|>"),
+    "chatml": Form("<|im_start|>{role}\n", "<|im_end|>\n"),
+    "llama3": Form("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", True),
+    "lifecycle": Form("<|{role}|>", "<|end|>"),
 }
 # What a template may call or apply; all else could be a program.
-CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range",
-         "join", "if", "elif", "and", "or", "not", "in", "else", "length", "split", "replace",
-         "startswith", "endswith", "lstrip", "rstrip", "upper", "items", "is")
+CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range", "if",
+         "elif", "and", "or", "not", "in", "else", "length", "split", "startswith", "endswith",
+         "lstrip", "rstrip", "items", "is")
 REMEDY = f"choose one with --template {' | '.join(FORMS)}"
 
 
@@ -102,10 +108,11 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
     """
     if jinja and not form:
         check_template(jinja)
+    texts = texts_in(jinja or "")
     fitting = []
-    for name, (before, after) in FORMS.items():
+    for name, (before, after, _) in FORMS.items():
         needed = regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
-        stands = not jinja or form or all(mark in jinja for mark in written(before, after))
+        stands = not jinja or form or is_spelled(jinja, before, after)
         if stands and all(mark in special for mark in needed):
             fitting.append(name)
     if form and form not in fitting:
@@ -114,43 +121,76 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
         what = "its chat template" if jinja else "it has no chat template, and its vocabulary"
         raise ValueError(f"{what} fits {' and '.join(fitting) or 'none of'} the forms that are "
                          f"served ({', '.join(FORMS)}); {REMEDY}")
-    before, after = FORMS[form or fitting[0]]
-    jinja = jinja or ""
-    has_bos = bos and ("bos_token" in jinja or bos in jinja)
-    system = default_system(jinja, before, after)
-    others = other_texts(jinja, system)
-    if others:
-        print(f"the chat template writes other texts, too, for tools or dates, which conversations "
-              f"here do not have: {others[0]!r} (and {len(others) - 1} more)", file=sys.stderr)
-    return Template(bos if has_bos else "", {role: before.format(role=role) for role in ROLES},
-                    dict.fromkeys(ROLES, after), system)
-
-
-def written(before: str, after: str) -> list[str]:
-    """The control tokens that a template of this form spells: of <|{role}|> only the ends."""
-    return regex.findall(r"<\|\w+\|>|<\|(?=\{)|(?<=\})\|>", before + after)
-
-
-def other_texts(jinja: str, system: str) -> list[str]:
-    """The texts of several words that a template spells out, but for the default system turn and
-    what it says when it refuses a conversation."""
-    found = []
-    for match in regex.finditer(r"'([^'{}]*)'|\"([^\"{}]*)\"", jinja):
-        text = match[1] or match[2] or ""
-        is_refusal = jinja[:match.start()].rstrip().endswith("raise_exception(")
-        if len(text.split()) >= 3 and not is_refusal and not (system and system in text):
-            found.append(text.strip())
+    before, after, has_bos = FORMS[form or fitting[0]]
+    if jinja:
+        # spelled out it may also be what every turn begins with
+        has_bos = "bos_token" in jinja or any(bos in text for text in texts) and bos not in before
+    found = Template(bos if has_bos else "", {role: before.format(role=role) for role in ROLES},
+                     dict.fromkeys(ROLES, after), default_system(texts, before, after),
+                     is_trimmed(jinja or ""))
+    if others := other_texts(texts, found):
+        print("the chat template writes other texts, too, which conversations here do not have: "
+              f"{others[0]!r} (and {len(others) - 1} more)", file=sys.stderr)
     return found
 
 
-def default_system(jinja: str, before: str, after: str) -> str:
+# of a template: a text in quotes, what stands in {{ }} or in {% set %}
+STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+WRITTEN = (r"\{\{((?:" + STRING + r"|[^'\"}]|\}(?!\}))*)\}\}"
+           r"|\{%-?\s*set((?:" + STRING + r"|[^'\"%]|%(?!\}))*)%\}")
+
+
+def texts_in(jinja: str) -> list[str]:
+    """The texts that a template writes, as it spells them in {{ }} and {% set %}: neither names of
+    fields, in brackets, nor what a call is given."""
+    found = []
+    for code in regex.findall(WRITTEN, jinja):
+        code = "".join(code)                           # one of the two is empty
+        for match in regex.finditer(STRING, code):
+            if not code[:match.start()].rstrip().endswith(("(", "[")):
+                found.append(unquoted(match.group()))
+    return found
+
+
+def unquoted(string: str) -> str:
+    return string[1:-1].replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
+
+
+def is_spelled(jinja: str, before: str, after: str) -> bool:
+    """Whether a template writes turns of a form: its control tokens, and what it has behind the
+    role."""
+    texts = texts_in(jinja)
+    head, tail = before.split("{role}")
+    behind_role = regex.findall(r"role['\"\]]*\s*\+\s*(" + STRING + ")", jinja)
+    return (any(head in text for text in texts) and any(after.strip() in text for text in texts)
+            and all(unquoted(string).startswith(tail) for string in behind_role))
+
+
+def other_texts(texts: list[str], template: Template) -> list[str]:
+    """Those texts of a template that are no part of its turns."""
+    turns = [template.start]
+    for role in ROLES:
+        turn = template.before[role] + template.default_system + template.after[role]
+        turns += [template.before[role], turn, template.after[role] + template.before["assistant"]]
+    return [text.strip() for text in texts
+            if text.strip() and not any(text in turn or text.strip() in turn for turn in turns)]
+
+
+def default_system(texts: list[str], before: str, after: str) -> str:
     """The system turn that a template writes where a conversation has none: a text that it spells
     out between the marks of a system turn."""
     head = regex.escape(before.format(role="system"))
     tail = regex.escape(after.strip())
-    spelled = jinja.replace("\\n", "\n")
-    found = regex.search(f"{head}([^{{}}']+?){tail}", spelled)
-    return found[1] if found else ""
+    for text in texts:
+        found = regex.search(f"{head}(.+?){tail}", text, flags=regex.DOTALL)
+        if found:
+            return found[1]
+    return ""
+
+
+def is_trimmed(jinja: str) -> bool:
+    """Whether a template takes the blanks from both ends of a content."""
+    return regex.search(r"content['\"\]]*\s*(\|\s*trim|\.strip\(\))", jinja) is not None
 
 
 def jinja_of(template: Template) -> str:
@@ -165,11 +205,12 @@ def jinja_of(template: Template) -> str:
         turn = (template.before["system"] + template.default_system + template.after["system"])
         parts.append("{% if messages[0]['role'] != 'system' %}"
                      f"{{{{ {quoted(turn)} }}}}{{% endif %}}")
+    content = "message['content'] | trim" if template.trim else "message['content']"
     parts.append("{% for message in messages %}")
     for number, role in enumerate(template.before):
         word = "elif" if number else "if"
         parts.append(f"{{% {word} message['role'] == {quoted(role)} %}}"
-                     f"{{{{ {quoted(template.before[role])} + message['content'] + "
+                     f"{{{{ {quoted(template.before[role])} + {content} + "
                      f"{quoted(template.after[role])} }}}}")
     parts.append("{% endif %}{% endfor %}{% if add_generation_prompt %}"
                  f"{{{{ {quoted(template.before['assistant'])} }}}}{{% endif %}}")
@@ -196,7 +237,7 @@ def roles_of(special: dict[str, int], template: Template, eos: str, pad: str) ->
 
 def assembled(vocabulary: dict[str, int], size: int, control: dict[str, int],
               merges: list[tuple[str, str]], patterns: list[str], template: Template, eos: str,
-              pad: str, **kind) -> ImportedTokenizer:
+              pad: str, **others) -> ImportedTokenizer:
     """An ImportedTokenizer from tokens and merges spelled in characters. size: rows of the
     embedding, which may be more than there are tokens."""
     highest = max([*vocabulary.values(), *control.values()])
@@ -211,7 +252,7 @@ def assembled(vocabulary: dict[str, int], size: int, control: dict[str, int],
         tokens[i] = to_bytes(token)
     pairs = [(to_bytes(left), to_bytes(right)) for left, right in merges]
     roles = roles_of(control, template, eos, pad)
-    return ImportedTokenizer(tokens, control, pairs, patterns, template, **roles, **kind)
+    return ImportedTokenizer(tokens, control, pairs, patterns, template, **roles, **others)
 
 
 # ---------------------------------------------------------------------- tokenizer.json
@@ -223,7 +264,11 @@ def read_folder(folder: Path, size: int, form: str = "") -> ImportedTokenizer:
     Raises ValueError, by the name of the file and the field, for what is not served.
     """
     settings = read_json(folder / "tokenizer_config.json", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}/tokenizer_config.json: not an object of fields")
     jinja = settings.get("chat_template")
+    if isinstance(jinja, list):                        # several, for different uses
+        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
         jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     file = folder / "tokenizer.json"
@@ -253,6 +298,11 @@ def from_ranks(folder: Path, settings: dict) -> dict:
     """The older files of a tokenizer in the form of tokenizer.json."""
     pattern = GPT2
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
+        if not kind.startswith("GPT2"):
+            raise ValueError(f"{folder}: vocab.json and merges.txt are of a {kind}, whose pattern "
+                             "they do not say; save its tokenizer.json with transformers: "
+                             "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
         vocabulary = read_json(folder / "vocab.json", None)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [line for line in lines if line and not line.startswith("#version")]
@@ -287,14 +337,16 @@ def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
         if model.get(name):
             raise ValueError(f"model.{name} is {model[name]!r}, which is not served")
     patterns = patterns_of(saved.get("pre_tokenizer"))
-    control = {token["content"]: token["id"] for token in saved.get("added_tokens") or ()}
+    added = saved.get("added_tokens") or ()
+    control = {token["content"]: token["id"] for token in added}
+    visible = [token["content"] for token in added if token.get("special") is False]
     names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     template = template_of(jinja, control, names["bos_token"], form)
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
               for pair in model["merges"]]
     return assembled(model["vocab"], size, control, merges, patterns, template,
                      names["eos_token"], names["pad_token"], nfc=is_nfc(saved.get("normalizer")),
-                     whole_words=bool(model.get("ignore_merges")))
+                     whole_words=bool(model.get("ignore_merges")), visible=visible)
 
 
 def name_of(token: str | dict | None) -> str:
@@ -371,7 +423,7 @@ def as_imported(tokenizer: Tokenizer | ImportedTokenizer) -> ImportedTokenizer:
     if isinstance(tokenizer, ImportedTokenizer):
         return tokenizer
     tokens = [*sorted(tokenizer.ranks, key=tokenizer.ranks.get), *[None] * len(tokenizer.special)]
-    before, after = FORMS["lifecycle"]
+    before, after, _ = FORMS["lifecycle"]
     template = Template("", {role: before.format(role=role) for role in ROLES},
                         dict.fromkeys(ROLES, after))
     return ImportedTokenizer(tokens, tokenizer.special, merges_of(tokenizer.ranks),
@@ -380,8 +432,9 @@ def as_imported(tokenizer: Tokenizer | ImportedTokenizer) -> ImportedTokenizer:
 
 def write_json(folder: Path, tokenizer: ImportedTokenizer) -> None:
     """tokenizer.json and tokenizer_config.json as Hugging Face's libraries read them."""
-    added = [{"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
-              "rstrip": False, "normalized": False} for name, i in tokenizer.special.items()]
+    added = [{"id": i, "content": name, "special": name not in tokenizer.visible,
+              "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+             for name, i in tokenizer.special.items()]
     splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
                "invert": False} for pattern in tokenizer.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -430,12 +483,11 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
         i = metadata.get(f"tokenizer.ggml.{role}_token_id", -1)
         return spelled[i] if 0 <= i < len(spelled) else ""
 
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
-    template = template_of(metadata.get("tokenizer.chat_template"), control,
-                           named("bos") if adds_bos else "", form)
+    visible = [token for token in control if types[control[token]] == USER_DEFINED]
+    template = template_of(metadata.get("tokenizer.chat_template"), control, named("bos"), form)
     return assembled(vocabulary, size, control, merges, GGUF_PATTERNS[name], template,
                      named("eos"), named("padding"), nfc=name == "qwen2",
-                     whole_words=name == "llama-bpe")
+                     whole_words=name == "llama-bpe", visible=visible)
 
 
 def to_gguf(tokenizer: ImportedTokenizer) -> dict:
@@ -451,7 +503,7 @@ def to_gguf(tokenizer: ImportedTokenizer) -> dict:
     for i, token in enumerate(tokenizer.tokens):
         if i in name_of_id:
             spelled.append(name_of_id[i])
-            types.append(CONTROL)
+            types.append(USER_DEFINED if name_of_id[i] in tokenizer.visible else CONTROL)
         elif token is None:
             spelled.append(f"[UNUSED_{i}]")
             types.append(UNUSED)

@@ -51,18 +51,19 @@ def save_model(folder: str | Path, model: Transformer | WithHead, tokenizer: Tok
     weights: those of the whole model, for a rank that holds only its share of them.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    claim.refuse_foreign(folder, FILES)
-    claim.add(folder, *FILES)
-    tokenizer.save(folder)
     if weights is None:
         weights = model.state_dict()
     if "base" in (trunk_of(model).peft or {}):
         own = lora.learned_names(model)
         weights = {name: weight for name, weight in weights.items()
                    if name in own or name.startswith("head.")}
+    # before anything is written
     if not_finite := names_not_finite(weights):
         raise FloatingPointError(f"{folder}: {not_finite[0]} is not finite; no model is written")
+    folder.mkdir(parents=True, exist_ok=True)
+    claim.refuse_foreign(folder, FILES)
+    claim.add(folder, *FILES)
+    tokenizer.save(folder)
     # contiguous, because safetensors refuses other tensors
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     claim.write_whole(folder / "model.safetensors",

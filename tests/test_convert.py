@@ -3,6 +3,7 @@ import json
 import struct
 import zipfile
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -378,6 +379,9 @@ BAD_CONFIGS = {
     "lm_head.weight is missing|layers.2": {"num_hidden_layers": 3},
     "tensors are of no use": {"num_hidden_layers": 1},
     "vocab_size must be|vocab_size is": {"vocab_size": "many"},
+    "rope_scaling is 'linear'": {"rope_scaling": "linear"},
+    "config: .*zero": {"num_attention_heads": 0},
+    "sliding_window is missing": {"model_type": "mistral"},
 }
 
 
@@ -389,6 +393,63 @@ def test_a_config_that_is_not_served_is_refused_by_its_field(message, tmp_path):
     with pytest.raises(ValueError, match=message):
         to_lifecycle(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_field_that_classes_fill_in_differently_must_be_there(tmp_path):
+    folder = write_folder(tmp_path / "hf", {name: value for name, value in BASE.items()
+                                            if name != "rms_norm_eps"} | {"unsloth_fixed": True},
+                          tensors_of(BASE))
+    with pytest.raises(ValueError, match="rms_norm_eps is missing"):
+        to_lifecycle(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("layer_replication", [[0, 1]], "layer_replication is"), ("r", None, "r is None"),
+    ("init_lora_weights", "pissa", "changes the base"), ("use_dora", True, "use_dora is True")])
+def test_an_adapter_that_would_add_something_else_is_refused(field, value, message, tmp_path):
+    to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    (tmp_path / "peft").mkdir()
+    safetensors.torch.save_file({name.format("A"): torch.ones(2, 32),
+                                 name.format("B"): torch.ones(32, 2)},
+                                tmp_path / "peft/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | {field: value}
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_of_a_matrix_that_takes_none_here_is_refused_by_its_name(tmp_path):
+    to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
+    (tmp_path / "peft").mkdir()
+    safetensors.torch.save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)},
+                                tmp_path / "peft/adapter_model.safetensors")
+    (tmp_path / "peft/adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    with pytest.raises(ValueError, match="of no use to this model.*lm_head.lora_A"):
+        to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"))
+
+
+def test_the_tokens_of_a_foreign_template_do_not_learn_anew(tmp_path):
+    to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
+    run = SimpleNamespace(cfg=SimpleNamespace(init=str(tmp_path / "ours"), truncate="error"))
+    model, tokenizer = load_model(tmp_path / "ours")
+    with pytest.raises(ValueError, match="--template"):
+        lora.begin(model, lora.Options(peft="lora", template=True), run, tokenizer)
+
+
+def test_weights_that_are_not_finite_leave_nothing(tmp_path):
+    tensors = tensors_of(BASE)
+    tensors["model.norm.weight"][3] = float("nan")
+    folder = write_folder(tmp_path / "hf", BASE, tensors)
+    with pytest.raises(FloatingPointError, match="norm.weight"):
+        to_lifecycle(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_options_that_nothing_reads_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--base b: only lifecycle"):
+        convert.main(convert.Config(init="x", out=str(tmp_path / "y"), to="hf", base="b"))
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -431,6 +492,13 @@ def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path):
         gguf_file.read(memoryview(array))
 
 
+def test_metadata_that_would_change_the_model_is_refused(tmp_path):
+    metadata, packed = gguf_file.read(memoryview(gguf_bytes(tmp_path)))
+    with pytest.raises(ValueError, match="llama.rope.scale_linear is 4.0"):
+        llama_family.config_of_gguf(metadata | {"llama.rope.scale_linear": 4.0}, packed)
+    llama_family.config_of_gguf(metadata | {"llama.rope.scaling.type": "none"}, packed)
+
+
 def write_zip(file, entries: dict[str, bytes]):
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in entries.items():
@@ -447,6 +515,13 @@ def test_a_zip_of_one_model_is_read_and_one_of_two_is_refused(tmp_path):
     two = write_zip(tmp_path / "two.zip", {"m.gguf": whole, "n.gguf": whole})
     with pytest.raises(ValueError, match="one .gguf file; found: m.gguf, n.gguf"):
         to_lifecycle(two, tmp_path / "x")
+    (tmp_path / "cut.zip").write_bytes(one.read_bytes()[:-30])
+    damaged = bytearray(one.read_bytes())
+    damaged[len(whole) // 2] ^= 255
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    for name in ("cut.zip", "damaged.zip"):
+        with pytest.raises(ValueError, match="neither|damaged"):
+            to_lifecycle(tmp_path / name, tmp_path / "x")
     outside = write_zip(tmp_path / "outside.zip", {"../m.gguf": whole})
     with pytest.raises(ValueError, match="leads out of it"):
         to_lifecycle(outside, tmp_path / "x")

@@ -194,7 +194,82 @@ def test_what_a_template_writes_besides_turns_is_said(capsys):
     assert capsys.readouterr().err == ""
 
 
+def with_settings(jinja: str | None, special=SPECIAL, **settings) -> ImportedTokenizer:
+    saved, others = vocabulary(300)
+    for i, name in enumerate(special):
+        saved["added_tokens"][i]["content"] = name
+        saved["model"]["vocab"][name] = saved["model"]["vocab"].pop(SPECIAL[i])
+    return tokenizer_formats.from_json(saved, others | settings, jinja, 300, "")
+
+
+def test_a_bos_that_every_turn_begins_with_stands_there_once():
+    assert with_settings(CHATML, bos_token="<|im_start|>").template.start == ""
+    written = with_settings("{{ bos_token }}" + CHATML, bos_token="<|endoftext|>")
+    assert written.template.start == "<|endoftext|>"
+    spelled = with_settings("{{ '<|endoftext|>' }}" + CHATML, bos_token="<|endoftext|>")
+    assert spelled.template.start == "<|endoftext|>"
+
+
+def test_a_llama_3_without_a_template_begins_with_its_bos():
+    marks = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    saved, settings = vocabulary(300)
+    saved["added_tokens"] = [{"id": 290 + i, "content": name} for i, name in enumerate(marks)]
+    for name in SPECIAL:
+        del saved["model"]["vocab"][name]
+    settings |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    tokenizer = tokenizer_formats.from_json(saved, settings, None, 300, "")
+    ids = tokenizer.prompt([{"role": "user", "content": "low"}])
+    assert tokenizer.decode(ids, specials=True) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nlow<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_a_template_may_build_its_turns_before_it_writes_them():
+    jinja = ("{% for message in messages %}{% set content = '<|start_header_id|>' + message['role']"
+             " + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
+             "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+             "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}")
+    marks = dict.fromkeys(("<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), 0)
+    found = tokenizer_formats.template_of(jinja, marks, "<s>")
+    assert found.start == "<s>" and found.trim
+    assert found.before["user"] == "<|start_header_id|>user<|end_header_id|>\n\n"
+
+
+def test_a_token_that_is_read_as_text_is_spelled_and_never_typed():
+    saved, settings = vocabulary(300)
+    saved["added_tokens"].append({"id": 299, "content": "<think>", "special": False})
+    tokenizer = tokenizer_formats.from_json(saved, settings, CHATML, 300, "")
+    assert 299 not in tokenizer.encode("<think>")
+    assert tokenizer.decode([299, *tokenizer.encode("low"), tokenizer.end]) == "<think>low"
+    assert imported_tokenizer.load(tokenizer.saved()).visible == ["<think>"]
+    metadata = tokenizer_formats.to_gguf(with_settings(CHATML))
+    assert metadata["tokenizer.ggml.token_type"][:3] == [3, 3, 3]
+
+
+def test_blanks_around_a_content_go_where_the_template_trims_them():
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    user = [{"role": "user", "content": " low "}]
+    assert with_settings(trimming).prompt(user) == imported().prompt([user[0] | {"content": "low"}])
+    assert imported().prompt(user) != imported().prompt([user[0] | {"content": "low"}])
+
+
+def test_a_default_system_turn_may_have_braces_and_apostrophes():
+    turn = r"{{ '<|im_start|>system\nIt\'s in \\boxed{}.<|im_end|>\n' }}"
+    assert "boxed{}." in with_settings(turn + CHATML).template.default_system
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    saved, settings = vocabulary(300)
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings
+                                                               | {"chat_template": several}))
+    assert tokenizer_formats.read_folder(tmp_path, 300) == imported()
+
+
 @pytest.mark.parametrize("jinja, message", [
+    (CHATML.replace("message['role'] + '\n'", "message['role'] + ': '"), "fits none of"),
+    (CHATML.replace("message['content']", "message['content'] | upper"), "calls upper"),
     (CHATML + "{{ ''.__class__ }}", "has code in it"),
     (CHATML + "{{ open('/etc/passwd') }}", "calls open"),
     (CHATML + "{% include 'other' %}", "has include"),
@@ -250,6 +325,14 @@ def test_gpt2s_files_are_a_tokenizer(tmp_path):
          "chat_template": CHATML}))
     read = tokenizer_formats.read_folder(tmp_path, 300)
     assert read.encode("low lower 12") == imported().encode("low lower 1") + read.encode("2")
+
+
+def test_the_older_files_of_another_model_are_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ValueError, match="are of a Qwen2Tokenizer"):
+        tokenizer_formats.read_folder(tmp_path, 300)
 
 
 DAMAGE = {
