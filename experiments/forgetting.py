@@ -59,7 +59,7 @@ WAYS = {
     "replay": Way("replay", (0.05, 0.15, 0.3), {}),
     "L2": Way("l2_to_base", (0.001, 0.01, 0.1), {}),
     "KL": Way("kl_to_base", (0.1, 0.3, 1.0), {}),
-    "EWC": Way("ewc", (0.01, 0.1, 1.0), {}),
+    "EWC": Way("ewc", (0.001, 0.01, 0.1), {}),
 }
 MUST = ("replay", "EWC")               # of which one must forget less
 EVERY_SEED = (FULL, *MUST)             # the others show a way, and prove nothing

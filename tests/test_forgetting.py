@@ -440,7 +440,7 @@ def test_full_fine_tuning_and_six_ways_by_three_strengths(asked):
         assert cfg.track_drift and cfg.optimizer == "muon"
         assert cfg.init.endswith(f"base/{cfg.seed}/pretrain") and cfg.data == f"world:{cfg.seed}"
     first = runs[:19]
-    assert [cfg.ewc for cfg in first if cfg.ewc] == [0.01, 0.1, 1]
+    assert [cfg.ewc for cfg in first if cfg.ewc] == [0.001, 0.01, 0.1]
     assert [cfg.replay for cfg in first if cfg.replay] == [0.05, 0.15, 0.3]
     assert [cfg.adapters.lora_rank for cfg in first if cfg.adapters.peft == "lora"] == [16] * 3
     assert sum(cfg.kl_to_base > 0 for cfg in first) == sum(cfg.l2_to_base > 0 for cfg in first) == 3
