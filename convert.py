@@ -20,7 +20,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ from llama_family import (
 )
 from model import ModelConfig, Transformer, rope_frequencies
 from plumbing import claim
-from plumbing.folders import load_model, read_folder, save_model
+from plumbing.folders import load_model, save_model
 from plumbing.options import command_line, refuse_unread
 
 
@@ -149,11 +149,15 @@ def from_gguf(where: str, data: memoryview) -> Source:
     return Source(where, config, names, tensor, tokenizer)
 
 
+def rope_factors(config: ModelConfig) -> Tensor:
+    """How many times longer the wavelength of each pair of channels is than without rope_factor,
+    (C / 2,)."""
+    return rope_frequencies(replace(config, rope_factor=1.0)) / rope_frequencies(config)
+
+
 def check_rope_factors(where: str, factors: Tensor, config: dict) -> None:
     """Raises ValueError for wavelengths that are not made longer as Llama 3 does it."""
-    sizes = our_config(config)
-    plain = rope_frequencies(ModelConfig(**asdict(sizes) | {"rope_factor": 1.0}))
-    wanted = plain / rope_frequencies(sizes)
+    wanted = rope_factors(our_config(config))
     if factors.shape != wanted.shape or not torch.allclose(factors, wanted, rtol=1e-3):
         raise ValueError(f"{where}: rope_freqs.weight is not that of Llama 3")
 
@@ -244,18 +248,13 @@ def read_model(source: Source, dtype: str) -> tuple[Transformer, dict[str, Tenso
 
 def our_weights(folder: str) -> tuple[ModelConfig, dict[str, Tensor], ImportedTokenizer]:
     """A decoder of a model folder: its weights as they lie there, adapters merged."""
-    saved, weights, tokenizer = read_folder(folder)
-    if saved["architecture"] not in ("decoder", "prefix") or saved["head"] != "lm":
-        raise ValueError(f"{folder}: this is no language model that writes from left to right; "
-                         "such models alone go out")
-    model, _ = load_model(folder)                      # checks that all fits together
-    if "peft" in saved:
-        method = saved["peft"]["peft"]
-        if method not in lora.LORA:
-            raise ValueError(f"{folder}: what --peft {method} has learned is no change of a "
-                             "matrix; other libraries have no such models")
-        weights = lora.merge(model).state_dict()
-    return model.config, weights, tokenizer_formats.as_imported(tokenizer)
+    model, tokenizer = load_model(folder, to_answer=True)
+    if model.peft:
+        if model.peft["peft"] not in lora.LORA:
+            raise ValueError(f"{folder}: what --peft {model.peft['peft']} has learned is no change "
+                             "of a matrix; other libraries have no such models")
+        lora.merge(model)
+    return model.config, model.state_dict(), tokenizer_formats.as_imported(tokenizer)
 
 
 def write_hf(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
@@ -301,8 +300,7 @@ def write_gguf(file: Path, config: ModelConfig, weights: dict[str, Tensor],
             weight = interleaved(weight, config.n_kv_heads)
         tensors[gguf_name(name)] = weight.float() if weight.dim() == 1 else weight
     if config.rope_factor != 1:
-        plain = rope_frequencies(ModelConfig(**asdict(config) | {"rope_factor": 1.0}))
-        tensors["rope_freqs.weight"] = plain / rope_frequencies(config)
+        tensors["rope_freqs.weight"] = rope_factors(config)
     claim.write_whole(file, lambda temporary: gguf_file.write(temporary, metadata, tensors))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import regex
 
-from messages import check_messages
+from messages import check_messages, check_open
 
 CACHED = 200_000                      # words whose ids are remembered; a few dozen MB
 REPLACEMENT = "\ufffd".encode()       # in the place of a byte that a vocabulary does not have
@@ -287,8 +287,7 @@ class ImportedTokenizer:
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """The conversation so far and the opening of the assistant's turn."""
         ids = self.conversation(messages)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the last message is the assistant's; a prompt ends before its turn")
+        check_open(messages)
         return ids + self.opening
 
     # ------------------------------------------------------------------ files

@@ -16,3 +16,9 @@ def check_messages(messages: Sequence[dict]) -> None:
                              f"{', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}; it must be a string")
+
+
+def check_open(messages: Sequence[dict]) -> None:
+    """Raises ValueError for a conversation that leaves the assistant nothing to answer."""
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; a prompt ends before its turn")

@@ -85,10 +85,7 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
                if any(f"{module}.lora_A" in name for module in modules for name in theirs)]
     rank = config["r"]
     alpha = float(config["lora_alpha"])
-    is_double = any("gate_proj" in name and "lora_A" in name and not torch.equal(
-        theirs[name], theirs.get(name.replace("gate_proj", "up_proj"), theirs[name]))
-        for name in theirs)
-    if is_double:
+    if has_two_inputs(theirs):
         # so that alpha / r, or alpha / sqrt(r), stays
         alpha *= 2 ** 0.5 if config.get("use_rslora") else 2
         rank *= 2
@@ -104,6 +101,16 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
         weights[name] = put_together(name, theirs, own)
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def has_two_inputs(theirs: dict[str, Tensor]) -> bool:
+    """Whether gate_proj and up_proj have different A somewhere, which here are one matrix's."""
+    for name, gate in theirs.items():
+        if "gate_proj.lora_A" in name:
+            up = theirs.get(name.replace("gate_proj", "up_proj"))
+            if up is not None and not torch.equal(gate, up):
+                return True
+    return False
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ import tiktoken
 from tqdm import tqdm
 
 import imported_tokenizer
-from messages import check_messages
+from messages import check_messages, check_open
 
 MAX_BLANKS = 500_000                          # tiktoken's stack holds between 700,000 and 1,000,000
 # GPT-4's: contractions, words with one leading space or sign, numbers of up to three digits,
@@ -371,8 +371,7 @@ class Tokenizer:
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """The conversation so far and <|assistant|>, after which the model writes its answer."""
         ids = self.conversation(messages)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the last message is the assistant's; a prompt ends before its turn")
+        check_open(messages)
         return [*ids, self.assistant]
 
     def save(self, folder: str | Path) -> None:

@@ -331,8 +331,8 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{folder}: the model has {config.vocab_size} tokens, its tokenizer "
                          f"{tokenizer.vocab_size}; they are not of one run")
-    is_plain = not peft and head == "lm"
-    with torch.device("meta" if to_answer and is_plain else "cpu"):
+    as_it_lies = to_answer and not peft and head == "lm"
+    with torch.device("meta" if as_it_lies else "cpu"):
         if architecture == "encoder":
             model = Encoder(config, dtype, n_segments)
         else:
@@ -346,13 +346,12 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         if head != "lm":                               # one number for "scalar", or so many
             n = 1 if head == "scalar" else head
             model = WithHead(model, n, keep_lm_head=True)
-        if to_answer and is_plain:
+        if as_it_lies:
             model.make_rope_table("cpu")
             # a copy of what is not cast, because it would keep all of the file in memory
             weights = {name: weight.clone() if weight.dim() < 2 else weight
                        for name, weight in weights.items()}
-        missing, unknown = model.load_state_dict(weights, strict=not base,
-                                                 assign=to_answer and is_plain)
+        missing, unknown = model.load_state_dict(weights, strict=not base, assign=as_it_lies)
         own = lora.learned_names(model)
         if unknown or own & {*missing}:
             raise RuntimeError(f"not there: {sorted(own & {*missing})}; unknown: {unknown}")
