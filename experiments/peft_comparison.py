@@ -3,18 +3,19 @@ Six ways to fine-tune a few numbers beside all of them: what each costs, reaches
 
 The table of the documents (001 section 2.4.5) gives trainable parameters, memory, inference
 overhead and composability of full fine-tuning, LoRA, QLoRA, adapters and prefix tuning. Here it is
-measured, with parallel adapters (004) and prompt tuning (003). Each method fine-tunes the base
-model of a seed on the world's tasks for as many steps as the others, by AdamW, at the best of three
-learning rates, which seed 0 chooses.
+measured, with parallel adapters (004) and prompt tuning (003). Each method teaches the SFT model
+of a seed the two families of tasks that it was never tuned on, in as many steps as the others, by
+AdamW, at the best of three learning rates, which is chosen in each seed.
 
   trained     numbers that learn, of all: here, and of a Llama with 6.7 billion (computed)
   bytes       of what must be kept for each task: the adapter, or the model
   step        seconds of an update of 16 rows, over full fine-tuning's
   token       seconds of a generated token, over the base's (LoRA: merged)
   swap        seconds to put another task's adapter on the base
-  accuracy    of greedy answers to unseen tasks
-  forgotten   nats per token more than the base on the world's held-out documents, which have no
-              virtual tokens: of prefix and prompt it is 0
+  new         right answers to unseen tasks of the two families
+  old         to unseen tasks of the families that the SFT model was tuned on
+  forgotten   nats per token more than the SFT model on the world's held-out documents, which have
+              no virtual tokens: of prefix and prompt it is 0
 
     python experiments/peft_comparison.py            # results/peft_comparison.png and .md
     python experiments/peft_comparison.py --quick    # one seed, one learning rate, a tenth of steps
@@ -48,6 +49,7 @@ from experiments.base import (
     save,
     seed_folder,
     show_table,
+    write_families,
 )
 from model import ModelConfig, Transformer, parameter_count
 from plumbing.curves import read_metrics
@@ -55,21 +57,20 @@ from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.optimizers import adamw
 from plumbing.options import command_line
+from world.tasks import HELDOUT_FAMILIES
 
 ALL = "wq,wk,wv,wo,w13,w2"
-# Without the template's tokens no answer of any method ends, because the base has never seen them.
-TOKENS = {"template": True}
 # {method: (its options, three learning rates)}
 METHODS = {
     "full": ({}, (1e-3, 2e-3, 4e-3)),
-    "LoRA": (TOKENS | {"peft": "lora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
-    "QLoRA": (TOKENS | {"peft": "qlora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
-    "adapter": (TOKENS | {"peft": "adapter"}, (1e-3, 3e-3, 1e-2)),
-    "parallel adapter": (TOKENS | {"peft": "parallel_adapter"}, (1e-3, 3e-3, 1e-2)),
-    "prefix": (TOKENS | {"peft": "prefix"}, (3e-3, 1e-2, 3e-2)),
-    "prompt": (TOKENS | {"peft": "prompt"}, (1e-2, 3e-2, 1e-1)),
+    "LoRA": ({"peft": "lora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
+    "QLoRA": ({"peft": "qlora", "lora_targets": ALL}, (1e-3, 3e-3, 1e-2)),
+    "adapter": ({"peft": "adapter"}, (1e-3, 3e-3, 1e-2)),
+    "parallel adapter": ({"peft": "parallel_adapter"}, (1e-3, 3e-3, 1e-2)),
+    "prefix": ({"peft": "prefix"}, (3e-3, 1e-2, 3e-2)),
+    "prompt": ({"peft": "prompt"}, (1e-2, 3e-2, 1e-1)),
 }
-SFT = {"steps": 500, "batch_size": 16, "optimizer": "adamw", "eval_every": 500}
+SFT = {"steps": 300, "batch_size": 8, "optimizer": "adamw", "eval_every": 300}
 LLAMA_7B = ModelConfig(vocab_size=32_000, context_length=2048, d_model=4096, n_layers=32,
                        n_heads=32, n_kv_heads=32, d_ff=11_008, tied=False)
 # What is chosen at that size; the other defaults are as here.
@@ -77,8 +78,10 @@ AT_7B = {"adapter": {"bottleneck": 256}, "parallel adapter": {"bottleneck": 256}
 # {column: (name of the figure, its format)}
 COLUMNS = {"trained": ("share", ".2%"), "at 7B": ("share_7b", ".4%"), "bytes": ("bytes", ",.0f"),
            "MB": ("peak_mb", ",.0f"), "step": ("step", ".2f"), "token": ("token", ".2f"),
-           "swap": ("swap", ".4f"), "accuracy": ("accuracy", ".1%"),
+           "swap": ("swap", ".4f"), "new": ("new", ".1%"), "old": ("old", ".1%"),
            "forgotten": ("forgotten", "+.3f")}
+# Those of which the table shows every seed's.
+LEARNED = ("new", "old", "forgotten")
 
 
 @dataclass
@@ -124,7 +127,7 @@ def speeds(base: Path, folders: dict[str, Path]) -> dict[str, dict]:
     """{method: seconds of a "step", of a generated "token" and of a "swap"}, one after another."""
     found = {}
     for method, (peft, _) in METHODS.items():
-        model, tokenizer = load_model(base / "pretrain", pick_device("auto"), fast_dtype())
+        model, tokenizer = load_model(base / "sft", pick_device("auto"), fast_dtype())
         seconds = {"swap": 0.0}
         if peft:
             lora.load_adapter(model, folders[method])
@@ -143,64 +146,79 @@ def speeds(base: Path, folders: dict[str, Path]) -> dict[str, dict]:
 
 
 def examine(folder: Path, seed: int, base: Path, n: int) -> dict:
-    """Accuracy on n unseen tasks, and loss on documents over that of the base."""
+    """Accuracy on n unseen tasks of the two families ("new") and of the others ("old"), and loss on
+    documents over that of the SFT model."""
     device = pick_device("auto")
     model, tokenizer = load_model(folder, device, fast_dtype())
-    quiz = {"accuracy": evaluate.exam(f"world:{seed}", n)}
-    found = evaluate.quiz_accuracy(model, tokenizer, quiz)
+    world = f"world:{seed}"
+    quizzes = {"new": evaluate.exam(world, n, HELDOUT_FAMILIES), "old": evaluate.exam(world, n)}
+    found = evaluate.quiz_accuracy(model, tokenizer, quizzes)
     windows = documents(base, seed)
-    before, _ = load_model(base / "pretrain", device, fast_dtype())
+    before, _ = load_model(base / "sft", device, fast_dtype())
     losses = [evaluate.validation_loss(each, windows, 64, 16) for each in (model, before)]
     return found | {"forgotten": losses[0] - losses[1]}
+
+
+def examined(folder: Path, file: Path, seed: int, base: Path, quick: bool) -> dict:
+    """examine(), once for a model; the figures are kept in the file."""
+    of = {"model": read_record(folder)["sha256"], "quick": quick}
+    return kept(file, of, partial(examine, folder, seed, base, 100 if quick else 1000))
 
 
 def trained(method: str, lr: float, seed: int, base: Path, out: Path, quick: bool) -> dict:
     """The figures of one run, which is made if it is not there."""
     peft, _ = METHODS[method]
     folder = out / f"{method.replace(' ', '_')}_{lr:g}"
-    options = SFT | peft | {"lr": lr, "seed": seed, "data": f"world:{seed}"}
+    data = write_families(out / "new.jsonl", seed, HELDOUT_FAMILIES, 4000)
+    options = SFT | peft | {"lr": lr, "seed": seed, "data": str(data)}
     if quick:
         options |= {"steps": SFT["steps"] // 10}
     # in a process of its own, whose memory is its own
-    run_apart("train_sft", init=str(base / "pretrain"), out=str(folder), **options)
-    of = {"model": read_record(folder)["sha256"], "quick": quick}
-    exam = partial(examine, folder, seed, base, 100 if quick else 1000)
-    figures = kept(folder.with_name(f"{folder.name}_exam.json"), of, exam)
+    run_apart("train_sft", init=str(base / "sft"), out=str(folder), **options)
+    figures = examined(folder, out / f"{folder.name}_exam.json", seed, base, quick)
     name = "adapter.safetensors" if peft else "model.safetensors"
     return figures | {"folder": str(folder), "bytes": (folder / name).stat().st_size, "lr": lr}
 
 
 # ---------------------------------------------------------------------- what is shown
 
-def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
-    """Accuracy against what was forgotten, a point for each seed."""
+def draw(found: dict[str, list[dict]], before: list[dict], file: Path, mark: str) -> None:
+    """What was learned against what is still known, a point for each seed."""
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    old = [exam["old"] for exam in before]
+    new = [exam["new"] for exam in before]
+    axis.scatter(old, new, color="k", marker="x", s=60, label="before")
     for number, (method, of_seeds) in enumerate(found.items()):
-        forgotten = [exam["forgotten"] for exam in of_seeds]
-        accuracy = [exam["accuracy"] for exam in of_seeds]
+        old = [exam["old"] for exam in of_seeds]
+        new = [exam["new"] for exam in of_seeds]
         share = of_seeds[0]["share"]
-        axis.scatter(forgotten, accuracy, color=f"C{number}", s=60,
-                     label=f"{method}: {share:.2%} trained")
-    axis.set(title=f"What is learned, and what is forgotten{mark}", ylabel="accuracy, unseen tasks",
-             xlabel="forgotten: nats per token more than the base on its own documents")
+        axis.scatter(old, new, color=f"C{number}", s=60, label=f"{method}: {share:.2%} trained")
+    axis.set(title=f"What is learned, and what is forgotten{mark}",
+             xlabel="right, tasks that the SFT model was tuned on",
+             ylabel="right, tasks of the two new families")
+    axis.xaxis.set_major_formatter("{x:.0%}")
     axis.yaxis.set_major_formatter("{x:.0%}")
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, file)
 
 
-def table(found: dict[str, list[dict]], cfg: Config) -> str:
+def table(found: dict[str, list[dict]], before: list[dict], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     lines = [f"# Parameter-efficient fine-tuning beside full fine-tuning{mark}", "",
              f"`python experiments/peft_comparison.py`, seeds {cfg.seeds}: the mean, and from "
-             "the lowest to the highest. Step and token over full fine-tuning's and the base's; "
-             "swap in seconds.", "",
+             "the lowest to the highest. Step and token over full fine-tuning's and the SFT "
+             "model's; swap in seconds.", "",
              f"| {' | '.join(['', 'lr', *COLUMNS])} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    blank = [""] * (len(COLUMNS) - len(LEARNED) + 1)
+    values = [cell([exam[name] for exam in before], COLUMNS[name][1]) for name in LEARNED]
+    lines.append(f"| {' | '.join(['before', *blank, *values])} |")
     for method, of_seeds in found.items():
-        cells = [method, f"{of_seeds[0]['lr']:g}"]
+        rates = sorted({exam["lr"] for exam in of_seeds})
+        cells = [method, ", ".join(f"{lr:g}" for lr in rates)]
         for name, form in COLUMNS.values():
             values = [exam[name] for exam in of_seeds]
-            cells.append(cell(values if name in ("accuracy", "forgotten") else values[:1], form))
+            cells.append(cell(values if name in LEARNED else values[:1], form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -210,18 +228,18 @@ def main(cfg: Config) -> None:
         cfg.seeds = cfg.seeds.split(",")[0]
     seeds = [int(seed) for seed in cfg.seeds.split(",")]
     found = {method: [] for method in METHODS}
+    before = []
     bases = {seed: base_models(seed) for seed in seeds}
     for seed, base in bases.items():
         out = seed_folder(cfg, seed)
+        before.append(examined(base / "sft", out / "before_exam.json", seed, base, cfg.quick))
         for method, (_, rates) in METHODS.items():
-            if found[method]:
-                rates = [found[method][0]["lr"]]       # the one that the first seed has chosen
-            elif cfg.quick:
+            if cfg.quick:
                 rates = rates[1:2]
             runs = [trained(method, lr, seed, base, out, cfg.quick) for lr in rates]
-            found[method].append(max(runs, key=lambda exam: exam["accuracy"]))
+            found[method].append(max(runs, key=lambda exam: exam["new"]))
     base = bases[seeds[0]]
-    config = load_model(base / "pretrain")[0].config
+    config = load_model(base / "sft")[0].config
     folders = {method: Path(of_seeds[0]["folder"]) for method, of_seeds in found.items()}
     seconds = speeds(base, folders)
     for method, of_seeds in found.items():
@@ -235,8 +253,8 @@ def main(cfg: Config) -> None:
             of_seeds[0]["share_7b"] = share_of(peft | AT_7B.get(method, {}), LLAMA_7B)
         rows = read_metrics(of_seeds[0]["folder"])
         of_seeds[0]["peak_mb"] = 1e3 * max(row["memory_gb"] for row in rows)
-    draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
-    show_table(cfg, table(found, cfg))
+    draw(found, before, Path(cfg.figure), " (quick)" if cfg.quick else "")
+    show_table(cfg, table(found, before, cfg))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from killed import die_at_file
 from stages import EVERY_STAGE, INPUTS, STAGES, Killed, run, write_inputs
 from tiny_runs import make_runs_quick
 
+import convert
 import lora
 import sample
 import shards
@@ -71,7 +72,14 @@ COMMANDS = {
     "from shards": (train_pretrain, ["--data=@/shards", "--out=@/new", "--d_model=16",
                                      "--n_layers=1", "--n_heads=2", "--context_length=32",
                                      "--batch_size=2", "--steps=3", "--eval_windows=2", *CPU],
-                    ("shards",), "new/model.safetensors")}
+                    ("shards",), "new/model.safetensors"),
+    "to hf": (convert, ["--init=@/sft_whole", "--out=@/new_hf", "--to=hf"], ("sft_whole",),
+              "new_hf/model.safetensors"),
+    "from hf": (convert, ["--init=@/hf", "--out=@/new"], ("hf",), "new/model.safetensors"),
+    "from gguf": (convert, ["--init=@/model.gguf", "--out=@/new"], ("model.gguf",),
+                  "new/model.safetensors")}
+# Models from elsewhere have no checksums: a flipped bit in their weights is another valid value.
+WITHOUT_SUMS = ("from hf", "from gguf")
 
 
 # ---------------------------------------------------------------------- the undamaged folder
@@ -97,6 +105,9 @@ def prepare(folder: Path) -> dict[str, bytes]:
         Run.save_checkpoint = save
     in_child(folder, shards, [*(option.replace("@", str(folder)) for option in
                                 COMMANDS["shards"][1][:-1]), f"--out={folder}/shards"])
+    for to, name in (("hf", "hf"), ("gguf", "model.gguf")):
+        in_child(folder, convert, [f"--init={folder}/sft_whole", f"--out={folder}/{name}",
+                                   f"--to={to}"])
     for name, (script, given, _, result) in COMMANDS.items():
         with tempfile.TemporaryDirectory() as place:
             at = Path(place) / "at"
@@ -127,10 +138,12 @@ def arguments(folder: Path, stage: str, out: str, **more) -> list[str]:
 
 # ---------------------------------------------------------------------- damage
 
-def damage_file(rng: random.Random, file: Path) -> str:
-    """Cut, flip, empty, remove or replace a file; returns what was done."""
+def damage_file(rng: random.Random, file: Path, sums: bool = True) -> str:
+    """Cut, empty, remove or replace a file, or, where there are checksums, flip a bit; returns what
+    was done."""
     raw = file.read_bytes()
-    how = rng.choice(("cut", "flip", "empty", "remove", "folder", "nonsense", "field"))
+    ways = ["cut", "empty", "remove", "folder", "nonsense", "field"]
+    how = rng.choice(ways + ["flip"] * sums)
     if how == "field" and file.suffix == ".json":
         return damage_field(rng, file)
     if how == "cut" and len(raw) > 1:
@@ -141,7 +154,7 @@ def damage_file(rng: random.Random, file: Path) -> str:
         file.unlink()
         if how == "folder":
             file.mkdir()
-    elif how == "nonsense":
+    elif how == "nonsense" or not sums:
         file.write_text(rng.choice(NONSENSE))
     else:
         changed = bytearray(raw)
@@ -276,7 +289,10 @@ def try_command(rng: random.Random, base: Path, undamaged: dict[str, bytes]) -> 
         if at.is_dir():
             file = rng.choice([file for file in sorted(at.glob("*.*")) if file.is_file()
                                and file.name not in (".lock", "metrics.jsonl")])
-            what = damage_file(rng, file)
+            what = damage_file(rng, file, name not in WITHOUT_SUMS)
+        elif at.suffix == ".gguf":
+            file = at
+            what = damage_file(rng, file, False)
         else:
             file = at
             what = damage_row(rng, file)
