@@ -324,8 +324,12 @@ def load(saved: dict) -> ImportedTokenizer:
             raise ValueError(f'"{name}" must be a {kind.__name__}; found: {found}')
     try:
         tokens = [None if token is None else token.encode("latin-1") for token in saved["tokens"]]
-        merges = [(left.encode("latin-1"), right.encode("latin-1"))
-                  for left, right in saved["merges"]]
+        # Parts of merges are tokens, nearly all: one object for both saves megabytes.
+        same = {token: token for token in tokens}
+        merges = []
+        for pair in saved["merges"]:
+            left, right = (part.encode("latin-1") for part in pair)
+            merges.append((same.get(left, left), same.get(right, right)))
         template = Template(**saved["template"])
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"its tokens, merges or template are damaged ({error})") from None

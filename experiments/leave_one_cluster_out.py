@@ -25,6 +25,9 @@ The same with a file of JSONL rows that have "cluster", "task", "prompt" and "re
 drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
 
     python experiments/leave_one_cluster_out.py --data tasks.jsonl --figure results/tasks.png
+    python experiments/leave_one_cluster_out.py --data tasks.jsonl --init out/smollm2 --seeds 0
+
+The second starts from a model from elsewhere, and trains it by LoRA.
 """
 import json
 import sys
@@ -69,6 +72,10 @@ ALONE = ("words", "reading", "reasoning")
 SHOWS = {"followup": ("facts", "lists", "transform")}
 QUICK = ("reading", "format")
 SFT = {"steps": 250, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 250}
+# Of a model from elsewhere, which is larger and can do much already.
+LORA = {"steps": 40, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4, "warmup": 4,
+        "eval_every": 40, "context_length": 384, "n_examples": 400, "peft": "lora",
+        "lora_targets": "wq,wk,wv,wo,w13,w2"}
 WAYS = ("cluster", "family")                     # what is left out
 POINTS = 0.15                                    # by which a left-out family has to gain
 CLUSTERS = 5                                     # in so many clusters
@@ -78,6 +85,7 @@ CLUSTERS = 5                                     # in so many clusters
 class Config:
     seeds: str = "0,1,2"              # of world, models and batches
     data: str = ""                    # JSONL with clusters, instead of the world
+    init: str = ""                    # with --data: a model folder, instead of the world's base
     truncate: str = "drop"            # its rows longer than the context: drop | left | error
     out: str = "out/leave_one_cluster_out"             # folder for the models and their data
     figure: str = "results/leave_one_cluster_out.png"  # the picture; the table beside it, as .md
@@ -209,6 +217,8 @@ def main(cfg: Config) -> None:
     if cfg.data:
         main_of_file(cfg)
         return
+    if cfg.init:
+        raise ValueError(f"--init {cfg.init}: nothing reads it without --data")
     options = dict(SFT)
     clusters = list(dict.fromkeys(cluster for cluster, _ in FAMILIES.values()))
     n, n_rows = 100, 8000
@@ -256,7 +266,10 @@ def answer_loss(folder: Path, file: Path, cfg: Config, n: int) -> dict[str, floa
     """Nats per token of the answers of n rows, at most, and how many of these fit."""
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
     rows = format_examples(readers.read_examples(file, n=n), tokenizer)
-    packed = PackedExamples(rows, tokenizer, model.config.context_length, 0, cfg.truncate)
+    context = model.config.context_length
+    if cfg.init:                                           # because what is tuned has no longer one
+        context = LORA["context_length"]
+    packed = PackedExamples(rows, tokenizer, context, 0, cfg.truncate)
     return {"loss": evaluate.response_loss(model, packed, 16), "rows": len(rows),
             "fit": len(packed.examples)}
 
@@ -264,7 +277,7 @@ def answer_loss(folder: Path, file: Path, cfg: Config, n: int) -> dict[str, floa
 def examine_file(lines: dict[str, list[str]], clusters: list[str], seed: int, cfg: Config, n: int,
                  options: dict) -> dict[str, list[dict]]:
     """{cluster: answer_loss() of the base, of all other clusters, of the largest other one}."""
-    base = base_models(seed) / "pretrain"
+    base = Path(cfg.init) if cfg.init else base_models(seed) / "pretrain"
     out = seed_folder(cfg, seed) / "file"
     places = {cluster: place for place, cluster in enumerate(lines)}   # names may be no file's
 
@@ -294,7 +307,8 @@ def show_file(found: list[dict[str, list[dict]]], cfg: Config) -> None:
     mark = " (quick)" if cfg.quick else ""
     names = ["base model", "all other clusters", "the largest other cluster"]
     lines = [f"# Leave one cluster out, of a file{mark}", "",
-             f"`python experiments/leave_one_cluster_out.py --data {cfg.data}`, seeds {cfg.seeds}, "
+             f"`python experiments/leave_one_cluster_out.py --data {Path(cfg.data).name}"
+             f"{f' --init {cfg.init}' if cfg.init else ''}`, seeds {cfg.seeds}, "
              f"--truncate {cfg.truncate}: loss of the left-out cluster's answers, nats per token; "
              "the mean, and from the lowest to the highest.", "",
              f"| cluster | rows that fit | {' | '.join(names)} |", "|---" * 5 + "|"]
@@ -318,14 +332,14 @@ def show_file(found: list[dict[str, list[dict]]], cfg: Config) -> None:
 
 
 def main_of_file(cfg: Config) -> None:
-    options = dict(SFT)
+    options = dict(LORA if cfg.init else SFT)
     lines = lines_by_cluster(cfg.data)
     clusters = list(lines)
-    n = 500
+    n = 100 if cfg.init else 500
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
         clusters = clusters[:2]
-        options["steps"] = SFT["steps"] // 3
+        options["steps"] //= 3
         n = 50
     found = [examine_file(lines, clusters, int(seed), cfg, n, options)
              for seed in cfg.seeds.split(",")]

@@ -17,6 +17,14 @@ the same held-out pairs of the world:
   ensemble   three models of 8,000 pairs each, which differ in pairs, order and head: one of them,
              their mean, their minimum, and how far they disagree about a pair
 
+What came out (seed 0): 500 pairs rank 70.0 % of the held-out pairs right, 2,000 80.0, 8,000 86.3
+and 32,000 88.8; how sure the model is agrees with how often it is right from 2,000 on (ECE .028,
+then .020), and 500 pairs make it too sure (.072). Margins add .7 points. Rankings and ratings rank
+the same pairs worse, 69.6 and 69.3 %, though they hold as many answers or twice as many: their
+answers differ in other ways than those of the pairs. The mean of three models is .6 points better
+than one, the minimum is not; where the mean is wrong the three disagree by 1.5 times its margin,
+and by .2 times where it is right: that is what the conservative estimate of 4.12 lives on.
+
     python experiments/reward_model.py                 # results/reward_model.png and .md
     python experiments/reward_model.py --quick         # one seed, a tenth of steps and pairs
 """
