@@ -10,9 +10,9 @@ inside a wheel or zip.
     python convert.py --init export --base out/pretrain --out out/lora2
 
 Served are Llama 3 (with its longer RoPE), SmolLM2, Qwen2.5 (biases), Qwen3 (norms of queries and
-keys, its own head width), Mistral without sliding windows and Mixtral (experts), tied or not, if
-their tokenizer is byte-level BPE: that of Llama 2, TinyLlama and most of Mistral's is not. What is
-not served is refused by the name of its field; every tensor is used, or the file is refused.
+keys, its own head width), Mistral without sliding windows and Mixtral (experts), tied or not, with
+byte-level BPE; SentencePiece's vocabularies (TinyLlama, Zephyr) need the package tokenizers. What
+is not served is refused by the name of its field; every tensor is used, or the file is refused.
 Without --dtype floats stay bit for bit what they are, and quantized tensors become fp32. Nothing is
 written before everything has been read.
 """
@@ -58,7 +58,7 @@ class Config:
     out: str = "out/converted"        # new folder to write; with --to gguf a new file
     to: str = "lifecycle"             # lifecycle | hf | gguf | peft
     base: str = ""                    # model folder that an adapter of peft was made on
-    template: str = "auto"            # auto | chatml | llama3 | lifecycle: of chats; auto: its own
+    template: str = "auto"            # auto (its own) | chatml | llama3 | lifecycle | zephyr
     dtype: str = "auto"               # auto | float32 | bfloat16: of all tensors; auto: as they are
 
 

@@ -42,6 +42,10 @@ class Template:
     default_system: str = ""
     trim: bool = False
 
+    def around_the_assistant(self) -> list[tuple[str, bool]]:
+        """What stands between the user's text and the assistant's, for ids_of_spelled()."""
+        return [(self.after.get("user", ""), True), (self.before.get("assistant", ""), True)]
+
 
 def merged_by(merges: dict[tuple[bytes, bytes], int], word: bytes) -> list[bytes]:
     """The parts of a word after all merges: the pair of the lowest number first, the leftmost of
@@ -117,27 +121,14 @@ class ImportedTokenizer:
         token, whatever the merges say (Llama 3). visible: the control tokens that are read as
         text, as <think> is. Raises ValueError for parts that contradict one another."""
         self.tokens = tokens
-        self.special = special
         self.merges = merges
         self.patterns = patterns
-        self.template = template
         self.nfc = nfc
         self.whole_words = whole_words
-        self.visible = sorted(visible)
-        self.vocab_size = len(tokens)
-        self.n_virtual = 0                             # tokens before a conversation (lora.py)
         self.ranks = {}                                # ids of ordinary tokens
         for i, token in enumerate(tokens):
             if token is not None and self.ranks.setdefault(token, i) != i:
                 raise ValueError(f"token {token!r} stands twice, at {self.ranks[token]} and {i}")
-        for name, i in special.items():
-            if not 0 <= i < len(tokens):
-                raise ValueError(f"control token {name} has the id {i}, which is not in 0 .. "
-                                 f"{len(tokens) - 1}")
-            if tokens[i] is not None:
-                raise ValueError(f"control token {name} has the id {i} of {tokens[i]!r}")
-        if len(set(special.values())) < len(special):
-            raise ValueError("two control tokens have the same id")
         self.number_of = {pair: number for number, pair in enumerate(merges)}
         for left, right in merges:
             if left + right not in self.ranks:
@@ -147,6 +138,27 @@ class ImportedTokenizer:
                 bytes([byte]) in self.ranks for byte in REPLACEMENT):
             raise ValueError("the vocabulary does not have the bytes of U+FFFD, which stand for "
                              "those that it lacks")
+        self.compiled = [regex.compile(pattern) for pattern in patterns]
+        self.known: dict[str, list[int]] = {}          # ids of the words met so far
+        self.take_roles(special, template, end, pad, endoftext, visible)
+
+    def take_roles(self, special: dict[str, int], template: Template, end: str, pad: str,
+                   endoftext: str, visible: Iterable[str]) -> None:
+        """The control tokens, what they are for, and the template; self.tokens is there. Raises
+        ValueError for parts that contradict one another."""
+        self.special = special
+        self.template = template
+        self.visible = sorted(visible)
+        self.vocab_size = len(self.tokens)
+        self.n_virtual = 0                             # tokens before a conversation (lora.py)
+        for name, i in special.items():
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"control token {name} has the id {i}, which is not in 0 .. "
+                                 f"{self.vocab_size - 1}")
+            if self.tokens[i] is not None:
+                raise ValueError(f"control token {name} has the id {i} of {self.tokens[i]!r}")
+        if len(set(special.values())) < len(special):
+            raise ValueError("two control tokens have the same id")
         if unknown := {*self.visible} - special.keys():
             raise ValueError(f"visible tokens {sorted(unknown)} are none of the control tokens")
         self.roles = {"end": end, "pad": pad, "endoftext": endoftext}
@@ -159,12 +171,10 @@ class ImportedTokenizer:
         self.endoftext = special[endoftext]
         if self.pad == self.end:
             raise ValueError(f"{pad} ends a turn and cannot pad")
-        self.compiled = [regex.compile(pattern) for pattern in patterns]
         # longest first, because one name may begin with another
         names = sorted(special, key=len, reverse=True)
         self.control = regex.compile("|".join(map(regex.escape, names)))
-        self.known: dict[str, list[int]] = {}          # ids of the words met so far
-        self.opening = self.piece(template.before.get("assistant", ""))
+        self.opening = self.opening_ids()
         if not set(self.opening) & set(special.values()):
             raise ValueError("the template opens the assistant's turn without a control token, so "
                              "that a user could open one by typing it; such templates are not "
@@ -244,25 +254,44 @@ class ImportedTokenizer:
             end = match.end()
         return ids + self.encode(text[end:])
 
-    def conversation(self, messages: Sequence[dict]) -> list[int]:
-        """Messages -> ids in the model's own template. Raises ValueError, naming the message, for
-        what is no conversation, and for a role that the template does not have."""
+    def opening_ids(self) -> list[int]:
+        """What opens the assistant's turn."""
+        return self.piece(self.template.before.get("assistant", ""))
+
+    def ids_of_spelled(self, spelled: Iterable[tuple[str, bool]]) -> list[int]:
+        """Ids of texts, each of the template or not; in the template's control tokens are meant."""
+        ids = []
+        for text, is_template in spelled:
+            ids += self.piece(text) if is_template else self.encode(text)
+        return ids
+
+    def texts_of(self, messages: Sequence[dict]) -> list[tuple[str, bool]]:
+        """Messages -> the texts of the model's own template, for ids_of_spelled(). Raises
+        ValueError, naming the message, for what is no conversation, and for a role that the
+        template does not have."""
         check_messages(messages)
         template = self.template
         if template.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": template.default_system}, *messages]
-        ids = [self.vocab_size + i for i in range(self.n_virtual)]
-        ids += self.piece(template.start)
+        texts = [(template.start, True)]
         for i, message in enumerate(messages):
             role = message["role"]
             if role not in template.before:
                 raise ValueError(f"message {i} has role {role!r}, for which this model's template "
                                  f"has no turn; it has {', '.join(template.before)}")
-            ids += self.piece(template.before[role])
             content = message["content"]
-            ids += self.encode(content.strip() if template.trim else content)
-            ids += self.piece(template.after[role])
-        return ids
+            texts += [(template.before[role], True),
+                      (content.strip() if template.trim else content, False),
+                      (template.after[role], True)]
+        return texts
+
+    def virtual(self) -> list[int]:
+        """The ids of lora.py's tokens before a conversation."""
+        return [self.vocab_size + i for i in range(self.n_virtual)]
+
+    def conversation(self, messages: Sequence[dict]) -> list[int]:
+        """Messages -> ids. Raises ValueError as texts_of() does."""
+        return self.virtual() + self.ids_of_spelled(self.texts_of(messages))
 
     def response_mask(self, ids: Sequence[int]) -> list[int]:
         """The loss mask of a conversation's ids: 1 where the assistant writes, the end of its turn
@@ -286,9 +315,10 @@ class ImportedTokenizer:
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """The conversation so far and the opening of the assistant's turn."""
-        ids = self.conversation(messages)
+        texts = self.texts_of(messages)
         check_open(messages)
-        return ids + self.opening
+        texts.append((self.template.before["assistant"], True))
+        return self.virtual() + self.ids_of_spelled(texts)
 
     # ------------------------------------------------------------------ files
 
@@ -297,12 +327,14 @@ class ImportedTokenizer:
         def spelled(token: bytes) -> str:
             return token.decode("latin-1")             # a character a byte, since JSON has no bytes
 
-        return {"imported": True, **self.roles, "nfc": self.nfc, "whole_words": self.whole_words,
-                "visible": self.visible, "patterns": self.patterns,
-                "template": asdict(self.template),
-                "special": self.special,
-                "tokens": [None if token is None else spelled(token) for token in self.tokens],
-                "merges": [[spelled(left), spelled(right)] for left, right in self.merges]}
+        return self.saved_roles() | {
+            "nfc": self.nfc, "whole_words": self.whole_words, "patterns": self.patterns,
+            "tokens": [None if token is None else spelled(token) for token in self.tokens],
+            "merges": [[spelled(left), spelled(right)] for left, right in self.merges]}
+
+    def saved_roles(self) -> dict:
+        return {"imported": True, **self.roles, "visible": self.visible,
+                "template": asdict(self.template), "special": self.special}
 
     def save(self, folder: str | Path) -> None:
         """Write folder/tokenizer.json, whole or not at all."""
@@ -313,15 +345,23 @@ class ImportedTokenizer:
         temporary.replace(folder / "tokenizer.json")
 
 
-def load(saved: dict) -> ImportedTokenizer:
-    """The tokenizer of saved(). Raises ValueError for an object that is not whole."""
-    kinds = {"tokens": list, "special": dict, "merges": list, "patterns": list, "template": dict,
-             "end": str, "pad": str, "endoftext": str, "nfc": bool, "whole_words": bool,
-             "visible": list}
+# What saved_roles() has.
+ROLES = {"special": dict, "template": dict, "end": str, "pad": str, "endoftext": str,
+         "visible": list}
+
+
+def check_fields(saved: dict, kinds: dict[str, type]) -> None:
+    """Raises ValueError for a field that is missing or of another type."""
     for name, kind in kinds.items():
         if not isinstance(saved.get(name), kind):
             found = type(saved[name]).__name__ if name in saved else "missing"
             raise ValueError(f'"{name}" must be a {kind.__name__}; found: {found}')
+
+
+def load(saved: dict) -> ImportedTokenizer:
+    """The tokenizer of saved(). Raises ValueError for an object that is not whole."""
+    check_fields(saved, ROLES | {"tokens": list, "merges": list, "patterns": list, "nfc": bool,
+                                 "whole_words": bool})
     try:
         tokens = [None if token is None else token.encode("latin-1") for token in saved["tokens"]]
         # Parts of merges are tokens, nearly all: one object for both saves megabytes.

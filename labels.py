@@ -97,6 +97,9 @@ def encode_question(row: dict, tokenizer: Tokenizer, classes: list[str]) -> dict
     passage = tokenizer.encode(row["text"])
     # where each token of the passage ends, in bytes, because a token need not be whole characters
     ends = np.cumsum([len(tokenizer.token_bytes(i)) for i in passage])
+    if ends[-1] != len(row["text"].encode()):
+        raise ValueError(f"{row['where']}: the tokens of the passage are not its bytes, as this "
+                         "tokenizer writes them; spans need byte-level BPE without a normaliser")
     before = row["text"][:row["start"]]
     first_byte = len(before.encode())
     last_byte = first_byte + len(row["answer"].encode()) - 1

@@ -41,6 +41,7 @@ import tiktoken
 from tqdm import tqdm
 
 import imported_tokenizer
+import library_tokenizer
 from messages import check_messages, check_open
 
 MAX_BLANKS = 500_000                          # tiktoken's stack holds between 700,000 and 1,000,000
@@ -403,6 +404,8 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({str(error)[:100]})") from None
         try:
+            if isinstance(saved, dict) and "library" in saved:
+                return library_tokenizer.load(saved)
             if isinstance(saved, dict) and saved.get("imported"):
                 return imported_tokenizer.load(saved)
             return cls(*parse_saved(saved))

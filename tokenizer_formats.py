@@ -1,7 +1,8 @@
 r"""
 Other people's tokenizers and chat templates: what convert.py reads and writes.
 
-  tokenizer.json     of Hugging Face: byte-level BPE with merges, added tokens, a pattern
+  tokenizer.json     of Hugging Face: byte-level BPE with merges, added tokens, a pattern; what is
+                     none, as SentencePiece, goes to library_tokenizer.py as it is
   GGUF               tokenizer.ggml.*: tokens, merges, types, the name of a pattern
   *.tiktoken         ranks: a token in base64 and its number in each line
   vocab.json, merges.txt             of GPT-2
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import regex
 
 from imported_tokenizer import ImportedTokenizer, Template
+from library_tokenizer import LibraryTokenizer
 from messages import ROLES
 from tokenizer import PATTERN, Tokenizer, merged
 
@@ -37,12 +39,14 @@ class Form(NamedTuple):
     before: str                        # of a turn; {role} is the role's own name
     after: str
     has_bos: bool = False              # whether a conversation begins with it, if nothing says so
+    marks: tuple[str, ...] = ()        # its control tokens, if others are ordinary text
 
 
 FORMS = {
     "chatml": Form("<|im_start|>{role}\n", "<|im_end|>\n"),
     "llama3": Form("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", True),
     "lifecycle": Form("<|{role}|>", "<|end|>"),
+    "zephyr": Form("<|{role}|>\n", "</s>\n", marks=("</s>",)),
 }
 # What a template may call or apply; all else could be a program.
 CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range", "if",
@@ -110,8 +114,8 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
         check_template(jinja)
     texts = texts_in(jinja or "")
     fitting = []
-    for name, (before, after, _) in FORMS.items():
-        needed = regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
+    for name, (before, after, _, marks) in FORMS.items():
+        needed = marks or regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
         stands = not jinja or form or is_spelled(jinja, before, after)
         if stands and all(mark in special for mark in needed):
             fitting.append(name)
@@ -121,7 +125,7 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
         what = "its chat template" if jinja else "it has no chat template, and its vocabulary"
         raise ValueError(f"{what} fits {' and '.join(fitting) or 'none of'} the forms that are "
                          f"served ({', '.join(FORMS)}); {REMEDY}")
-    before, after, has_bos = FORMS[form or fitting[0]]
+    before, after, has_bos, _ = FORMS[form or fitting[0]]
     if jinja:
         # spelled out it may also be what every turn begins with
         has_bos = "bos_token" in jinja or any(bos in text for text in texts) and bos not in before
@@ -329,19 +333,18 @@ def from_ranks(folder: Path, settings: dict) -> dict:
 def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
               form: str) -> ImportedTokenizer:
     model = saved["model"]
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = model.get("type", "BPE") + (" with byte_fallback" if model.get("byte_fallback")
-                                           else "")
-        raise ValueError(f"model.type is {kind}; byte-level BPE is served")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(name):
-            raise ValueError(f"model.{name} is {model[name]!r}, which is not served")
-    patterns = patterns_of(saved.get("pre_tokenizer"))
     added = saved.get("added_tokens") or ()
     control = {token["content"]: token["id"] for token in added}
     visible = [token["content"] for token in added if token.get("special") is False]
     names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     template = template_of(jinja, control, names["bos_token"], form)
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        roles = roles_of(control, template, names["eos_token"], names["pad_token"])
+        return LibraryTokenizer(saved, size, control, template, visible=visible, **roles)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise ValueError(f"model.{name} is {model[name]!r}, which is not served")
+    patterns = patterns_of(saved.get("pre_tokenizer"))
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
               for pair in model["merges"]]
     return assembled(model["vocab"], size, control, merges, patterns, template,
@@ -423,7 +426,7 @@ def as_imported(tokenizer: Tokenizer | ImportedTokenizer) -> ImportedTokenizer:
     if isinstance(tokenizer, ImportedTokenizer):
         return tokenizer
     tokens = [*sorted(tokenizer.ranks, key=tokenizer.ranks.get), *[None] * len(tokenizer.special)]
-    before, after, _ = FORMS["lifecycle"]
+    before, after, *_ = FORMS["lifecycle"]
     template = Template("", {role: before.format(role=role) for role in ROLES},
                         dict.fromkeys(ROLES, after))
     return ImportedTokenizer(tokens, tokenizer.special, merges_of(tokenizer.ranks),
@@ -432,6 +435,20 @@ def as_imported(tokenizer: Tokenizer | ImportedTokenizer) -> ImportedTokenizer:
 
 def write_json(folder: Path, tokenizer: ImportedTokenizer) -> None:
     """tokenizer.json and tokenizer_config.json as Hugging Face's libraries read them."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        saved = tokenizer.theirs
+    else:
+        saved = their_json(tokenizer)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "eos_token": tokenizer.roles["end"], "pad_token": tokenizer.roles["pad"],
+                "chat_template": jinja_of(tokenizer.template)}
+    for name, content in (("tokenizer.json", saved), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n",
+                                   encoding="utf-8")
+
+
+def their_json(tokenizer: ImportedTokenizer) -> dict:
+    """The object in a tokenizer.json of Hugging Face."""
     added = [{"id": i, "content": name, "special": name not in tokenizer.visible,
               "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
              for name, i in tokenizer.special.items()]
@@ -446,16 +463,10 @@ def write_json(folder: Path, tokenizer: ImportedTokenizer) -> None:
              "vocab": vocabulary | tokenizer.special,
              "merges": [[to_characters(left), to_characters(right)]
                         for left, right in tokenizer.merges]}
-    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-             "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-             "post_processor": None, "decoder": byte_level, "model": model}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "eos_token": tokenizer.roles["end"], "pad_token": tokenizer.roles["pad"],
-                "chat_template": jinja_of(tokenizer.template)}
-    for name, content in (("tokenizer.json", saved), ("tokenizer_config.json", settings)):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n",
-                                   encoding="utf-8")
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+            "post_processor": None, "decoder": byte_level, "model": model}
 
 
 # ---------------------------------------------------------------------- GGUF
@@ -464,7 +475,8 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
     """The tokenizer in the metadata of a GGUF file, of a model with `size` tokens."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; byte-level BPE, gpt2, is served")
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; of GGUF byte-level BPE, gpt2, is "
+                         "served; convert the model's Hugging Face folder instead")
     name = metadata.get("tokenizer.ggml.pre")
     if name not in GGUF_PATTERNS:
         raise ValueError(f"tokenizer.ggml.pre is {name!r}; served are {', '.join(GGUF_PATTERNS)}")
@@ -493,6 +505,8 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
 def to_gguf(tokenizer: ImportedTokenizer) -> dict:
     """The metadata of a GGUF file about a tokenizer. Raises ValueError for a pattern that
     llama.cpp has no name for."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        raise ValueError("--to gguf: its vocabulary is no byte-level BPE; it goes out with --to hf")
     names = [name for name, patterns in GGUF_PATTERNS.items() if patterns == tokenizer.patterns]
     if not names:
         raise ValueError(f"GGUF names patterns instead of spelling them, and has no name for "
