@@ -1,10 +1,13 @@
-"""experiments/leave_one_cluster_out.py and breadth.py: what their runs read, gains by hand."""
+"""experiments/leave_one_cluster_out.py, breadth.py, few_shot.py: what they read, gains by hand."""
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from tiny import TOKENIZER, tiny_model, write_rows
 
 import train_sft
-from experiments import breadth
+from experiments import breadth, few_shot
 from experiments import leave_one_cluster_out as leave
 from experiments.base import asked_alone, write_families
 from plumbing.options import build
@@ -117,3 +120,59 @@ def test_a_smaller_choice_of_families_lies_in_a_larger_one_and_none_is_examined_
     assert len({breadth.drawn(seed, order, 4) for seed in range(3) for order in range(3)}) == 9
     # nor do the earlier turns of a followup answer them
     assert not {*leave.SHOWS["followup"]} & {*breadth.UNSEEN}
+
+
+# ---------------------------------------------------------------------- few_shot.py
+
+def letters(n: int) -> list[dict]:
+    return [{"cluster": "letters", "task": f"task {i % 2}", "prompt": f"say {i}",
+             "response": f"{i}!"} for i in range(n)]
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """Its config, and rows of a file of two tasks."""
+    cfg = few_shot.Config(data=write_rows(tmp_path / "rows.jsonl", letters(40)), n=8, longest=250)
+    clusters = few_shot.rows_by_task(cfg.data)
+    return cfg, few_shot.draw_rows(clusters["letters"], TOKENIZER, cfg)
+
+
+def test_examples_are_of_the_rows_own_task_and_never_the_row_itself(shown):
+    cfg, _ = shown
+    clusters = few_shot.rows_by_task(cfg.data)
+    as_turns = SimpleNamespace(prompt=lambda turns: turns)
+    rows = few_shot.draw_rows(clusters["letters"], as_turns, cfg)
+    assert len(rows) == 8
+    for row in rows:
+        for k, turns in row.prompts.items():
+            said = [turn["content"] for turn in turns]
+            assert len(said) == 2 * k + 1
+            assert said[-1] == f"say {row.answer[:-1]}" and said[-1] not in said[:-1]
+            assert {int(text[4:]) % 2 for text in said[::2]} == {int(row.answer[:-1]) % 2}
+
+
+def test_the_loss_behind_examples_is_that_of_the_answer_alone(shown):
+    _, rows = shown
+    model = tiny_model(context_length=256).eval()
+    for k in (0, 2):
+        nats = tokens = 0
+        for row in rows:
+            answer = [*TOKENIZER.encode(row.answer), TOKENIZER.end]
+            ids = torch.tensor([row.prompts[k] + answer])
+            with torch.no_grad():
+                logps = model.logps(ids[:, :-1], ids[:, 1:])[0]
+            nats -= float(logps[-len(answer):].sum())
+            tokens += len(answer)
+        found = few_shot.answer_loss(model, TOKENIZER, rows, k)
+        assert found == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_a_row_without_a_task_is_named(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [letters(1)[0] | {"task": ""}])
+    with pytest.raises(ValueError, match='rows.jsonl:1: "task" is \'\'; it must be a text'):
+        few_shot.rows_by_task(file)
+
+
+def test_case_and_marks_at_the_ends_make_no_answer_wrong():
+    assert few_shot.plain(' "Yes." \n') == few_shot.plain("yes")
+    assert few_shot.plain("not yes") != few_shot.plain("yes")
