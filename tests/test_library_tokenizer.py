@@ -109,7 +109,8 @@ def test_what_a_user_types_is_no_control_token_and_opens_no_turn():
 
 
 @pytest.mark.parametrize("text", ["Hello, the bear!", " a blank first", "two  blanks", "tab\tend\n",
-                                  "東京 löwe", "👍🏽 zwj\u200d", "\x00\x7f", "</s> <s>", "a" * 5000])
+                                  "東京 löwe", "👍🏽 zwj\u200d", "\x00\x7f", "</s> <s>",
+                                  "a" * 5000])
 def test_text_comes_back(text):
     ours = tokenizer()
     assert ours.decode(ours.encode(text)) == text
