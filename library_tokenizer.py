@@ -82,6 +82,12 @@ class LibraryTokenizer(ImportedTokenizer):
             if token is not None:
                 self.ranks.setdefault(token, i)
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy, or what another process receives: the package forgets this setting."""
+        self.__dict__ = state
+        self.first.encode_special_tokens = True
+        self.later.encode_special_tokens = True
+
     # ------------------------------------------------------------------ text
 
     def encode(self, text: str, comes_first: bool = True) -> list[int]:

@@ -1,5 +1,6 @@
 """Claims about library_tokenizer.py: vocabularies of SentencePiece, by the package tokenizers."""
 import json
+import pickle
 import sys
 
 import pytest
@@ -106,6 +107,14 @@ def test_what_a_user_types_is_no_control_token_and_opens_no_turn():
     assert ids.count(ours.end) == 1 and ours.special["<s>"] not in ids
     assert sum(mask) == 0
     assert typed in ours.decode(ids)
+
+
+def test_a_copy_takes_typed_control_tokens_for_text_too():
+    ours = tokenizer()
+    again = pickle.loads(pickle.dumps(ours))
+    typed = "the</s>the"
+    assert again.encode(typed) == ours.encode(typed)
+    assert again.prompt([{"role": "user", "content": typed}]).count(ours.end) == 1
 
 
 @pytest.mark.parametrize("text", ["Hello, the bear!", " a blank first", "two  blanks", "tab\tend\n",
