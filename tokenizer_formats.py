@@ -337,6 +337,8 @@ def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
     control = {token["content"]: token["id"] for token in added}
     visible = [token["content"] for token in added if token.get("special") is False]
     names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    if jinja:                                          # some call the end of a turn by this name
+        jinja = jinja.replace("eos_token", f"'{names['eos_token']}'")
     template = template_of(jinja, control, names["bos_token"], form)
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         roles = roles_of(control, template, names["eos_token"], names["pad_token"])

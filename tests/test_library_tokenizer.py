@@ -91,6 +91,24 @@ def test_a_conversation_has_the_ids_of_transformers(scheme):
     assert ours.prompt(CHAT) == list(wanted)
 
 
+def test_a_template_that_calls_the_end_of_a_turn_by_its_name_is_known():
+    transformers = pytest.importorskip("transformers")
+    jinja = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n"
+             "{{ '<|user|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'assistant' %}\n"
+             "{{ '<|assistant|>\n' + m['content'] + eos_token }}\n{% endif %}\n"
+             "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+             "{% endfor %}")
+    settings = {"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"}
+    ours = tokenizer_formats.from_json(sentencepiece(), settings, jinja, SIZE, "")
+    assert ours == tokenizer()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.first, eos_token="</s>",
+                                                  chat_template=jinja)
+    theirs.backend_tokenizer.encode_special_tokens = False
+    wanted = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    ours.first.encode_special_tokens = True
+    assert ours.prompt(CHAT) == list(wanted)
+
+
 @pytest.mark.parametrize("scheme", ["", "first"])
 def test_only_the_assistants_text_and_its_end_are_targets(scheme):
     ours = tokenizer(scheme)
