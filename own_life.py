@@ -32,14 +32,15 @@ from plumbing.options import build
 from rewards import Reward
 
 LORA = {"peft": "lora", "lora_rank": 16, "lora_targets": "wq,wk,wv,wo,w13,w2"}
-# Short, because a model that speaks already needs little; batches small, for a small memory.
+# Short, because a model that speaks already needs little; batches small, for a small memory. Rows
+# longer than the context are left out, and said, because an hour may pass before a stage begins.
 PLAN = {
     "sft": {"n_examples": 1000, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 5e-4,
             "context_length": 512, "eval_every": 30, "truncate": "drop"},
     "rm": {"n_pairs": 1000, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 5e-4,
-           "eval_every": 60, "eval_pairs": 100, "n_shift": 20},
+           "eval_every": 60, "eval_pairs": 100, "n_shift": 20, "truncate": "drop"},
     "dpo": {"n_pairs": 1000, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 2e-4,
-            "eval_every": 60, "eval_pairs": 100},
+            "eval_every": 60, "eval_pairs": 100, "truncate": "drop"},
     "ppo": {"n_prompts": 1000, "steps": 5, "batch_size": 8, "minibatch_size": 4, "lr": 1e-4,
             "truncate": "drop"},
 }

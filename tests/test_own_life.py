@@ -53,6 +53,10 @@ def test_four_stages_and_a_report_of_what_can_be_measured(command, tmp_path, cap
     assert capsys.readouterr().err.count("finished before, skipped") == 4
 
 
+def test_no_stage_stops_at_a_row_that_is_too_long():
+    assert {own_life.PLAN[name]["truncate"] for name in own_life.STAGES} == {"drop"}
+
+
 def test_every_stage_takes_a_model_from_elsewhere(command, tmp_path):
     folder = write_folder(tmp_path / "hf", BASE | {"max_position_embeddings": 128})
     convert.main(convert.Config(init=str(folder), out=str(tmp_path / "imported")))
