@@ -39,7 +39,8 @@ PLAN = {
             "context_length": 512, "eval_every": 30, "truncate": "drop"},
     "rm": {"n_pairs": 1000, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 5e-4,
            "eval_every": 60, "eval_pairs": 100, "n_shift": 20, "truncate": "drop"},
-    "dpo": {"n_pairs": 1000, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 2e-4,
+    # as many pairs as are trained on, because the reference reads all of them first
+    "dpo": {"n_pairs": 240, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 2e-4,
             "eval_every": 60, "eval_pairs": 100, "truncate": "drop"},
     "ppo": {"n_prompts": 1000, "steps": 5, "batch_size": 8, "minibatch_size": 4, "lr": 1e-4,
             "truncate": "drop"},
