@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -79,12 +80,19 @@ def stages(cfg) -> dict[str, tuple[Callable, object]]:
     return plan
 
 
+def distinct_prompts(file: str, seed: int) -> list[dict]:
+    """Held-out prompts, N_COMPARED at most, each once: files of pairs have some several times."""
+    rows = readers.read_prompts(file, split="heldout")
+    distinct = {json.dumps(row["messages"]): row for row in rows}
+    return Random(seed).sample([*distinct.values()], min(N_COMPARED, len(distinct)))
+
+
 def examine(cfg) -> tuple[dict, dict]:
     """{policy: its figures}, and the answers to N_READ prompts."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     out = Path(cfg.out)
-    rows = readers.read_prompts(cfg.prompts, split="heldout", n=N_COMPARED, seed=cfg.seed)
+    rows = distinct_prompts(cfg.prompts, cfg.seed)
     figures = {}
     shown = {}
     for name in POLICIES:

@@ -53,6 +53,14 @@ def test_four_stages_and_a_report_of_what_can_be_measured(command, tmp_path, cap
     assert capsys.readouterr().err.count("finished before, skipped") == 4
 
 
+def test_a_prompt_that_stands_twice_is_answered_once(tmp_path):
+    rows = [{"prompt": f"Say {i % 30}"} for i in range(60)]
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    found = [row["messages"][0]["content"] for row in own_life.distinct_prompts(file, 0)]
+    assert 0 < len(found) == len(set(found))
+    assert found != [row["messages"][0]["content"] for row in own_life.distinct_prompts(file, 1)]
+
+
 def test_no_stage_stops_at_a_row_that_is_too_long():
     assert {own_life.PLAN[name]["truncate"] for name in own_life.STAGES} == {"drop"}
 
