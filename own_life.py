@@ -33,6 +33,7 @@ from plumbing.options import build
 from rewards import Reward
 
 LORA = {"peft": "lora", "lora_rank": 16, "lora_targets": "wq,wk,wv,wo,w13,w2"}
+ANSWER = 128                           # tokens, at most
 # Short, because a model that speaks already needs little; batches small, for a small memory. Rows
 # longer than the context are left out, and said, because an hour may pass before a stage begins.
 PLAN = {
@@ -44,14 +45,13 @@ PLAN = {
     "dpo": {"n_pairs": 240, "steps": 60, "warmup": 5, "batch_size": 4, "lr": 2e-4,
             "eval_every": 60, "eval_pairs": 100, "truncate": "drop"},
     "ppo": {"n_prompts": 1000, "steps": 5, "batch_size": 8, "minibatch_size": 4, "lr": 1e-4,
-            "truncate": "drop"},
+            "max_new_tokens": ANSWER, "truncate": "drop"},
 }
 STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
 POLICIES = ("base", "sft", "dpo", "ppo")
 REPORT_FILES = ("report.md", "report.json")
 N_COMPARED = 60                        # held-out prompts for win rates
 N_READ = 20
-ANSWER = 128                           # tokens, at most
 
 
 def check(cfg) -> None:
