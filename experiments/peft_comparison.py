@@ -18,6 +18,14 @@ of the most right answers to new tasks the one with the most to old tasks.
   forgotten   nats per token more than the SFT model on the world's held-out documents, which have
               no virtual tokens: of prefix and prompt it is 0
 
+What came out (three seeds): LoRA learns the new tasks as well as full fine-tuning, 98.7 and 99.0 %
+(.7 points less at worst), QLoRA too; adapters lack 2 points, prefixes 6, prompts 10. At its own best
+rate full fine-tuning forgets no more than LoRA: 90.3 and 89.8 % of the old tasks, from 95.3. At two
+or four times that rate it keeps 60 or 15 %; LoRA falls as low at ten times its own. Virtual tokens
+leave the model as it is, and the old tasks suffer all the same where they are in front, because
+they were trained on the new ones alone. Dials: a base that had never seen a conversation has too
+much to learn for r = 16 (76.8 %, full 90.9, in 500 steps; 84.0 at r = 64, 87.9 by Muon in 1,500).
+
     python experiments/peft_comparison.py            # results/peft_comparison.png and .md
     python experiments/peft_comparison.py --quick    # one seed, one learning rate, a tenth of steps
 """
@@ -203,7 +211,7 @@ def draw(found: dict[str, list[dict]], before: list[dict], file: Path, mark: str
     axis.set(title=f"What is learned, and what is forgotten{mark}",
              xlabel="right, tasks that the SFT model was tuned on",
              ylabel="right, tasks of the two new families")
-    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.xaxis.set_major_formatter("{x:.1%}")
     axis.yaxis.set_major_formatter("{x:.0%}")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -224,8 +232,8 @@ def table(found: dict[str, list[dict]], before: list[dict], cfg: Config) -> str:
         rates = sorted({exam["lr"] for exam in of_seeds})
         cells = [method, ", ".join(f"{lr:g}" for lr in rates)]
         for name, form in COLUMNS.values():
-            values = [exam[name] for exam in of_seeds]
-            cells.append(cell(values if name in LEARNED else values[:1], form))
+            measured = of_seeds if name in LEARNED else of_seeds[:1]
+            cells.append(cell([exam[name] for exam in measured], form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

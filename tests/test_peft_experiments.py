@@ -57,6 +57,23 @@ def test_the_shares_at_7_billion_lie_in_the_documents_ranges(method):
     assert low <= peft_comparison.share_of(peft | changes, peft_comparison.LLAMA_7B) <= high
 
 
+def test_the_best_rate_is_of_those_within_a_point_the_one_that_forgets_least():
+    runs = [{"new": 0.980, "old": 0.9}, {"new": 0.992, "old": 0.8}, {"new": 0.993, "old": 0.2}]
+    assert peft_comparison.best(runs) is runs[1]
+    assert peft_comparison.best(runs[:1]) is runs[0]
+
+
+def test_the_table_has_what_is_learned_of_all_seeds_and_what_is_measured_once():
+    learned = {"new": 0.9, "old": 0.8, "forgotten": 0.1}
+    once = dict.fromkeys(("share", "share_7b", "bytes", "peak_mb", "step", "token", "swap"), 1.0)
+    found = {"full": [learned | once | {"lr": 1e-3}, learned | {"new": 0.7, "lr": 5e-4}]}
+    text = peft_comparison.table(found, [learned, learned], peft_comparison.Config(seeds="0,1"))
+    rows = [line for line in text.splitlines() if line.startswith("| full")]
+    assert "0.0005, 0.001" in rows[0] and "80.0% (70.0% to 90.0%)" in rows[0]
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(columns) == 1
+
+
 @pytest.mark.parametrize("method", peft_comparison.METHODS)
 def test_a_method_names_options_that_train_sft_has(method):
     peft, rates = peft_comparison.METHODS[method]
