@@ -150,6 +150,7 @@ def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seed
 def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: str) -> None:
     figure, axis = plt.subplots(figsize=(13, 5), layout="constrained")
     families = [family for cluster in clusters for family in families_of(cluster)]
+    named = set()                                          # in the legend, each once
     for place, family in enumerate(families):
         cluster, _ = FAMILIES[family]
         alone = [f"only {name}" for name in ALONE if name != cluster]
@@ -164,7 +165,8 @@ def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: st
                 continue
             values = np.max([[exam[family] for exam in seeds] for seeds in exams], 0)
             x = place + 0.16 * (number - 2)
-            axis.bar(x, values.mean(), 0.15, color=color, label=label if place == 0 else None)
+            axis.bar(x, values.mean(), 0.15, color=color, label=None if label in named else label)
+            named.add(label)
             axis.plot([x] * len(values), values, "k.", markersize=3)
     axis.set_xticks(range(len(families)),
                     [f"{family}\n({FAMILIES[family][0]})" for family in families], rotation=60)
