@@ -172,8 +172,9 @@ def table(found: dict[str, dict], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     names = [f"{k} examples" for k in SHOTS]
     lines = [f"# Solved examples in the prompt{mark}", "",
-             f"`python experiments/few_shot.py --init {cfg.init} --data {cfg.data}`, seed "
-             f"{cfg.seed}: nats per token of the answer; right answers.", "",
+             f"`python experiments/few_shot.py --init {cfg.init} --data {Path(cfg.data).name} "
+             f"--n {cfg.n} --longest {cfg.longest}`, seed {cfg.seed}: nats per token of the "
+             "answer; right answers.", "",
              f"| cluster | rows | {' | '.join(names)} |", "|---" * (len(SHOTS) + 2) + "|"]
     for cluster, figures in found.items():
         cells = [f"{loss:.2f}" for loss in figures["loss"]]
