@@ -346,8 +346,8 @@ class ImportedTokenizer:
 
 
 # What saved_roles() has.
-ROLES = {"special": dict, "template": dict, "end": str, "pad": str, "endoftext": str,
-         "visible": list}
+ROLE_FIELDS = {"special": dict, "template": dict, "end": str, "pad": str, "endoftext": str,
+               "visible": list}
 
 
 def check_fields(saved: dict, kinds: dict[str, type]) -> None:
@@ -360,8 +360,8 @@ def check_fields(saved: dict, kinds: dict[str, type]) -> None:
 
 def load(saved: dict) -> ImportedTokenizer:
     """The tokenizer of saved(). Raises ValueError for an object that is not whole."""
-    check_fields(saved, ROLES | {"tokens": list, "merges": list, "patterns": list, "nfc": bool,
-                                 "whole_words": bool})
+    check_fields(saved, ROLE_FIELDS | {"tokens": list, "merges": list, "patterns": list,
+                                       "nfc": bool, "whole_words": bool})
     try:
         tokens = [None if token is None else token.encode("latin-1") for token in saved["tokens"]]
         # Parts of merges are tokens, nearly all: one object for both saves megabytes.

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 
-from imported_tokenizer import ROLES, ImportedTokenizer, Template, check_fields
+from imported_tokenizer import ROLE_FIELDS, ImportedTokenizer, Template, check_fields
 
 BLANK = "\u2581"                       # how SentencePiece spells " " within a token
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -135,7 +135,7 @@ class LibraryTokenizer(ImportedTokenizer):
 
 def load(saved: dict) -> LibraryTokenizer:
     """The tokenizer of saved(). Raises ValueError for an object that is not whole."""
-    check_fields(saved, ROLES | {"library": dict, "size": int})
+    check_fields(saved, ROLE_FIELDS | {"library": dict, "size": int})
     try:
         template = Template(**saved["template"])
     except TypeError as error:

@@ -116,7 +116,8 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
     fitting = []
     for name, (before, after, _, marks) in FORMS.items():
         needed = marks or regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
-        stands = not jinja or form or is_spelled(jinja, before, after)
+        # without a template a vocabulary shows only what is a control token of its own
+        stands = form or (is_spelled(jinja, before, after) if jinja else not marks)
         if stands and all(mark in special for mark in needed):
             fitting.append(name)
     if form and form not in fitting:

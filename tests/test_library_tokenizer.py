@@ -109,6 +109,14 @@ def test_a_template_that_calls_the_end_of_a_turn_by_its_name_is_known():
     assert ours.prompt(CHAT) == list(wanted)
 
 
+def test_a_vocabulary_alone_does_not_make_a_base_model_a_zephyr():
+    with pytest.raises(ValueError, match="fits none of the forms .*--template"):
+        tokenizer_formats.template_of(None, SPECIAL)
+    assert tokenizer_formats.template_of(None, SPECIAL, form="zephyr") == ZEPHYR
+    chatml = SPECIAL | {"<|im_start|>": 3, "<|im_end|>": 4}
+    assert "<|im_start|>" in tokenizer_formats.template_of(None, chatml).before["user"]
+
+
 @pytest.mark.parametrize("scheme", ["", "first"])
 def test_only_the_assistants_text_and_its_end_are_targets(scheme):
     ours = tokenizer(scheme)
