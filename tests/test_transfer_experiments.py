@@ -167,6 +167,12 @@ def test_the_loss_behind_examples_is_that_of_the_answer_alone(shown):
         assert found == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_tasks_whose_examples_give_the_answer_away_are_left_out():
+    constant = [{"response": "Business"}, {"response": "business."}, {"response": "Sports"}]
+    even = [{"response": "yes"}, {"response": "No"}]
+    assert few_shot.varied({"constant": constant, "even": even}) == {"even": even}
+
+
 def test_a_row_without_a_task_is_named(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [letters(1)[0] | {"task": ""}])
     with pytest.raises(ValueError, match='rows.jsonl:1: "task" is \'\'; it must be a text'):
