@@ -42,10 +42,6 @@ class Template:
     default_system: str = ""
     trim: bool = False
 
-    def around_the_assistant(self) -> list[tuple[str, bool]]:
-        """What stands between the user's text and the assistant's, for ids_of_spelled()."""
-        return [(self.after.get("user", ""), True), (self.before.get("assistant", ""), True)]
-
 
 def merged_by(merges: dict[tuple[bytes, bytes], int], word: bytes) -> list[bytes]:
     """The parts of a word after all merges: the pair of the lowest number first, the leftmost of

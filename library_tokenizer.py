@@ -61,7 +61,8 @@ class LibraryTokenizer(ImportedTokenizer):
         tokens are no texts, and without the package."""
         self.theirs = theirs
         self.first = opened(theirs)
-        self.later = opened(continuing(theirs))
+        rest = continuing(theirs)
+        self.later = self.first if rest == theirs else opened(rest)
         vocabulary = self.first.get_vocab(with_added_tokens=True)
         highest = max(vocabulary.values())
         if highest >= size:
@@ -108,7 +109,8 @@ class LibraryTokenizer(ImportedTokenizer):
     def opening_ids(self) -> list[int]:
         """What opens the assistant's turn, from the control token before it on: <|assistant|> is
         an ordinary text in Zephyr's vocabulary, and only </s> before it makes it an opening."""
-        ids = self.ids_of_spelled(self.template.around_the_assistant())
+        around = self.template.after.get("user", "") + self.template.before.get("assistant", "")
+        ids = self.ids_of_spelled([(around, True)])
         controls = [place for place, i in enumerate(ids) if i in self.special.values()]
         return ids[controls[-1]:] if controls else ids
 

@@ -103,7 +103,7 @@ def check_template(jinja: str) -> None:
                              f"{REMEDY}")
 
 
-def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
+def template_of(jinja: str | None, special: dict[str, int], bos: str = "", eos: str = "",
                 form: str = "") -> Template:
     """The template of a model: by the name of a form, or the one whose control tokens the Jinja
     text names. Without either that of FORMS whose control tokens the vocabulary has.
@@ -112,6 +112,8 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "",
     """
     if jinja and not form:
         check_template(jinja)
+    if jinja:                                          # some call the end of a turn by this name
+        jinja = regex.sub(r"\beos_token\b", lambda _: f"'{eos}'", jinja)
     texts = texts_in(jinja or "")
     fitting = []
     for name, (before, after, _, marks) in FORMS.items():
@@ -338,9 +340,7 @@ def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
     control = {token["content"]: token["id"] for token in added}
     visible = [token["content"] for token in added if token.get("special") is False]
     names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-    if jinja:                                          # some call the end of a turn by this name
-        jinja = jinja.replace("eos_token", f"'{names['eos_token']}'")
-    template = template_of(jinja, control, names["bos_token"], form)
+    template = template_of(jinja, control, names["bos_token"], names["eos_token"], form)
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         roles = roles_of(control, template, names["eos_token"], names["pad_token"])
         return LibraryTokenizer(saved, size, control, template, visible=visible, **roles)
@@ -499,7 +499,8 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
         return spelled[i] if 0 <= i < len(spelled) else ""
 
     visible = [token for token in control if types[control[token]] == USER_DEFINED]
-    template = template_of(metadata.get("tokenizer.chat_template"), control, named("bos"), form)
+    template = template_of(metadata.get("tokenizer.chat_template"), control, named("bos"),
+                           named("eos"), form)
     return assembled(vocabulary, size, control, merges, GGUF_PATTERNS[name], template,
                      named("eos"), named("padding"), nfc=name == "qwen2",
                      whole_words=name == "llama-bpe", visible=visible)

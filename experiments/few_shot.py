@@ -152,8 +152,9 @@ def examine(model: Transformer, tokenizer, clusters: dict, cfg: Config) -> dict[
     """{cluster: {"rows": n, "loss": [of each number of examples], "right": the same, or []}}."""
     found = {}
     for cluster, tasks in clusters.items():
-        rows = draw_rows(varied(tasks), tokenizer, cfg)
-        print(f"{cluster}: {len(varied(tasks))} of {len(tasks)} tasks have various answers, "
+        asked = varied(tasks)
+        rows = draw_rows(asked, tokenizer, cfg)
+        print(f"{cluster}: {len(asked)} of {len(tasks)} tasks have various answers, "
               f"{len(rows)} rows with {max(SHOTS)} examples are asked", file=sys.stderr)
         if not rows:
             continue

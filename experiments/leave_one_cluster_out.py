@@ -51,6 +51,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import evaluate
+import own_life
 import readers
 import train_sft
 from data import PackedExamples, format_examples
@@ -79,9 +80,8 @@ SHOWS = {"followup": ("facts", "lists", "transform")}
 QUICK = ("reading", "format")
 SFT = {"steps": 250, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 250}
 # Of a model from elsewhere, which is larger and can do much already.
-LORA = {"steps": 40, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4, "warmup": 4,
-        "eval_every": 40, "context_length": 384, "n_examples": 400, "peft": "lora",
-        "lora_targets": "wq,wk,wv,wo,w13,w2"}
+LORA = own_life.LORA | {"steps": 40, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4,
+                        "warmup": 4, "eval_every": 40, "context_length": 384, "n_examples": 400}
 WAYS = ("cluster", "family")                     # what is left out
 POINTS = 0.15                                    # by which a left-out family has to gain
 CLUSTERS = 5                                     # in so many clusters

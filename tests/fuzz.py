@@ -286,16 +286,14 @@ def try_command(rng: random.Random, base: Path, undamaged: dict[str, bytes]) -> 
         folder = Path(place) / "at"
         shutil.copytree(base, folder)
         at = folder / rng.choice(places)
+        file = at
         if at.is_dir():
             file = rng.choice([file for file in sorted(at.glob("*.*")) if file.is_file()
                                and file.name not in (".lock", "metrics.jsonl")])
-            what = damage_file(rng, file, name not in WITHOUT_SUMS)
-        elif at.suffix == ".gguf":
-            file = at
-            what = damage_file(rng, file, False)
-        else:
-            file = at
+        if at.suffix == ".jsonl":
             what = damage_row(rng, file)
+        else:
+            what = damage_file(rng, file, name not in WITHOUT_SUMS)
         tried = f"command {name}: {file.relative_to(folder)}: {what}"
         before = contents(folder / "shards")
         argv = [option.replace("@", str(folder)) for option in given]
