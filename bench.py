@@ -15,10 +15,10 @@ How fast we are beside what others use, measured in one run on this machine.
 Every row is measured in fresh processes, alternated with the other rows over several rounds, and
 printed at once; the table shows medians. Training: bf16 by autocast (ours: by the model's own
 casts), gradient clipping, fused AdamW, random tokens. Contenders: Hugging Face's Llama (if
-transformers is installed), and our own writing of the structure of nanoGPT's model (LayerNorm,
-learned positions, GELU) and of minimind's (RMSNorm, rotary, SwiGLU, separate projections) and
-nanochat's (queries and keys normalised, squared ReLU, bounded logits), each with the loss as its
-code has it.
+transformers is installed), llama.cpp (generate --init, if xllamacpp is), and our own writing of the
+structure of nanoGPT's model (LayerNorm, learned positions, GELU) and of minimind's (RMSNorm,
+rotary, SwiGLU, separate projections) and nanochat's (queries and keys normalised, squared ReLU,
+bounded logits), each with the loss as its code has it.
 After the table one JSON line per row; our own rows are named "lifecycle".
 """
 import dataclasses
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,13 +54,14 @@ from sample import cast_once, decoding_dtype, generate, lay_out
 from tokenizer import N_SPECIAL, PATTERN, train_bpe
 
 CONTENDERS = {"train": ("hf_llama", "nanogpt", "minimind", "nanochat", "lifecycle"),
-              "generate": ("hf_llama", "nanogpt", "lifecycle"),
+              "generate": ("hf_llama", "nanogpt", "llama_cpp", "lifecycle"),
               "lora": ("peft", "lifecycle"), "tokenizer": ("hf_tokenizers", "lifecycle"),
               "dpo": ("trl", "lifecycle"), "rollout": ("trl", "lifecycle")}
 MODES = {"train": ("eager", "compile"), "generate": ("eager",), "tokenizer": ("eager",),
          "lora": ("full", "lora"),
          "dpo": ("cached", "default"), "rollout": ("grpo", "rloo")}
-NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers", "trl": "trl", "peft": "peft"}
+NEEDS = {"hf_llama": "transformers", "hf_tokenizers": "tokenizers", "trl": "trl", "peft": "peft",
+         "llama_cpp": "xllamacpp"}
 # a speed and a time
 FIGURES = {"train": ("tokens_per_s", "ms_per_step"), "generate": ("tokens_per_s", "ms_per_step"),
            "lora": ("tokens_per_s", "ms_per_step"), "tokenizer": ("mb_per_s", "seconds"),
@@ -386,19 +388,35 @@ def with_lora(model: nn.Module, name: str) -> nn.Module:
 
 def generate_row(cfg: Config, name: str, mode: str) -> dict:
     """Median time of a whole generation (greedy, no stop token), in this process."""
-    device = pick_device(cfg.device)
-    dtype = DTYPES[cfg.dtype]
-    length = cfg.prompt_tokens + cfg.new_tokens
     shape = cfg.batch_size, cfg.prompt_tokens
-    prompts = torch.randint(1, cfg.vocab_size, shape, device=device)
+    prompts = torch.randint(1, cfg.vocab_size, shape, device=pick_device(cfg.device))
     before = resident_mb()
+    if name == "llama_cpp":
+        run = by_llama_cpp(cfg, prompts.tolist())
+    else:
+        run = by_torch(cfg, name, prompts)
+    warmup = 1
+    if name == "nanogpt":
+        warmup = 0                                         # because a generation takes a minute
+    seconds = median_time(run, warmup, repeats=1)
+    n_tokens = cfg.batch_size * cfg.new_tokens
+    return {"tokens_per_s": n_tokens / seconds, "ms_per_step": 1e3 * seconds / cfg.new_tokens,
+            "held_mb": resident_mb() - before}
+
+
+def by_torch(cfg: Config, name: str, prompts: Tensor) -> Callable[[], None]:
+    """A generation by one of the models in PyTorch; prompts: (B, P)."""
+    device = prompts.device
+    dtype = DTYPES[cfg.dtype]
     if cfg.init:
         model = of_folder(cfg, name)
     else:
+        length = cfg.prompt_tokens + cfg.new_tokens
         model = build_model(dataclasses.replace(cfg, context_length=length), name)
+    model = model.eval()
     if name == "lifecycle":
         model = model.to(device)                           # keeps fp32 weights and casts them
-        model = cast_once(model.eval(), decoding_dtype(model))
+        model = cast_once(model, decoding_dtype(model))
         if cfg.init:
             model = lay_out(model)                         # as a chat does
 
@@ -424,21 +442,36 @@ def generate_row(cfg: Config, name: str, mode: str) -> dict:
                 logits = model(tokens)[:, -1]                              # (B, V)
                 token = logits.argmax(-1, keepdim=True)                    # (B, 1)
                 tokens = torch.cat((tokens, token), 1)
-    model.eval()
-    warmup = 1
-    if name == "nanogpt":
-        warmup = 0                                         # because a generation takes a minute
-    seconds = median_time(run, warmup, repeats=1)
-    n_tokens = cfg.batch_size * cfg.new_tokens
-    return {"tokens_per_s": n_tokens / seconds, "ms_per_step": 1e3 * seconds / cfg.new_tokens,
-            "held_mb": resident_mb() - before}
+    return run
+
+
+def by_llama_cpp(cfg: Config, prompts: list[list[int]]) -> Callable[[], None]:
+    """A generation by llama.cpp, of the model of --init in this run's dtype."""
+    import xllamacpp
+    config, weights, tokenizer = convert.our_weights(cfg.init)
+    weights = {name: weight.to(DTYPES[cfg.dtype]) for name, weight in weights.items()}
+    options = xllamacpp.CommonParams()
+    options.n_parallel = len(prompts)
+    options.n_ctx = len(prompts) * (cfg.prompt_tokens + cfg.new_tokens)
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        convert.write_gguf(file, config, weights, tokenizer)
+        options.model.path = str(file)
+        server = xllamacpp.Server(options)
+    request = {"prompt": prompts, "n_predict": cfg.new_tokens, "temperature": 0,
+               "ignore_eos": True, "cache_prompt": False}
+
+    def run() -> None:
+        server.handle_completions(request)
+    return run
 
 
 def of_folder(cfg: Config, name: str) -> nn.Module:
     """The model of --init; for transformers written as its library reads it."""
     if name == "lifecycle":
-        kernels.keep_memory()
         model, _ = load_model(cfg.init, dtype=DTYPES[cfg.dtype], to_answer=True)
+        kernels.keep_memory()                              # as sample.py does
         return model
     from transformers import AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as folder:
@@ -540,7 +573,9 @@ def main(bench: str, cfg: Config) -> list[dict]:
     if not {*modes} <= {*MODES[bench]}:
         raise ValueError(f"--modes {cfg.modes}: {bench} knows {', '.join(MODES[bench])}; give some "
                          "of them with commas, or all")
-    if cfg.init:
+    if not cfg.init:
+        names = [name for name in names if name != "llama_cpp"]    # which wants a vocabulary
+    else:
         if bench != "generate":
             raise ValueError(f"--init {cfg.init}: only generate takes a model; leave it out")
         refuse_foreign_model(Path(cfg.init))

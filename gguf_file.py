@@ -26,6 +26,8 @@ ALIGNMENT = 32
 # Types of metadata by their numbers, those of struct; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}
+UINT32 = 4
+INT32 = 5
 STRING = 8
 ARRAY = 9
 
@@ -285,13 +287,15 @@ def packed_value(value) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", UINT32, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, str):
         return struct.pack("<I", STRING) + packed_text(value)
     entries = [packed_value(entry) for entry in value]
     of = entries[0][:4] if entries else struct.pack("<I", STRING)
+    if of == struct.pack("<I", UINT32):                # llama.cpp takes arrays of int32 alone
+        of = struct.pack("<I", INT32)
     values = b"".join(entry[4:] for entry in entries)
     return struct.pack("<I", ARRAY) + of + struct.pack("<Q", len(entries)) + values
 

@@ -154,6 +154,9 @@ def lay_out(model: Transformer) -> Transformer:
         for parent, name in places:
             # nobody else holds the matrix, so that it is gone before the next one is laid out
             setattr(parent, name, LaidOut(getattr(parent, name).weight))
+        for parameter in model.parameters():
+            # what is left may lie in the file, all of which would stay in memory with it
+            parameter.data = parameter.data.clone()
     return model
 
 
@@ -393,13 +396,13 @@ def print_stream(model: Transformer, tokenizer, prompt: list[int], cfg: Config,
 def main(cfg: Config) -> None:
     if cfg.temperature < 0:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
-    kernels.keep_memory()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.raw or cfg.fill:
         model, tokenizer = load_any_model(cfg.init, device, dtype, to_answer=True)
     else:
         model, tokenizer = load_model(cfg.init, device, dtype, to_answer=True, two_stacks=True)
+    kernels.keep_memory()                                          # but not what loading has freed
     if isinstance(model, WithHead):
         model = model.trunk                                        # without its next sentences
     model.eval()

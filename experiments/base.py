@@ -26,15 +26,18 @@ import data_quality
 import evaluate
 import lifecycle
 import readers
+import sample
 import train_pretrain
 import train_sft
 from data import TokenStream
+from model import Transformer
 from plumbing.claim import write_whole
 from plumbing.curves import read_metrics
 from plumbing.device import pick_device, pick_dtype
 from plumbing.folders import load_model, read_record
 from plumbing.options import build, command_line
 from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
+from world.text import whole_sentences
 from world.world import World
 
 BASE = Path("out/exp_base")
@@ -180,19 +183,39 @@ def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int
     return read_metrics(folder)[-1] | found
 
 
-def rights(folder: Path, seed: int, families: tuple[str, ...], n: int) -> dict[str, float]:
-    """{family: share of the greedy answers to n unseen tasks of it that the judge calls right}.
+def rights(folder: Path, seed: int, families: tuple[str, ...], n: int,
+           answer: Callable = evaluate.greedy_texts) -> dict[str, float]:
+    """{family: share of the answers to n unseen tasks of it that the judge calls right}.
 
     That is the exact match of the parsed answer; in families without one a refusal, an admission or
-    a story, as is right there. Each task is asked by itself, without another one before it.
+    a story, as is right there. Each task is asked by itself, without another one before it. answer:
+    (model, tokenizer, tasks) -> texts.
     """
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
     shares = {}
     for family in families:
         tasks = [asked_alone(task) for task in evaluate.exam(f"world:{seed}", n, (family,))]
-        texts = evaluate.greedy_texts(model, tokenizer, tasks)
+        texts = answer(model, tokenizer, tasks)
         shares[family] = float(evaluate.judgements(tasks, texts)["right"].mean())
     return shares
+
+
+def turns_of(example: dict) -> list[dict]:
+    return readers.checked_turns(example["prompt"], "prompt", "user")
+
+
+def continued(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
+    """What a base model writes behind each prompt, a text without roles; of it as many sentences as
+    the answer may have."""
+    prompts = [tokenizer.encode(" ".join(turn["content"] for turn in turns_of(example)))
+               for example in examples]
+    stop_tokens = (tokenizer.end, tokenizer.endoftext)
+    answers = sample.generate(model, prompts, evaluate.MAX_ANSWER, stop_tokens)
+    texts = []
+    for example, ids in zip(examples, answers):
+        sentences = whole_sentences(tokenizer.decode(ids))
+        texts.append(" ".join(sentences[:example["key"].get("sentences")]))
+    return texts
 
 
 def asked_alone(task: dict) -> dict:

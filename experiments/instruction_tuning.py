@@ -46,26 +46,24 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import evaluate
-import readers
-import sample
 import train_dpo
 from experiments.base import (
     base_models,
     cell,
+    continued,
     fast_dtype,
     kept,
     run,
     save,
     seed_folder,
     show_table,
+    turns_of,
 )
-from model import Transformer
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.options import command_line
 from world.judge import admits, claims_in, keeps_form, parse_answer, refuses
 from world.tasks import HELDOUT_FAMILIES
-from world.text import whole_sentences
 
 STAGES = ("base", "SFT", "aligned")
 DPO = {"method": "dpo", "beta": 1.0, "n_pairs": 8000, "steps": 500, "batch_size": 16, "lr": 1e-4}
@@ -99,24 +97,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------- answers
-
-def turns_of(example: dict) -> list[dict]:
-    return readers.checked_turns(example["prompt"], "prompt", "user")
-
-
-def continued(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
-    """What a base model writes behind each prompt, a text without roles; of it as many sentences as
-    the answer may have."""
-    prompts = [tokenizer.encode(" ".join(turn["content"] for turn in turns_of(example)))
-               for example in examples]
-    stop_tokens = (tokenizer.end, tokenizer.endoftext)
-    answers = sample.generate(model, prompts, evaluate.MAX_ANSWER, stop_tokens)
-    texts = []
-    for example, ids in zip(examples, answers):
-        sentences = whole_sentences(tokenizer.decode(ids))
-        texts.append(" ".join(sentences[:example["key"].get("sentences")]))
-    return texts
-
 
 def asked_for_steps(example: dict) -> dict:
     """The same prompt, and the sentence that asks for steps behind it."""

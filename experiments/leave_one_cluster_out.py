@@ -58,6 +58,7 @@ from data import PackedExamples, format_examples
 from experiments.base import (
     base_models,
     cell,
+    continued,
     fast_dtype,
     keep,
     kept,
@@ -241,8 +242,9 @@ def main(cfg: Config) -> None:
         base = base_models(seed)
         out = seed_folder(cfg, seed)
         of = {"model": read_record(base / "pretrain")["sha256"], "n": n}
-        exam = partial(rights, base / "pretrain", seed, tuple(FAMILIES), n)
-        found["base"].append(kept(out / "base_exam.json", of, exam))
+        # It has never seen a conversation: to one it would answer nothing, though it knows much.
+        exam = partial(rights, base / "pretrain", seed, tuple(FAMILIES), n, continued)
+        found["base"].append(kept(out / "base_continues.json", of, exam))
         for name, (trained, examined) in runs.items():
             folder = out / name.replace(" ", "_")
             file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows)

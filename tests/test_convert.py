@@ -244,6 +244,43 @@ def test_a_gguf_file_holds_the_same_model_and_tokenizer(kind, tmp_path):
     assert again_tokenizer.template == tokenizer.template
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied", "llama3", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_opens_what_we_write_and_predicts_the_same(kind, tmp_path):
+    llama_cpp = pytest.importorskip("xllamacpp")       # llama.cpp itself, as a wheel
+    folder = write_folder(tmp_path / "hf", CONFIGS[kind])
+    model, tokenizer = to_lifecycle(folder, tmp_path / "ours")
+    convert.main(convert.Config(init=str(tmp_path / "ours"), out=str(tmp_path / "m.gguf"),
+                                to="gguf"))
+    options = llama_cpp.CommonParams()
+    options.model.path = str(tmp_path / "m.gguf")
+    options.n_ctx = model.config.context_length
+    options.n_parallel = 1
+    options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    server = llama_cpp.Server(options)
+    n = model.config.vocab_size
+    ids = [5, 80, 120, 7, 33, 250, 99]
+    reply = server.handle_completions({"prompt": ids, "n_predict": 1, "n_probs": n,
+                                       "temperature": 0, "ignore_eos": True})
+    reply = json.loads(reply) if isinstance(reply, str) else reply
+    [predicted] = reply["choices"][0]["logprobs"]["content"]
+    theirs = torch.zeros(n)
+    for token in predicted["top_logprobs"]:
+        theirs[token["id"]] = token["logprob"]
+    ours = slow_logits(CONFIGS[kind], tensors_of(CONFIGS[kind]), ids)[-1].log_softmax(-1)
+    # its products round their inputs
+    assert torch.allclose(theirs.double(), ours, atol=0.01)
+    # and it finds the same ids in the template's text
+    turns = [{"role": "user", "content": "Why? 1 2 3, hello world!"}]
+    reply = server.handle_chat_completions({"messages": turns, "max_tokens": 1})
+    reply = json.loads(reply) if isinstance(reply, str) else reply
+    assert reply["usage"]["prompt_tokens"] == len(tokenizer.prompt(turns))
+
+
+def test_arrays_of_numbers_are_of_int32_as_llama_cpp_asks():
+    packed = gguf_file.packed_value([1, 3])
+    assert struct.unpack("<IIQii", packed) == (9, 5, 2, 1, 3)
+
+
 def test_llama_cpp_turns_neighbours_where_we_turn_halves():
     weight = torch.arange(8.0)[:, None]                # one head of 8 channels
     assert llama_family.interleaved(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
