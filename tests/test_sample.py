@@ -612,6 +612,14 @@ def test_matrices_that_are_laid_out_say_the_same():
         assert isinstance(model.blocks[0].mlp.w2, sample.LaidOut)
 
 
+def test_a_model_that_is_laid_out_holds_nothing_of_its_file(tmp_path):
+    model, _ = load_any_model(folder_of(tiny_model(), tmp_path), to_answer=True)
+    in_file = {weight.data_ptr() for weight in model.parameters() if weight.dim() >= 2}
+    model = sample.lay_out(model)
+    if torch.backends.mkldnn.is_available():
+        assert not in_file & {weight.data_ptr() for weight in model.parameters()}
+
+
 @pytest.mark.parametrize("architecture", ["decoder", "prefix", "encoder_decoder"])
 def test_a_model_that_only_answers_is_the_model_that_learns(architecture, tmp_path):
     folder = folder_of(tiny_model(architecture=architecture), tmp_path)

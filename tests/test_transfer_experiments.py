@@ -1,4 +1,5 @@
-"""experiments/leave_one_cluster_out.py, breadth.py, few_shot.py: what they read, gains by hand."""
+"""experiments/leave_one_cluster_out.py, breadth.py, few_shot.py, think_aloud.py: what they read,
+gains and figures by hand."""
 import json
 from types import SimpleNamespace
 
@@ -7,9 +8,10 @@ import torch
 from tiny import TOKENIZER, tiny_model, write_rows
 
 import train_sft
-from experiments import breadth, few_shot
+from experiments import breadth, few_shot, think_aloud
 from experiments import leave_one_cluster_out as leave
 from experiments.base import asked_alone, write_families
+from plumbing.folders import save_model
 from plumbing.options import build
 from world import talk
 from world.tasks import FAMILIES
@@ -182,3 +184,33 @@ def test_a_row_without_a_task_is_named(tmp_path):
 def test_case_and_marks_at_the_ends_make_no_answer_wrong():
     assert few_shot.plain(' "Yes." \n') == few_shot.plain("yes")
     assert few_shot.plain("not yes") != few_shot.plain("yes")
+
+
+# ---------------------------------------------------------------------- think_aloud.py
+
+@pytest.mark.parametrize("text, right, steps, bare", [
+    ("3 * 4 = 12. So 12 apples.", True, True, False), ("$12.", True, False, True),
+    ("1,012", False, False, True), ("Twelve.", False, False, False), ("", False, False, False)])
+def test_an_answer_is_right_by_its_last_number_alone(text, right, steps, bare):
+    found = think_aloud.figures_of({"answer": "4 each: 3 * 4 = 12 #### 12"}, text)
+    assert found == {"right": right, "steps": steps, "bare": bare}
+
+
+def test_every_model_is_asked_the_same_questions_with_and_without_a_sentence(tmp_path):
+    for name in ("one", "two"):
+        save_model(tmp_path / name, tiny_model(context_length=256), TOKENIZER, stage="sft")
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)]
+    folders = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    cfg = think_aloud.Config(init=folders, data=write_rows(tmp_path / "rows.jsonl", rows),
+                             max_new_tokens=4, quick=True, figure=str(tmp_path / "seen.png"))
+    think_aloud.main(cfg)
+    table = (tmp_path / "seen.md").read_text()
+    assert table.count(f"| {tmp_path / 'one'} |") == table.count(f"| {tmp_path / 'two'} |") == 3
+    assert "to 8 problems" in table and (tmp_path / "seen.png").exists()
+
+
+def test_a_problem_without_a_number_is_refused_with_its_line(tmp_path):
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "Who?", "answer": "nobody"}]
+    cfg = think_aloud.Config(data=write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match="rows.jsonl:2: no number in its answer"):
+        think_aloud.main(cfg)

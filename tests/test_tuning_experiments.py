@@ -102,11 +102,11 @@ def test_a_base_model_is_given_a_text_and_as_many_sentences_as_an_answer_has(mon
     def generate(model, prompts, *arguments):
         asked.extend(prompts)
         return [tokenizer.encode("A frog. A hen! The an") for _ in prompts]
-    monkeypatch.setattr(instruction_tuning.sample, "generate", generate)
+    monkeypatch.setattr(base.sample, "generate", generate)
     turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."},
              {"role": "user", "content": "What is it?"}]
     examples = [{"prompt": turns, "key": {"sentences": 1}}, {"prompt": "And?", "key": {}}]
-    texts = instruction_tuning.continued(None, tokenizer, examples)
+    texts = base.continued(None, tokenizer, examples)
     assert texts == ["A frog.", "A frog. A hen! The an"]     # a story may have any number
     assert [tokenizer.decode(ids) for ids in asked] == ["Hello! Hi. What is it?", "And?"]
 
