@@ -65,7 +65,7 @@ PRESETS = {
                "eval_every": 500},
         "chosen": {"n_examples": 8000, "steps": 100, "lr": 5e-4},
         "dpo": {"beta": 1.0, "lr": 1e-4},
-        "ppo": {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0},
+        "ppo": {"steps": 45, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0},
     },
     "smoke": {
         "pretrain": {"max_bytes": 1_000_000, "steps": 80, "warmup": 10, "eval_windows": 16},

@@ -232,7 +232,7 @@ def lesson_document(world, rng: Random, split: str) -> str:
 
 def echo_document(world, rng: Random, split: str) -> str:
     """A game of repeating words: whoever reads it learns to look back and copy."""
-    words = CATEGORY_WORDS + THINGS + world.names + COLOURS + NOUNS
+    words = CATEGORY_WORDS + THINGS + world.names + COLOURS + NOUNS + list(PLACES)
     opening = rng.choice(ECHO_OPENINGS)
     leader = rng.choice(world.names)
     parts = [say(rng, opening, {"a": leader})]
@@ -241,7 +241,10 @@ def echo_document(world, rng: Random, split: str) -> str:
         # Words at random, because a copy that sense alone could guess need not be looked up.
         called = rng.sample(words, rng.randint(6, 14))
         template = rng.choice(ECHO_ROUNDS)
-        parts.append(say(rng, template, {"a": a, "b": b, "words": " ".join(called)}))
+        # In quotes, too: behind a quote a word is another token, as it is in a record.
+        quoted = ", ".join(f'"{word}"' for word in called)
+        parts.append(say(rng, template, {"a": a, "b": b, "words": " ".join(called),
+                                         "quoted": quoted}))
     return " ".join(parts)
 
 

@@ -681,7 +681,7 @@ ECHO_OPENINGS = templates("""
     """)
 ECHO_ROUNDS = templates("""
     {a} said: {words}. {b} said: {words}. / First {a}: {words}. Then {b}: {words}. / {a} called
-    {words}, and the echo answered {words}.""")
+    {words}, and the echo answered {words}. / {a} said: {words}. {b} wrote {quoted}.""")
 LESSON_OPENINGS = templates("""
     [In school|In class|At school], {t} [gave a lesson|taught the cubs something new]. / {t} was
     the teacher [today|this week], and {p} sat in the first row. / [It rained|It snowed], so the
