@@ -19,6 +19,7 @@ written before everything has been read.
 import json
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -36,6 +37,7 @@ import peft_format
 import tokenizer_formats
 from imported_tokenizer import ImportedTokenizer
 from llama_family import (
+    TURNED,
     by_their_names,
     config_of_gguf,
     gguf_name,
@@ -125,8 +127,9 @@ def from_gguf(where: str, data: memoryview) -> Source:
         raise ValueError(f"{where}: the metadata has no {error}") from None
     except (TypeError, ArithmeticError, AttributeError, ValueError) as error:
         raise ValueError(f"{where}: the metadata: {error}") from None
-    back = {gguf_name(name): name for name in possible_names(config)}
-    names = {back.get(name, name) for name in packed}
+    place_of = {name: gguf_name(name) for name in possible_names(config)}
+    names = {name for name, (place, _) in place_of.items() if place in packed}
+    names |= packed.keys() - {place for place, _ in place_of.values()}     # which nothing reads
     if "rope_freqs.weight" in packed:
         check_rope_factors(where, gguf_file.unpacked(packed["rope_freqs.weight"]), config)
         names.remove("rope_freqs.weight")
@@ -134,9 +137,13 @@ def from_gguf(where: str, data: memoryview) -> Source:
               "self_attn.k_proj": config["num_key_value_heads"]}
 
     def tensor(name: str) -> Tensor:
-        weight = gguf_file.unpacked(packed[gguf_name(name)])
+        place, expert = place_of[name]
+        found = packed[place]
+        if expert is not None:
+            found = gguf_file.slice_of(found, expert)
+        weight = gguf_file.unpacked(found)
         for part, n_heads in turned.items():
-            if part in name and config["model_type"] == "llama":
+            if part in name and config["model_type"] in TURNED:
                 return in_halves(weight, n_heads)
         return weight
 
@@ -275,15 +282,16 @@ def write_hf(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
 
 def write_gguf(file: Path, config: ModelConfig, weights: dict[str, Tensor],
                tokenizer: ImportedTokenizer) -> None:
-    """One file for llama.cpp. Matrices keep their dtype, norms and biases are fp32, as it asks."""
+    """One file for llama.cpp. Matrices keep their dtype; norms, biases and routers are fp32, as it
+    asks."""
     found = their_config(config, tokenizer)
-    kind = found["model_type"]
-    if kind == "mixtral":
-        raise ValueError("n_experts: models with experts go out with --to hf only")
+    is_turned = found["model_type"] in TURNED
+    kind = "llama" if is_turned else found["model_type"]
     metadata = {
         "general.architecture": kind, "general.name": file.stem, "general.alignment": 32,
         f"{kind}.block_count": config.n_layers, f"{kind}.context_length": config.context_length,
-        f"{kind}.embedding_length": config.d_model, f"{kind}.feed_forward_length": config.d_ff,
+        f"{kind}.embedding_length": config.d_model,
+        f"{kind}.feed_forward_length": found["intermediate_size"],
         f"{kind}.attention.head_count": config.n_heads,
         f"{kind}.attention.head_count_kv": config.n_kv_heads,
         f"{kind}.attention.key_length": config.d_head,
@@ -292,13 +300,24 @@ def write_gguf(file: Path, config: ModelConfig, weights: dict[str, Tensor],
         f"{kind}.rope.dimension_count": config.d_head,
         f"{kind}.rope.freq_base": float(config.rope_theta),
         f"{kind}.vocab_size": config.vocab_size} | tokenizer_formats.to_gguf(tokenizer)
+    if config.n_experts:
+        metadata |= {f"{kind}.expert_count": config.n_experts,
+                     f"{kind}.expert_used_count": config.top_k}
     tensors = {}
+    experts = defaultdict(list)                        # the slices of a tensor, in their order
     for name, weight in by_their_names(config, weights).items():
-        if kind == "llama" and "q_proj" in name:
+        place, expert = gguf_name(name)
+        if is_turned and "q_proj" in name:
             weight = interleaved(weight, config.n_heads)
-        elif kind == "llama" and "k_proj" in name:
+        elif is_turned and "k_proj" in name:
             weight = interleaved(weight, config.n_kv_heads)
-        tensors[gguf_name(name)] = weight.float() if weight.dim() == 1 else weight
+        if expert is not None:
+            experts[place].append(weight)
+        elif weight.dim() == 1 or "moe.gate" in name:
+            tensors[place] = weight.float()
+        else:
+            tensors[place] = weight
+    tensors |= {place: torch.stack(slices) for place, slices in experts.items()}
     if config.rope_factor != 1:
         tensors["rope_freqs.weight"] = rope_factors(config)
     claim.write_whole(file, lambda temporary: gguf_file.write(temporary, metadata, tensors))

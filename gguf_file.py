@@ -181,6 +181,12 @@ def unpacked(tensor: Packed) -> Tensor:
     return torch.from_numpy(numbers).view(tensor.shape)
 
 
+def slice_of(tensor: Packed, i: int) -> Packed:
+    """tensor[i], still packed: blocks lie within the innermost dimension."""
+    [chunk] = tensor.data.reshape(tensor.shape[0], -1)[i:i + 1]
+    return tensor._replace(shape=tensor.shape[1:], data=chunk)
+
+
 # ---------------------------------------------------------------------- reading
 
 class Reader:

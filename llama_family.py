@@ -43,7 +43,11 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down"}
+    "mlp.down_proj": "ffn_down", "block_sparse_moe.gate": "ffn_gate_inp"}
+# Of experts, which lie one behind the other in a single tensor of GGUF.
+GGUF_EXPERTS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+# Model types whose queries and keys lie in GGUF as interleaved() has them.
+TURNED = ("llama", "mixtral")
 GGUF_WHOLE = {"model.embed_tokens.weight": "token_embd.weight",
               "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 
@@ -64,13 +68,20 @@ def theirs(name: str, n_experts: int) -> list[list[str]]:
     return [[f"{start}.{part}" for part in OF_BLOCK[rest]]]
 
 
-def gguf_name(name: str) -> str:
-    """"model.layers.0.mlp.up_proj.weight" -> "blk.0.ffn_up.weight"."""
+def gguf_name(name: str) -> tuple[str, int | None]:
+    """A tensor's name in GGUF, and which of its slices is meant, if it holds all experts.
+
+    "model.layers.0.mlp.up_proj.weight" -> "blk.0.ffn_up.weight", None
+    "model.layers.0.block_sparse_moe.experts.3.w2.weight" -> "blk.0.ffn_down_exps.weight", 3
+    """
     if name in GGUF_WHOLE:
-        return GGUF_WHOLE[name]
+        return GGUF_WHOLE[name], None
     _, _, layer, rest = name.split(".", 3)
     part, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
+    if part in GGUF_NAMES:
+        return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}", None
+    _, _, expert, matrix = part.split(".")
+    return f"blk.{layer}.{GGUF_EXPERTS[matrix]}.{kind}", int(expert)
 
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
@@ -96,11 +107,15 @@ def by_their_names(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str,
 
 
 def possible_names(config: dict) -> list[str]:
-    """Every tensor that a dense model of these sizes may have, by its name at Hugging Face."""
+    """Every tensor that a model of these sizes may have, by its name at Hugging Face."""
     names = list(GGUF_WHOLE)
     for layer in range(config["num_hidden_layers"]):
+        start = f"model.layers.{layer}"
         for part in GGUF_NAMES:
-            names += [f"model.layers.{layer}.{part}.{kind}" for kind in ("weight", "bias")]
+            names += [f"{start}.{part}.{kind}" for kind in ("weight", "bias")]
+        for expert in range(config.get("num_local_experts", 0)):
+            names += [f"{start}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+                      for matrix in GGUF_EXPERTS]
     return names
 
 
@@ -242,7 +257,8 @@ def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
 READ_OF_GGUF = {"block_count", "context_length", "embedding_length", "feed_forward_length",
                 "attention.head_count", "attention.head_count_kv", "attention.key_length",
                 "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal",
-                "rope.dimension_count", "rope.freq_base", "vocab_size"}
+                "rope.dimension_count", "rope.freq_base", "vocab_size", "expert_count",
+                "expert_used_count"}
 
 
 def config_of_gguf(metadata: dict, packed: dict) -> dict:
@@ -250,9 +266,10 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
     kind = metadata["general.architecture"]
     if kind not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"general.architecture is {kind!r}; served are llama, qwen2, qwen3")
-    if metadata.get(f"{kind}.expert_count"):
-        raise ValueError(f"{kind}.expert_count is {metadata[f'{kind}.expert_count']}; experts are "
-                         "read from Hugging Face's folders only")
+    n_experts = metadata.get(f"{kind}.expert_count", 0)
+    if n_experts and kind != "llama":
+        raise ValueError(f"{kind}.expert_count is {n_experts}; of experts those of Mixtral, whose "
+                         "architecture is llama, are served")
     n_layers = metadata[f"{kind}.block_count"]
     if n_layers > len(packed):
         raise ValueError(f"{kind}.block_count is {n_layers:,}, and there are {len(packed):,} "
@@ -278,6 +295,12 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
              "rope_theta": rounded(metadata.get(f"{kind}.rope.freq_base", 10_000.0)),
              "vocab_size": packed["token_embd.weight"].shape[0],
              "tie_word_embeddings": "output.weight" not in packed}
+    if n_experts:
+        there = packed["blk.0.ffn_gate_exps.weight"].shape[0]
+        if n_experts != there:
+            raise ValueError(f"{kind}.expert_count is {n_experts:,}, and {there:,} are there")
+        found |= {"model_type": "mixtral", "num_local_experts": n_experts,
+                  "num_experts_per_tok": metadata[f"{kind}.expert_used_count"]}
     if "rope_freqs.weight" in packed:
         # the longest wavelengths are so many times longer
         factor = float(gguf_file.unpacked(packed["rope_freqs.weight"]).max())
