@@ -183,18 +183,23 @@ def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int
     return read_metrics(folder)[-1] | found
 
 
+def unseen_tasks(family: str, seed: int, n: int) -> list[dict]:
+    return evaluate.exam(f"world:{seed}", n, (family,))
+
+
 def rights(folder: Path, seed: int, families: tuple[str, ...], n: int,
-           answer: Callable = evaluate.greedy_texts) -> dict[str, float]:
+           answer: Callable = evaluate.greedy_texts,
+           tasks_of: Callable = unseen_tasks) -> dict[str, float]:
     """{family: share of the answers to n unseen tasks of it that the judge calls right}.
 
     That is the exact match of the parsed answer; in families without one a refusal, an admission or
     a story, as is right there. Each task is asked by itself, without another one before it. answer:
-    (model, tokenizer, tasks) -> texts.
+    (model, tokenizer, tasks) -> texts; tasks_of: what else than families may be asked for.
     """
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
     shares = {}
     for family in families:
-        tasks = [asked_alone(task) for task in evaluate.exam(f"world:{seed}", n, (family,))]
+        tasks = [asked_alone(task) for task in tasks_of(family, seed, n)]
         texts = answer(model, tokenizer, tasks)
         shares[family] = float(evaluate.judgements(tasks, texts)["right"].mean())
     return shares
@@ -226,10 +231,14 @@ def asked_alone(task: dict) -> dict:
     return task | {"prompt": prompt[-1]["content"]}
 
 
-def write_families(file: Path, seed: int, families: tuple[str, ...], n: int) -> Path:
-    """n demonstrations of these families for --data. They are of the world's training split, from
-    which train_sft.py holds out a tenth; the exams are of the other split."""
+def write_families(file: Path, seed: int, families: tuple[str, ...], n: int,
+                   stays: Callable[[dict], bool] | None = None) -> Path:
+    """n demonstrations of these families for --data, or fewer: those that stay. They are of the
+    world's training split, from which train_sft.py holds out a tenth; the exams are of the other
+    split."""
     rows = readers.read_examples(f"world:{seed}", split="train", n=n, seed=seed, families=families)
+    if stays:
+        rows = list(filter(stays, rows))
     for row in rows:
         # because the turns before would show families that are not among these
         if row["example"]["family"] != "followup":

@@ -9,6 +9,8 @@ model of a seed learns the world's families of tasks, as many rows and steps in 
 
   cluster left out     all clusters but one, for each cluster
   family left out      all families but one, for each that has others in its cluster
+  part left out        all but one kind of prompt of a family: sums in figures where sums in stories
+                       stay, favourites and hobbies where homes, jobs and pets stay (PARTS)
   only words, ...      one cluster alone, the three that differ most: lists of words, passages to
                        read, sums and conclusions. Never the cluster that is left out
   everything           all families: what there is to reach
@@ -36,8 +38,10 @@ drawn from the T0 mixture, measured by the loss of the left-out cluster's answer
 The second starts from a model from elsewhere, and trains it by LoRA.
 """
 import json
+import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,22 +72,26 @@ from experiments.base import (
     seed_folder,
     show_table,
     tuned,
+    unseen_tasks,
     write_families,
 )
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.options import command_line
 from world.tasks import FAMILIES
+from world.text import ATTRIBUTES, CHORES
 
 ALONE = ("words", "reading", "reasoning")
+LIKES = ("favourite food", "favourite colour", "hobby")
+FIRST_TOOLS = tuple(CHORES.values())[:6]
 # {family: others whose answers stand in its earlier turns}
 SHOWS = {"followup": ("facts", "lists", "transform")}
 QUICK = ("reading", "format")
-SFT = {"steps": 250, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 250}
+SFT = {"steps": 400, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 400}
 # Of a model from elsewhere, which is larger and can do much already.
 LORA = own_life.LORA | {"steps": 40, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4,
                         "warmup": 4, "eval_every": 40, "context_length": 384, "n_examples": 400}
-WAYS = ("cluster", "family")                     # what is left out
+WAYS = ("cluster", "family", "part")             # what is left out
 POINTS = 0.15                                    # by which a left-out family has to gain
 CLUSTERS = 5                                     # in so many clusters
 
@@ -99,6 +107,52 @@ class Config:
     quick: bool = False               # one seed, two clusters, a third of the steps, marked
 
 
+# ---------------------------------------------------------------------- parts of families
+
+def asked(example: dict) -> str:
+    """What its last turn asks."""
+    prompt = example["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def asks_for_likes(example: dict) -> bool:
+    key = example["key"]
+    choices = [ATTRIBUTES[name] for name in LIKES]
+    return key["choices"] in choices or key.get("second", key)["choices"] in choices
+
+
+# {name: (family, whether an example is of the part)}
+PARTS = {
+    "favourites": ("facts", asks_for_likes),
+    "two moods": ("sentiment", lambda example: "second" in example["key"]),
+    "figures": ("arithmetic", lambda example: re.search(r"\d [+-] \d", asked(example))),
+    "both ends": ("transform", lambda example: "first and" in asked(example)),
+    "sentences": ("translation", lambda example: len(example["answer"].split()) >= 3),
+    "place first": ("json", lambda example: re.search(r" the \w+, [A-Z]", asked(example))),
+    "six chores": ("advice", lambda example: example["answer"] in FIRST_TOOLS),
+}
+
+
+def family_of(name: str) -> str:
+    """The family itself, or that of a part."""
+    return PARTS[name][0] if name in PARTS else name
+
+
+def tasks_of(name: str, seed: int, n: int) -> list[dict]:
+    """n unseen tasks of a family or a part."""
+    if name not in PARTS:
+        return unseen_tasks(name, seed, n)
+    family, is_of = PARTS[name]
+    # more than enough: the rarest part is a quarter of its family
+    return [task for task in unseen_tasks(family, seed, 8 * n) if is_of(task)][:n]
+
+
+def rows_without(name: str) -> Callable[[dict], bool]:
+    """Whether a row may stay where this part is left out."""
+    family, is_of = PARTS[name]
+    return lambda row: row["example"]["family"] != family or not is_of(row["example"])
+
+
 # ---------------------------------------------------------------------- which runs there are
 
 def families_of(cluster: str) -> tuple[str, ...]:
@@ -112,94 +166,125 @@ def all_without(left_out: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def runs_for(clusters: list[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """{run: (families it trains on, families it is examined in)} to leave these clusters out."""
-    runs = {"everything": (tuple(FAMILIES), tuple(FAMILIES))}
+    """{run: (families it trains on, families and parts it is examined in)} to leave these clusters
+    out, and parts of them."""
+    names = (*FAMILIES, *PARTS)
+    runs = {"everything": (tuple(FAMILIES), names)}
     for cluster in ALONE:
         families = families_of(cluster)
-        runs[f"only {cluster}"] = families, tuple(f for f in FAMILIES if f not in families)
+        others = tuple(name for name in names if family_of(name) not in families)
+        runs[f"only {cluster}"] = families, others
     for cluster in clusters:
         families = families_of(cluster)
-        runs[f"without cluster {cluster}"] = all_without(families), families
+        runs[f"without cluster {cluster}"] = all_without(families), with_parts(families)
         if len(families) > 1:
             for family in families:
-                runs[f"without family {family}"] = all_without((family,)), (family,)
+                runs[f"without family {family}"] = all_without((family,)), with_parts((family,))
+    for name in parts_of(clusters):
+        # the earlier turns of other families show the part as well
+        families = [family for family in FAMILIES if family_of(name) not in SHOWS.get(family, ())]
+        runs[f"without part {name}"] = tuple(families), (name,)
     return runs
+
+
+def with_parts(families: tuple[str, ...]) -> tuple[str, ...]:
+    return families + tuple(name for name in PARTS if family_of(name) in families)
+
+
+def parts_of(clusters: list[str]) -> list[str]:
+    return [name for name, (family, _) in PARTS.items() if FAMILIES[family][0] in clusters]
 
 
 # ---------------------------------------------------------------------- what they show
 
-def gains(found: dict[str, list[dict]], family: str, way: str) -> list[float]:
-    """By how much a left-out family is answered better than by the base model, and than by the best
-    model of one other cluster: of each seed; [] if it was not left out so."""
+def run_without(name: str, way: str) -> str:
+    """The run that leaves out this family or part, its family or its cluster."""
+    family = family_of(name)
     cluster, _ = FAMILIES[family]
-    left_out = found.get(f"without {way} {cluster if way == 'cluster' else family}", [])
-    others = ["base"] + [f"only {alone}" for alone in ALONE if alone != cluster]
-    return [exam[family] - max(found[other][i][family] for other in others)
-            for i, exam in enumerate(left_out)]
+    left_out = {"cluster": cluster, "family": family, "part": name}
+    return f"without {way} {left_out[way]}"
+
+
+def other_clusters(name: str) -> list[str]:
+    """The runs of one cluster to which this family or part does not belong."""
+    cluster, _ = FAMILIES[family_of(name)]
+    return [f"only {alone}" for alone in ALONE if alone != cluster]
+
+
+def gains(found: dict[str, list[dict]], name: str, way: str) -> list[float]:
+    """By how much a left-out family or part is answered better than by the base model, and than by
+    the best model of one other cluster: of each seed; [] if it was not left out so."""
+    others = ["base", *other_clusters(name)]
+    return [exam[name] - max(found[other][i][name] for other in others)
+            for i, exam in enumerate(found.get(run_without(name, way), []))]
 
 
 def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seeds) -> list[str]:
-    """The clusters with a family that gains enough; of_seeds: np.mean, or min for every seed."""
+    """The clusters with a family, or a part of one, that gains enough; of_seeds: np.mean, or min
+    for every seed."""
     enough = []
     for cluster in clusters:
-        all_gains = [gains(found, family, way) for family in families_of(cluster)]
+        names = parts_of([cluster]) if way == "part" else families_of(cluster)
+        all_gains = [gains(found, name, way) for name in names]
         if any(of_seeds(values) >= POINTS for values in all_gains if values):
             enough.append(cluster)
     return enough
 
 
 def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: str) -> None:
-    figure, axis = plt.subplots(figsize=(13, 5), layout="constrained")
-    families = [family for cluster in clusters for family in families_of(cluster)]
+    figure, axis = plt.subplots(figsize=(15, 5), layout="constrained")
+    names = [family for cluster in clusters for family in families_of(cluster)]
+    names += parts_of(clusters)
     named = set()                                          # in the legend, each once
-    for place, family in enumerate(families):
-        cluster, _ = FAMILIES[family]
-        alone = [f"only {name}" for name in ALONE if name != cluster]
-        bars = [("cluster left out", [f"without cluster {cluster}"], "C0"),
-                ("family left out", [f"without family {family}"], "C1"),
-                ("everything", ["everything"], "lightgrey"),
-                ("best of one other cluster", alone, "C3"),
-                ("base model", ["base"], "k")]
-        for number, (label, names, color) in enumerate(bars):
-            exams = [found[name] for name in names if name in found]
+    for place, name in enumerate(names):
+        bars = [(f"{way} left out", [run_without(name, way)], f"C{number}")
+                for number, way in enumerate(WAYS)]
+        bars += [("everything", ["everything"], "lightgrey"),
+                 ("best of one other cluster", other_clusters(name), "C3"),
+                 ("base model", ["base"], "k")]
+        for number, (label, runs, color) in enumerate(bars):
+            exams = [found[run_name] for run_name in runs if run_name in found]
             if not exams:                                  # the only family of its cluster
                 continue
-            values = np.max([[exam[family] for exam in seeds] for seeds in exams], 0)
-            x = place + 0.16 * (number - 2)
-            axis.bar(x, values.mean(), 0.15, color=color, label=None if label in named else label)
+            values = np.max([[exam[name] for exam in seeds] for seeds in exams], 0)
+            x = place + 0.14 * (number - 2.5)
+            axis.bar(x, values.mean(), 0.13, color=color, label=None if label in named else label)
             named.add(label)
             axis.plot([x] * len(values), values, "k.", markersize=3)
-    axis.set_xticks(range(len(families)),
-                    [f"{family}\n({FAMILIES[family][0]})" for family in families], rotation=60)
+    axis.set_xticks(range(len(names)), [f"{name}\n({whole_of(name)})" for name in names],
+                    rotation=60)
     axis.set(title=f"Families that were not trained on{mark}", ylabel="right, unseen tasks",
              ylim=(0, 1.12))                               # room for the legend
-    axis.legend(ncols=5)
+    axis.legend(ncols=6)
     save(figure, file)
+
+
+def whole_of(name: str) -> str:
+    """The cluster of a family, the family of a part."""
+    return PARTS[name][0] if name in PARTS else FAMILIES[name][0]
 
 
 def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     alone = [f"only {name}" for name in ALONE]
-    columns = ["base", *alone, "cluster left out", "family left out", "everything"]
+    columns = ["base", *alone, *(f"{way} left out" for way in WAYS), "everything"]
     lines = [f"# Leave one cluster out{mark}", "",
              f"`python experiments/leave_one_cluster_out.py`, seeds {cfg.seeds}: right answers to "
              "unseen tasks; the mean, and from the lowest to the highest. Gain: above the base and "
              "the best model of one other cluster. Empty: trained on, or all of its cluster.", "",
-             f"| cluster | family | {' | '.join(columns)} | gain, cluster out | gain, family out |",
-             "|---" * (len(columns) + 4) + "|"]
-    for cluster in clusters:
-        for family in families_of(cluster):
-            names = ["base", *alone, f"without cluster {cluster}", f"without family {family}",
-                     "everything"]
-            cells = []
-            for name in names:
-                exams = found.get(name, [])
-                values = [exam[family] for exam in exams if family in exam]
-                cells.append(cell(values, ".0%") if values else "")
-            for way in WAYS:
-                values = [100 * gain for gain in gains(found, family, way)]
-                cells.append(cell(values, "+.0f") if values else "")
-            lines.append(f"| {cluster} | {family} | {' | '.join(cells)} |")
+             f"| of | asked | {' | '.join(columns)} | "
+             f"{' | '.join(f'gain, {way} out' for way in WAYS)} |",
+             "|---" * (len(columns) + len(WAYS) + 2) + "|"]
+    names = [family for cluster in clusters for family in families_of(cluster)]
+    for name in names + parts_of(clusters):
+        cells = []
+        for run_name in ["base", *alone, *(run_without(name, way) for way in WAYS), "everything"]:
+            values = [exam[name] for exam in found.get(run_name, []) if name in exam]
+            cells.append(cell(values, ".0%") if values else "")
+        for way in WAYS:
+            values = [100 * gain for gain in gains(found, name, way)]
+            cells.append(cell(values, "+.0f") if values else "")
+        lines.append(f"| {whole_of(name)} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *verdict(found, clusters)]) + "\n"
 
 
@@ -211,7 +296,8 @@ def verdict(found: dict[str, list[dict]], clusters: list[str]) -> list[str]:
         either[said] = set()
         for way in WAYS:
             names = gaining(found, clusters, way, of_seeds)
-            either[said] |= {*names}
+            if way != "part":
+                either[said] |= {*names}
             lines.append(f"- {way} left out, {said}: {len(names)} of {len(clusters)} clusters: "
                          f"{', '.join(names) or 'none'}")
     average, every = [len(names) for names in either.values()]
@@ -243,12 +329,15 @@ def main(cfg: Config) -> None:
         out = seed_folder(cfg, seed)
         of = {"model": read_record(base / "pretrain")["sha256"], "n": n}
         # It has never seen a conversation: to one it would answer nothing, though it knows much.
-        exam = partial(rights, base / "pretrain", seed, tuple(FAMILIES), n, continued)
+        exam = partial(rights, base / "pretrain", seed, (*FAMILIES, *PARTS), n, continued, tasks_of)
         found["base"].append(kept(out / "base_continues.json", of, exam))
         for name, (trained, examined) in runs.items():
             folder = out / name.replace(" ", "_")
-            file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows)
-            found[name].append(tuned(folder, seed, base, examined, n, rights, data=str(file),
+            part = name.removeprefix("without part ")
+            rows = rows_without(part) if part in PARTS else None
+            file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows, rows)
+            found[name].append(tuned(folder, seed, base, examined, n,
+                                     partial(rights, tasks_of=tasks_of), data=str(file),
                                      **options))
     draw(found, clusters, Path(cfg.figure), " (quick)" if cfg.quick else "")
     show_table(cfg, table(found, clusters, cfg))

@@ -58,8 +58,26 @@ def test_a_run_is_examined_in_no_family_that_it_trains_on():
     trained, _ = runs.pop("everything")
     assert {*trained} == {*FAMILIES}
     assert all(not {*trained} & {*examined} for trained, examined in runs.values())
-    # nine clusters, 17 families that have others in their cluster, three clusters alone
-    assert len(runs) == 9 + 17 + 3
+    # nine clusters, 17 families that have others in their cluster, three clusters alone, the parts
+    assert len(runs) == 9 + 17 + 3 + len(leave.PARTS)
+
+
+@pytest.mark.parametrize("part", leave.PARTS)
+def test_a_part_that_is_left_out_is_asked_for_and_never_trained_on(part, tmp_path):
+    family, is_of = leave.PARTS[part]
+    asked_for = leave.tasks_of(part, 0, 20)
+    assert len(asked_for) == 20 and all(is_of(task) for task in asked_for)
+    runs = leave.runs_for([FAMILIES[family][0]])
+    families, examined = runs[f"without part {part}"]
+    assert family in families
+    assert ("followup" in families) == (family not in leave.SHOWS["followup"])
+    assert examined == (part,)
+    stays = leave.rows_without(part)
+    rows = [{"example": example} for example in World(0).examples(300, families=families)]
+    left = [row["example"] for row in rows if stays(row) and row["example"]["family"] == family]
+    # the rest of its family is still taught
+    assert left and not any(is_of(example) for example in left)
+    assert sum(map(stays, rows)) > 250
 
 
 def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
