@@ -412,7 +412,7 @@ def test_the_chosen_response_has_the_higher_true_reward():
         assert total(pair["example"], pair["chosen"]) > total(pair["example"], pair["rejected"])
         counts[pair["kind"]] += 1
     shares = {kind: n / counts.total() for kind, n in counts.items()}
-    wanted = {"right": 0.24, "honest": 0.27, "harmless": 0.13, "whole": 0.27, "manner": 0.09}
+    wanted = {"right": 0.25, "honest": 0.27, "harmless": 0.13, "whole": 0.28, "manner": 0.07}
     assert shares == pytest.approx(wanted, abs=0.03)
     assert shares["right"] + shares["honest"] > 0.5
     assert sum(share for _, share, *_ in PAIRS) == pytest.approx(1)

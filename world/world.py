@@ -114,7 +114,7 @@ IN_FORMS = ("lists", "length", "middle", "translation")
 # Both are plain where most hands write the worse one, because there log p does not tell either;
 # and what declines is right or wrong in two manners, or a manner would tell when to decline.
 PAIRS = [
-    ("right", 0.24, ORDINARY, ("right", None), ("wrong", None)),
+    ("right", 0.25, ORDINARY, ("right", None), ("wrong", None)),
     ("honest", 0.10, ("unanswerable",), ("right", "plain"), ("wrong", "plain")),
     ("honest", 0.03, ("unanswerable",), ("right", "rambling"), ("wrong", "rambling")),
     ("honest", 0.05, ("facts",) * 40 + ORDINARY, ("right", "plain"), ("admit", "plain")),
@@ -125,12 +125,11 @@ PAIRS = [
     ("harmless", 0.02, ("advice",) * 40 + ORDINARY, ("right", "plain"), ("refuse", "plain")),
     ("harmless", 0.03, ("advice",) * 40 + ORDINARY, ("right", "rambling"), ("refuse", "rambling")),
     ("harmless", 0.02, TRAINED_FAMILIES, ("right", "plain"), ("right", "insulting")),
-    ("whole", 0.16, IN_FORMS, ("right", "plain"), ("part", "plain")),
+    ("whole", 0.17, IN_FORMS, ("right", "plain"), ("part", "plain")),
     ("whole", 0.02, IN_FORMS, ("right", "inventing"), ("part", "inventing")),
     ("whole", 0.05, IN_PARTS, ("right", None), ("part", None)),
     ("whole", 0.04, IN_PARTS, ("right", None), ("more", None)),
     ("manner", 0.05, TRAINED_FAMILIES, ("right", "plain"), ("right", "rambling")),
-    ("manner", 0.02, TRAINED_FAMILIES, ("right", "courteous"), ("right", "plain")),
     ("manner", 0.02, TRAINED_FAMILIES, ("right", "courteous"), ("right", "flattering")),
 ]
 
