@@ -90,8 +90,10 @@ def figures_of(report: dict) -> dict[str, float]:
 
 def table_of(runs: dict[str, dict]) -> str:
     """Markdown: a row a figure, a column a run, and the worst of them."""
-    lines = ["# The main job, run by run", "", f"`python experiments/main_job.py`, {len(runs)} runs"
-             " (seed, dtype); float32 as on a processor without AVX512.", "",
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    lines = ["# The main job, run by run", "",
+             f"`python experiments/main_job.py`, {len(runs)} runs (seed, dtype), OpenMP threads: "
+             f"{threads}; float32 as on a processor without AVX512.", "",
              "| | " + " | ".join(runs) + " | worst |", "|---" * (len(runs) + 2) + "|"]
     for name in next(iter(runs.values())):
         values = [figures[name] for figures in runs.values()]
