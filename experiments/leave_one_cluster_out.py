@@ -74,6 +74,7 @@ from experiments.base import (
     seed_folder,
     show_table,
     tuned,
+    turns_of,
     unseen_tasks,
     write_families,
 )
@@ -112,9 +113,8 @@ class Config:
 # ---------------------------------------------------------------------- parts of families
 
 def asked(example: dict) -> str:
-    """What its last turn asks."""
-    prompt = example["prompt"]
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    """The text of the last turn."""
+    return turns_of(example)[-1]["content"]
 
 
 def asks_for_likes(example: dict) -> bool:
@@ -182,19 +182,24 @@ def runs_for(clusters: list[str]) -> dict[str, tuple[tuple[str, ...], tuple[str,
         if len(families) > 1:
             for family in families:
                 runs[f"without family {family}"] = all_without((family,)), with_parts((family,))
-    for name in parts_of(clusters):
-        # the earlier turns of other families show the part as well
-        families = [family for family in FAMILIES if family_of(name) not in SHOWS.get(family, ())]
-        runs[f"without part {name}"] = tuple(families), (name,)
+        for name in parts_of(families):
+            # the earlier turns of other families show the part as well
+            trained = [other for other in FAMILIES if family_of(name) not in SHOWS.get(other, ())]
+            runs[f"without part {name}"] = tuple(trained), (name,)
     return runs
 
 
+def parts_of(families: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in PARTS if family_of(name) in families)
+
+
 def with_parts(families: tuple[str, ...]) -> tuple[str, ...]:
-    return families + tuple(name for name in PARTS if family_of(name) in families)
+    return families + parts_of(families)
 
 
-def parts_of(clusters: list[str]) -> list[str]:
-    return [name for name, (family, _) in PARTS.items() if FAMILIES[family][0] in clusters]
+def names_in(clusters: list[str]) -> tuple[str, ...]:
+    """All families of these clusters, and behind them their parts."""
+    return with_parts(tuple(family for cluster in clusters for family in families_of(cluster)))
 
 
 # ---------------------------------------------------------------------- what they show
@@ -226,7 +231,9 @@ def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seed
     for every seed."""
     enough = []
     for cluster in clusters:
-        names = parts_of([cluster]) if way == "part" else families_of(cluster)
+        names = families_of(cluster)
+        if way == "part":
+            names = parts_of(names)
         all_gains = [gains(found, name, way) for name in names]
         if any(of_seeds(values) >= POINTS for values in all_gains if values):
             enough.append(cluster)
@@ -235,8 +242,7 @@ def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seed
 
 def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: str) -> None:
     figure, axis = plt.subplots(figsize=(15, 5), layout="constrained")
-    names = [family for cluster in clusters for family in families_of(cluster)]
-    names += parts_of(clusters)
+    names = names_in(clusters)
     named = set()                                          # in the legend, each once
     for place, name in enumerate(names):
         bars = [(f"{way} left out", [run_without(name, way)], f"C{number}")
@@ -277,8 +283,7 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
              f"| of | asked | {' | '.join(columns)} | "
              f"{' | '.join(f'gain, {way} out' for way in WAYS)} |",
              "|---" * (len(columns) + len(WAYS) + 2) + "|"]
-    names = [family for cluster in clusters for family in families_of(cluster)]
-    for name in names + parts_of(clusters):
+    for name in names_in(clusters):
         cells = []
         for run_name in ["base", *alone, *(run_without(name, way) for way in WAYS), "everything"]:
             values = [exam[name] for exam in found.get(run_name, []) if name in exam]

@@ -228,7 +228,7 @@ def test_the_exam_compares_greedy_answers_on_prompts_no_stage_has_seen(first_run
              for ids in evaluate.answers(model, tokenizer, prompts)]
     rewards = evaluate.true_rewards(prompts, texts)
     assert rewards.tolist() == found["dpo"]["rewards"].tolist()
-    assert any(figures["rewards"].std() > 0 for figures in found.values())
+    assert len(set(found["sft"]["rewards"])) > 1
     assert report["stages"]["dpo"]["true_reward"] == pytest.approx(rewards.mean())
     rate, _, _ = evaluate.win_rate(rewards, found["sft"]["rewards"])
     assert report["stages"]["dpo"]["win_rate"] == rate
