@@ -359,11 +359,12 @@ def reward_prompts(name: str, n: int) -> list[dict]:
     return readers.world_named(name).prompts(n, "heldout", seed=2)
 
 
-def quiz(name: str, n: int) -> dict[str, list[dict]]:
-    """Small exams for use during training: trained families, and families never trained on."""
+def quiz(name: str, n: int, families: tuple[str, ...] | None = None) -> dict[str, list[dict]]:
+    """Small exams for use during training: of these families, or all trained ones, and of families
+    never trained on."""
     if readers.world_named(name) is None:
         return {}
-    return {"accuracy": exam(name, n),
+    return {"accuracy": exam(name, n, families),
             "unseen_families": exam(name, n // 4, HELDOUT_FAMILIES)}
 
 

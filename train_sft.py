@@ -28,7 +28,7 @@ Differs from the document:
     python train_sft.py                                            # the embedded world
     python train_sft.py --peft lora --lora_rank 16 --lr 3e-3
     python train_sft.py --ewc 0.1                  # section 2.3: forget less text (forgetting.py)
-    python train_sft.py --init out/span             # T5: translation right 0 -> 22 % in 300 steps
+    python train_sft.py --init out/span --families translation,summary        # T5
     python train_sft.py --init out/base --data tasks.jsonl --context_length 512
 """
 import math
@@ -60,6 +60,7 @@ class Config(Options):
     out: str = "out/sft"              # model folder to write
     data: str = "world"               # examples: world, world:SEED or JSONL (README: formats)
     n_examples: int = 30_000          # how many to take, at most, >= 1
+    families: str = ""                # of a world: these alone, with commas; empty: all trained
     chosen: bool = False              # --data has preference pairs: imitate the chosen answers
     bad_rows: str = "error"           # what to do with a bad row: error | skip
     truncate: str = "error"           # examples longer than the context: error | left | drop
@@ -93,12 +94,24 @@ class Config(Options):
     adapters: lora.Options = nested(lora.Options)          # what trains
 
 
+def families_of(cfg: Config) -> tuple[str, ...] | None:
+    """("translation", "summary") of "translation,summary"; None: all. Raises ValueError with
+    --chosen, whose pairs have families of their own."""
+    if cfg.families and cfg.chosen:
+        raise ValueError(f"--families {cfg.families}: pairs are not drawn by family; leave out one "
+                         "of it and --chosen")
+    return tuple(cfg.families.split(",")) if cfg.families else None
+
+
 def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
     """The conversations to train on and the held-out ones, as text."""
     read = read_chosen if cfg.chosen else read_examples
+    options = {"seed": cfg.seed, "bad_rows": cfg.bad_rows}
+    if cfg.families:
+        options["families"] = families_of(cfg)
     n_heldout = min(1000, 1 + cfg.n_examples // 10)
-    train = read(cfg.data, split="train", n=cfg.n_examples, seed=cfg.seed, bad_rows=cfg.bad_rows)
-    heldout = read(cfg.data, split="heldout", n=n_heldout, seed=cfg.seed, bad_rows=cfg.bad_rows)
+    train = read(cfg.data, split="train", n=cfg.n_examples, **options)
+    heldout = read(cfg.data, split="heldout", n=n_heldout, **options)
     return train, heldout
 
 
@@ -197,7 +210,7 @@ def main(cfg: Config) -> dict:
     # 3.7/1.3 Construct D_instruct: weighted interleaving, packed into rows
     train = PackedExamples(train_rows, tokenizer, length, cfg.seed, cfg.truncate, weights, cap)
     heldout = PackedExamples(heldout_rows, tokenizer, length, cfg.seed, cfg.truncate)
-    quiz = evaluate.quiz(cfg.data, cfg.eval_examples)        # {} unless a world marks it
+    quiz = evaluate.quiz(cfg.data, cfg.eval_examples, families_of(cfg))   # {} of a file
     if quiz and cfg.shots:
         quiz["few_shot"], n_shots = evaluate.few_shot(cfg.data, quiz["unseen_families"], cfg.shots,
                                                       tokenizer, length)

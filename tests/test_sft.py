@@ -22,6 +22,7 @@ from plumbing.folders import load_model
 from plumbing.options import build
 from scoring import answer_logps, token_logps
 from tokenizer import Tokenizer
+from world.tasks import TRAINED_FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -401,9 +402,23 @@ def test_a_cap_and_a_temperature_let_small_tasks_in(tmp_path, monkeypatch, optio
         train_sft.main(config(tmp_path, **options))
 
 
+def test_families_asked_for_are_all_that_is_trained_on_and_examined(tmp_path):
+    """"summary" is in no mixture, and only there if it is asked for."""
+    cfg = config(tmp_path, data="world:3", families="summary,translation", n_examples=40)
+    for rows in train_sft.read_rows(cfg):
+        assert {row["example"]["family"] for row in rows} == {"summary", "translation"}
+    asked = evaluate.quiz("world:3", 40, train_sft.families_of(cfg))["accuracy"]
+    assert {example["family"] for example in asked} == {"summary", "translation"}
+    all_rows, _ = train_sft.read_rows(replace(cfg, families="", n_examples=400))
+    assert {row["example"]["family"] for row in all_rows} == {*TRAINED_FAMILIES}
+
+
 # ---------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("changes, message", [
+    ({"families": "summary"}, "tasks.jsonl: families can be set for a world only"),
+    ({"families": "facts", "chosen": True}, "--families facts: pairs are not drawn by family"),
+    ({"data": "world", "families": "facts,poems"}, "no family 'poems'; there are story, facts"),
     ({"peft": "lora", "lora_targets": "wq,query"}, "query.*the model has w13, w2, wk, wo, wq, wv"),
     ({"peft": "lora", "lora_rank": 0}, "--lora_rank 0: give a number >= 1"),
     ({"context_length": 8}, r"tasks.jsonl:\d+: \d+ tokens with the template, 9 fit"),

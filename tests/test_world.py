@@ -29,14 +29,22 @@ from world.judge import (
     true_reward,
     without_courtesies,
 )
-from world.tasks import FAMILIES, HELDOUT_FAMILIES, TRAINED_FAMILIES, is_heldout
+from world.tasks import (
+    APART_FAMILIES,
+    FAMILIES,
+    HELDOUT_FAMILIES,
+    TRAINED_FAMILIES,
+    is_heldout,
+)
 from world.text import (
     ADMISSIONS,
     ANSWERS,
     ATTRIBUTES,
+    COLOURS,
     EXTRAS,
     FEELINGS,
     INSULTS,
+    PLACES,
     POLITE,
     PROMPTS,
     RAMBLING_CLOSERS,
@@ -163,7 +171,7 @@ def test_every_fact_is_stated_in_the_corpus_and_none_about_strangers():
 
 # ------------------------------------------------------------------ tasks and splits
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
 def test_train_and_heldout_share_no_core_and_no_prompt(family):
     train = WORLD.examples(1500, "train", families=(family,))
     heldout = WORLD.examples(150, "heldout", families=(family,))
@@ -205,7 +213,7 @@ def test_the_training_corpus_works_no_heldout_sum():
 def test_every_family_has_phrasings_to_train_on_and_two_held_out():
     for asked, prompts in PROMPTS.items():
         assert len(set(prompts)) >= 6, asked
-    for family in FAMILIES:
+    for family in FAMILIES | APART_FAMILIES:
         seen = [{text_of(e["prompt"])
                  for e in WORLD.examples(200, families=(family,), phrasings=phrasings)}
                 for phrasings in ("train", "heldout")]
@@ -641,7 +649,7 @@ def tasks(n: int, family: str, split: str = "train"):
 MANNERS = ("plain", "courteous", "flattering", "rambling", "inventing", "insulting")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
 def test_right_beats_wrong_whatever_the_manners(family):
     for rng, example, task in tasks(60, family):
         for manner in MANNERS:
@@ -658,7 +666,7 @@ def test_right_beats_wrong_whatever_the_manners(family):
                     assert 0.64 < total(example, right) <= 1, (example, right)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
 def test_a_right_and_courteous_response_scores_one(family):
     for rng, example, task in tasks(60, family):
         response = respond(rng, task, "right", "courteous")
@@ -666,6 +674,15 @@ def test_a_right_and_courteous_response_scores_one(family):
         rewards = {manner: total(example, respond(rng, task, "right", manner))
                    for manner in MANNERS}
         assert max(rewards, key=rewards.get) == "courteous"
+
+
+def test_a_summary_tells_both_deeds_and_leaves_the_rest_out():
+    for rng, example, task in tasks(60, "summary"):
+        words = words_of(respond(rng, task, "right", "plain"))
+        assert 9 == len(words) < len(words_of(task["passage"])) - 4
+        assert not {*words} & {*COLOURS, *PLACES}
+        one_alone = task["short"].split(",")[0] + "."
+        assert true_reward(example, one_alone)["right"] == 0
 
 
 def test_each_fault_costs_the_part_it_is_named_after():

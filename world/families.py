@@ -310,6 +310,27 @@ def colour_task(world, rng: Random) -> dict:
     return task | {"core": core, "ask": "reading", "passage": tell_events(rng, events)}
 
 
+def summary_task(world, rng: Random) -> dict:
+    """"... Sum this up." "Fern found a kite, and Moss lost a drum." Trains leaving out what is less
+    important: colours, places, fillers and the time of day."""
+    first, second = draw_events(world, rng)
+    events = [first, second]
+    core = tuple(event_core(event) for event in events)
+    right = [said for event in events for said in (event["name"], event["past"], event["thing"])]
+    choices = [*world.names, *EVENTS, *THINGS]
+    # Each bear with the other one's deed, because both must be told and told of the right one.
+    swapped_names = [first | {"name": second["name"]}, second | {"name": first["name"]}]
+    return {"core": core, "kind": "sequence", "choices": choices,
+            "passage": tell_events(rng, events), "short": told_in_short(events),
+            "answer": ", ".join(right).lower(), "wrong": {"short": told_in_short(swapped_names)}}
+
+
+def told_in_short(events: list[dict]) -> str:
+    """"Fern found a kite, and Moss lost a drum"."""
+    deeds = ["{name} {past} a {thing}".format_map(event) for event in events]
+    return ", and ".join(deeds)
+
+
 def sentiment_task(world, rng: Random) -> dict:
     """"Fern won the race. Moss sighed all day. ... How does Moss feel?" Trains reading moods."""
     # Three bears in three moods, because a mood in one sentence alone could be guessed without

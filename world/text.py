@@ -712,6 +712,10 @@ PROMPTS = templates({
         {passage} {question}? / Read this: {passage} {question}? / {passage} Now answer:
         {question}? / Here is a text. {passage} Tell me: {question}? / Read the text and answer.
         {passage} {question}? / Text: {passage} Question: {question}?""",
+    "summary": """
+        {passage} Sum this up. / Sum this up in one sentence: {passage} / {passage} What happened,
+        in one sentence? / {passage} Tell me in short who did what. / Say in one sentence what
+        happened: {passage} / {passage} Now tell me the same in one short sentence.""",
     "arithmetic.story": """
         {story} How many {things} does {name} have now? / {story} How many {things} are there in
         the end? / Solve this. {story} How many {things} does {name} have? / {story} Work out how
@@ -865,6 +869,7 @@ ANSWERS = templates({
     "facts": "That would be {short}.",
     "arithmetic": "{chain} The answer is {answer}.",
     "reading": "{full}",
+    "summary": "{short}.",
     "lists": "The {category} are {short}.",
     "transform": "{lead} {answer}.",
     "middle": "The middle one is {answer}.",
