@@ -10,6 +10,11 @@ generation". The base model of a seed learns the world's tasks with --train_on r
   prompts    nats per token of unseen prompts: how well their templates are known
   answers    nats per token of unseen answers
 
+What came out (three seeds, bf16): with prompts in the loss as many steps answer .4 to 10 points
+less, because what is learned last is not there yet: records in JSON in one seed (62 % and not
+100), sums in another (10 % and not 96). The templates are known (8.2 -> 1.0 nats), which helps
+nobody, and answers cost .003 to .024 nats more.
+
     python experiments/masking.py            # results/masking.png and .md
     python experiments/masking.py --quick    # one seed, a tenth of the steps
 """
