@@ -200,6 +200,17 @@ def mean_mismatch(pi: Tensor, ref: Tensor) -> float:
     return h.mean().item()
 
 
+def of_the_step(method: str, pi: Tensor, ref: Tensor | None, lengths: Tensor) -> float:
+    """What a formula takes from all rows of a step: KTO's z, ORPO's mean |y_w| in tokens; 0 for the
+    others. As method_loss() of train_dpo.py."""
+    if method == "kto":
+        return mean_mismatch(pi, ref)
+    if method == "orpo":
+        lengths_w, _ = lengths.chunk(2)
+        return lengths_w.double().mean().item()
+    return 0.0
+
+
 def labels_of(pairs: PreferencePairs, index: Tensor | None = None) -> Tensor | None:
     """(n,) bool: whether each answer of read_labelled(), or each of those at the index, is a good
     one; None for pairs, which have no labels."""

@@ -73,13 +73,15 @@ def test_kto_pushes_good_answers_up_and_bad_ones_down_from_z():
 
 
 def test_orpo_is_likelihood_and_log_odds():
-    p_w, p_l = math.log(0.6), math.log(0.2)
-    loss, log_odds_ratio = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), lam=0.5)
+    p_w, p_l, n = math.log(0.6), math.log(0.2), torch.tensor([5])
+    loss, log_odds_ratio = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), n, 5.0, lam=0.5)
     by_hand = math.log((0.6 / 0.4) / (0.2 / 0.8))              # log 6
     assert log_odds_ratio.item() == pytest.approx(by_hand, rel=1e-5)
     assert loss.item() == pytest.approx(-p_w - 0.5 * math.log(sigma(by_hand)), rel=1e-5)
-    plain, _ = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), lam=0.0)
-    assert plain.item() == pytest.approx(-p_w)                 # SFT on the chosen
+    # without odds SFT on the chosen: -1 on each of 9 tokens of one, -3 on the other's only one
+    means = torch.tensor([-1.0, -3.0])
+    plain, _ = orpo_loss(means, torch.tensor([-2.0, -2.0]), torch.tensor([9, 1]), 5.0, lam=0.0)
+    assert plain.item() == pytest.approx((9 * 1 + 1 * 3) / 10)
 
 
 def test_simpo_wants_a_margin_of_gamma():
@@ -133,7 +135,8 @@ def test_gradients_are_the_closed_forms(method):
     x["is_good"] = torch.tensor([True, False, False, True, True, False])
     pi = torch.cat([x["pi_w"], x["pi_l"]]).requires_grad_()
     ref = torch.cat([x["ref_w"], x["ref_l"]])
-    loss, _ = method_loss(pi, ref, torch.ones(12), x["is_good"], 0.3, cfg)
+    shared = 0.3 if method == "kto" else 1.0                   # z, or the mean length
+    loss, _ = method_loss(pi, ref, torch.ones(12), x["is_good"], shared, cfg)
     loss.backward()
     expected_w, expected_l = closed_gradient(method, cfg, x)
     torch.testing.assert_close(pi.grad[:6], expected_w.double(), rtol=1e-6, atol=1e-7)
@@ -155,6 +158,7 @@ def slow_loss(cfg: Config, policy, reference, batch, pairs) -> float:
     ref_w, ref_l = ([score(reference, row, side) for row in rows]
                     for side in ("chosen", "rejected"))
     z = max(0.0, sum(p - r for p, r in zip(pi_l, ref_l)) / len(rows))
+    mean_length = sum(len(TOKENIZER.encode(row.get("chosen", ""))) + 1 for row in rows) / len(rows)
     total = 0.0
     for row, w, l, rw, rl in zip(rows, pi_w, pi_l, ref_w, ref_l):
         if cfg.method == "dpo":
@@ -168,7 +172,8 @@ def slow_loss(cfg: Config, policy, reference, batch, pairs) -> float:
             total += 1 - sigma(sign * cfg.beta * (w - rw - z))
         elif cfg.method == "orpo":
             odds_w, odds_l = (math.exp(p) / (1 - math.exp(p)) for p in (w, l))
-            total += -w - cfg.lam * math.log(odds_w / (odds_w + odds_l))
+            n_tokens = len(TOKENIZER.encode(row["chosen"])) + 1
+            total -= w * n_tokens / mean_length + cfg.lam * math.log(odds_w / (odds_w + odds_l))
         else:
             total -= math.log(sigma(cfg.simpo_beta * (w - l) - cfg.gamma))
     return total / len(rows)
