@@ -17,7 +17,15 @@ from plumbing.curves import read_metrics
 from plumbing.folders import load_model
 from plumbing.metrics import Metrics
 from plumbing.options import build
-from preferences import best_and_worst, demonstrated, labels_of, mismatched, monitored, sides
+from preferences import (
+    best_and_worst,
+    demonstrated,
+    labels_of,
+    mismatched,
+    monitored,
+    of_the_step,
+    sides,
+)
 from readers import read_preferences
 from scoring import log1mexp, response_logps, score_pairs
 from train_dpo import Config, dpo_loss, ipo_loss, kto_loss, method_loss, orpo_loss, simpo_loss
@@ -141,6 +149,26 @@ def test_gradients_are_the_closed_forms(method):
     expected_w, expected_l = closed_gradient(method, cfg, x)
     torch.testing.assert_close(pi.grad[:6], expected_w.double(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(pi.grad[6:], expected_l.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_with_half_of_the_rows_each_have_the_gradient_of_all_rows(method):
+    """Their losses are averaged, and so is what a formula takes from the whole step."""
+    cfg = Config(method=method)
+    pi, ref = -5 * torch.rand(2, 12, dtype=torch.float64) - 0.05
+    pi.requires_grad_()
+    lengths = torch.randint(1, 9, (12,))
+    is_good = torch.tensor([True, False, False, True, True, False])
+
+    def gradient(ranks):
+        """Of ranks that hold these of the 6 pairs each; a pair's other side is 6 rows below."""
+        held = [[*rows, *(row + 6 for row in rows)] for rows in ranks]
+        shared = sum(of_the_step(method, pi[i], ref[i], lengths[i]) for i in held) / len(ranks)
+        losses = [method_loss(pi[i], ref[i], lengths[i], is_good[i[:len(i) // 2]], shared, cfg)[0]
+                  for i in held]
+        return torch.autograd.grad(sum(losses) / len(ranks), pi)[0]
+
+    torch.testing.assert_close(gradient([[0, 1, 2], [3, 4, 5]]), gradient([[*range(6)]]))
 
 
 # ---------------------------------------------------------------------- a slow count
