@@ -20,13 +20,15 @@ gain of a left-out family is counted above the base model and above the best of 
 cluster, seed by seed. Prompts come without another task before them, and where "facts", "lists" or
 "transform" is left out "followup" is as well, because its earlier turns answer them.
 
-What came out (seed 0, before parts were left out, in 250 steps and in an earlier world; the base
-was asked in turns, and answered nothing): little transfers to a family that nothing was trained
-on, and what does is near. Passages are read without having been asked about (46 %, their colours
-37, with others of the cluster 88), tallies are made after counting and lists (72), second turns
-are followed (19). Of nine clusters three gain the 15 points that were expected of five; sums,
-conclusions, lists, Bearish and JSON stay at nothing. "Everything" was not learned either (lists 35
-%, sums 43).
+What came out (seed 0, bf16): what transfers is near, and whole clusters do not at all. Tallies are
+made as well by who has learned to count and to list (75 %), lists by who counts (27). Of parts two
+moods are told after one (61 %), both ends of a list after either (37), records written whose
+sentence begins with the place (77). Sums in figures get no answer where only stories were summed,
+favourites are rarely said (16 %) though the corpus has told them, and of six chores the model names
+the tools of the eight others: it has learned the answers, and not that they are to be remembered.
+So families gain the 15 points that were expected of five clusters in one of nine, parts in three.
+What was left out with its whole cluster is answered worse than the base continues it (reading 36 %
+and 75). "Everything" shows what 400 steps of 8 rows can teach.
 
     python experiments/leave_one_cluster_out.py            # results/leave_one_cluster_out.png, .md
     python experiments/leave_one_cluster_out.py --quick    # one seed, two clusters, fewer steps
@@ -101,7 +103,7 @@ CLUSTERS = 5                                     # in so many clusters
 
 @dataclass
 class Config:
-    seeds: str = "0,1,2"              # of world, models and batches
+    seeds: str = "0"                  # of world, models and batches, with commas
     data: str = ""                    # JSONL with clusters, instead of the world
     init: str = ""                    # with --data: a model folder, instead of the world's base
     truncate: str = "drop"            # its rows longer than the context: drop | left | error
