@@ -7,10 +7,10 @@ That table says what each method needs: PPO "4 (actor, critic, ref, RM)" models 
 ORPO "1 (policy only)", best-of-N no training. Here stands beside it what each gains, and what that
 costs. All begin with one SFT model (ORPO with the base model before it) in one world, and read the
 pairs, or the reward model, that its judge has made. They are not given equal time or data, which
-stand in the table. ORPO, which learns its tasks as well, has as many tokens as SFT and DPO together
-in one row, and four times as many in another. Learning rates and betas were
-chosen on seed 0, and those of online DPO and Dr. GRPO made gentler after seed 2 had lost more than
-3 points of accuracy.
+stand in the table. ORPO, which has its tasks to learn as well, reads as many tokens as SFT and DPO
+together in one row, and four times as many in another. Learning rates and betas were chosen on seed
+0, and those of online DPO and Dr. GRPO made gentler after seed 2 had lost more than 3 points of
+accuracy.
 
     python experiments/alignment_methods.py            # results/alignment_methods.md and .png
     python experiments/alignment_methods.py --quick    # one seed, a tenth of the steps
