@@ -28,7 +28,7 @@ Differs from the document:
     python train_sft.py                                            # the embedded world
     python train_sft.py --peft lora --lora_rank 16 --lr 3e-3
     python train_sft.py --ewc 0.1                  # section 2.3: forget less text (forgetting.py)
-    python train_sft.py --init out/span --families translation,summary   # T5 (results/objectives.md)
+    python train_sft.py --init out/span --families translation,summary   # T5: results/objectives.md
     python train_sft.py --init out/base --data tasks.jsonl --context_length 512
 """
 import math
