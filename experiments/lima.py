@@ -13,6 +13,11 @@ and is examined on unseen tasks: accuracy, in unseen wordings and unseen familie
 reward of greedy answers and of answers drawn at temperature 1. LIMA's model had 65 billion
 parameters; this one has a million, and has to learn the tasks from its demonstrations as well.
 
+What came out (three seeds, bf16): for the true reward of drawn answers a thousand clean
+demonstrations are worth ten thousand noisy ones, .678 and .679. Not for accuracy, 46 and 81 %,
+because here the tasks have to be learned as well, and a greedy model follows the 68 % that are
+right. At equal numbers clean ones are ahead in everything: by 8 points and .22 at ten thousand.
+
     python experiments/lima.py            # results/lima.png and .md
     python experiments/lima.py --quick    # one seed, a tenth of the steps and rows
 """
