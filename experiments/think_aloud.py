@@ -13,7 +13,12 @@ greedily, as they stand and with a sentence behind them:
 Of the answers: how many are right (the last number is the row's), have a step (an equation), are a
 bare number, and end before the limit of tokens.
 
-    python experiments/think_aloud.py --init out/smollm2,out/own/sft --data gsm8k_test.jsonl
+What came out (50 rows, seed 0): SmolLM2 with 135M parameters reasons in steps whatever is asked for
+(84 to 86 % of its answers, after SFT on GSM8K 86 to 94), a number alone it never gives, and 0 to 4 %
+are right: two rows of fifty, from which no order of the three can be read. Half of its answers do
+not end within 200 tokens. What 3.8 promises begins with larger models (Wei et al. 2022).
+
+    python experiments/think_aloud.py --init out/smollm2,out/own/sft --data gsm8k_test.jsonl --n 50
 
 writes results/think_aloud.png and .md. A row has "question" and "answer", the number at its end.
 """
