@@ -14,8 +14,8 @@ Of the answers: how many are right (the last number is the row's), have a step (
 bare number, and end before the limit of tokens.
 
 What came out (50 rows, seed 0): SmolLM2 with 135M parameters reasons in steps whatever is asked for
-(84 to 86 % of its answers, after SFT on GSM8K 86 to 94), a number alone it never gives, and 0 to 4 %
-are right: two rows of fifty, from which no order of the three can be read. Half of its answers do
+(84 to 86 % of its answers, after SFT on GSM8K 86 to 94) and never gives a number alone; 0 to 4 %
+are right, two rows of fifty, from which no order of the three can be read. Half of its answers do
 not end within 200 tokens. What 3.8 promises begins with larger models (Wei et al. 2022).
 
     python experiments/think_aloud.py --init out/smollm2,out/own/sft --data gsm8k_test.jsonl --n 50
@@ -107,9 +107,9 @@ def draw(found: dict[str, dict], file: Path, mark: str) -> None:
 def table(found: dict[str, dict], cfg: Config) -> str:
     mark = " (quick)" if cfg.quick else ""
     lines = [f"# Asked to think step by step{mark}", "",
-             f"`python experiments/think_aloud.py --init {cfg.init} --data {Path(cfg.data).name}`, "
-             f"seed {cfg.seed}: greedy answers of at most {cfg.max_new_tokens} tokens to {cfg.n} "
-             "problems.", "",
+             f"`python experiments/think_aloud.py --init {cfg.init} --data {Path(cfg.data).name} "
+             f"--n {cfg.n}`, seed {cfg.seed}: greedy answers of at most {cfg.max_new_tokens} tokens.",
+             "",
              f"| model | asked for | {' | '.join(FIGURES.values())} |",
              "|---" * (len(FIGURES) + 2) + "|"]
     for folder, asked in found.items():
