@@ -109,7 +109,7 @@ def table(found: dict[str, dict], cfg: Config) -> str:
     lines = [f"# Asked to think step by step{mark}", "",
              f"`python experiments/think_aloud.py --init {cfg.init} --data {Path(cfg.data).name} "
              f"--n {cfg.n}`, seed {cfg.seed}: greedy answers of at most "
-             f"{cfg.max_new_tokens} tokens.", "",
+             f"{cfg.max_new_tokens} tokens to {cfg.n} problems.", "",
              f"| model | asked for | {' | '.join(FIGURES.values())} |",
              "|---" * (len(FIGURES) + 2) + "|"]
     for folder, asked in found.items():
