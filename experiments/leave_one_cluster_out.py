@@ -37,9 +37,13 @@ The same with a file of JSONL rows that have "cluster", "task", "prompt" and "re
 drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
 
     python experiments/leave_one_cluster_out.py --data tasks.jsonl --figure results/tasks.png
-    python experiments/leave_one_cluster_out.py --data tasks.jsonl --init out/smollm2 --seeds 0
+    python experiments/leave_one_cluster_out.py --data tasks.jsonl --init out/smollm2
 
-The second starts from a model from elsewhere, and trains it by LoRA.
+The second starts from a model from elsewhere, and trains it by LoRA. A model that speaks shows what
+the small one cannot: after 40 steps on the six others SmolLM2 (135M) knows the answers of each of
+seven clusters better (closed questions 4.32 -> 1.68 nats per token, sentiment 5.70 -> 2.80,
+generation 4.11 -> 2.98, summaries 3.43 -> 3.27), and better than after as many steps on the largest
+other one alone, by .02 to .40 nats (seed 0; results/t0_transfer.md).
 """
 import json
 import re
