@@ -200,15 +200,15 @@ def mean_mismatch(pi: Tensor, ref: Tensor) -> float:
     return h.mean().item()
 
 
-def of_the_step(method: str, pi: Tensor, ref: Tensor | None, lengths: Tensor) -> float:
-    """What a formula takes from all rows of a step: KTO's z, ORPO's mean |y_w| in tokens; 0 for the
-    others. As method_loss() of train_dpo.py."""
+def mean_of_step(method: str, pi: Tensor, ref: Tensor | None, lengths: Tensor) -> float | None:
+    """The mean over a step's rows that a formula needs: KTO's z in nats, ORPO's |y_w| in tokens;
+    None for the other methods. pi, ref, lengths: as in method_loss() of train_dpo.py."""
     if method == "kto":
         return mean_mismatch(pi, ref)
     if method == "orpo":
         lengths_w, _ = lengths.chunk(2)
-        return lengths_w.double().mean().item()
-    return 0.0
+        return lengths_w.float().mean().item()
+    return None
 
 
 def labels_of(pairs: PreferencePairs, index: Tensor | None = None) -> Tensor | None:

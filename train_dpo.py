@@ -38,7 +38,7 @@ from plumbing.folders import load_model
 from plumbing.optimizers import learning_rate, pick_optimizer
 from plumbing.options import Options, command_line, nested, refuse_unread
 from plumbing.run import start
-from preferences import in_rounds, labels_of, monitored, of_the_step, read_data, read_reference
+from preferences import in_rounds, labels_of, mean_of_step, monitored, read_data, read_reference
 from scoring import log1mexp, response_logps, score_pairs
 
 MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
@@ -139,8 +139,8 @@ def kto_loss(pi: Tensor, ref: Tensor, is_good: Tensor, z: float, beta: float, la
 def orpo_loss(mean_w: Tensor, mean_l: Tensor, lengths_w: Tensor, mean_length: float, lam: float
               ) -> tuple[Tensor, Tensor]:
     """L_SFT - lam log sigma(log odds ratio) (001 section 4.8.3; Hong et al. 2024). mean_w, mean_l:
-    (B,) log pi(y|x) / |y| in nats; lengths_w: (B,) |y_w|, and its mean over all ranks. Returns the
-    mean loss and the log odds ratio (B,)."""
+    (B,) log pi(y|x) / |y| in nats; lengths_w: (B,) |y_w| in tokens; mean_length: their
+    mean over all ranks. Returns the mean loss and the log odds ratio (B,)."""
     log_odds_w = mean_w - log1mexp(mean_w)
     log_odds_l = mean_l - log1mexp(mean_l)
     log_odds_ratio = log_odds_w - log_odds_l
@@ -157,25 +157,24 @@ def simpo_loss(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> tup
 
 
 def method_loss(pi: Tensor, ref: Tensor | None, lengths: Tensor, is_good: Tensor | None,
-                shared: float, cfg: Config) -> tuple[Tensor, Tensor]:
+                step_mean: float | None, cfg: Config) -> tuple[Tensor, Tensor]:
     """The loss and margins of --method. pi, ref, lengths |y| (2B,): B chosen, then their B rejected
-    answers; for kto B answers, good or not by is_good (B,), then B to other prompts. shared: what
-    of_the_step() says, its mean over ranks."""
-    lengths_w, _ = lengths.chunk(2)
+    answers; for kto B answers, good or not by is_good (B,), then B to other prompts.
+    step_mean: mean_of_step() over all ranks."""
     mean_w, _ = (pi / lengths).chunk(2)                                        # log p per token
     if cfg.method in MEANS or cfg.mean_logps:
         pi = pi / lengths
         ref = None if ref is None else ref / lengths                           # orpo, simpo: None
     pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
     if cfg.method == "orpo":
-        return orpo_loss(pi_w, pi_l, lengths_w, shared, cfg.lam)
+        return orpo_loss(pi_w, pi_l, lengths[:len(pi_w)], step_mean, cfg.lam)
     if cfg.method == "simpo":
         return simpo_loss(pi_w, pi_l, cfg.simpo_beta, cfg.gamma)
     ref_w, ref_l = ref.chunk(2)
     if cfg.method == "ipo":
         return ipo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)
     if cfg.method == "kto":
-        return kto_loss(pi_w, ref_w, is_good, shared, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
+        return kto_loss(pi_w, ref_w, is_good, step_mean, cfg.beta, cfg.lambda_good, cfg.lambda_bad)
     loss, margin = dpo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta, cfg.label_smoothing)
     return loss - cfg.nll_coef * mean_w.mean(), margin
 
@@ -195,8 +194,8 @@ def heldout_figures(policy, pairs: PreferencePairs, ref_logps: Tensor, cfg: Conf
     ref = ref_logps.T.flatten()
     lengths = pairs.response_tokens().T.flatten().to(pi.device)
     is_good = labels_of(pairs)                                                 # (N,) or None
-    shared = of_the_step(cfg.method, pi, ref, lengths)
-    loss, margin = method_loss(pi, ref, lengths, is_good, shared, cfg)
+    step_mean = mean_of_step(cfg.method, pi, ref, lengths)
+    loss, margin = method_loss(pi, ref, lengths, is_good, step_mean, cfg)
     figures = monitored(loss, margin, pi, ref, is_good)
     return {f"val_{name}": value for name, value in figures.items()}
 
@@ -251,8 +250,10 @@ def main(cfg: Config) -> dict:
         lengths = batch.loss_mask.sum(1)                                   # (2B,) |y|
 
         # 3.3 Batch loss: the mean of -log sigma(Delta), or another --method's
-        shared = run.mean_over_ranks(of_the_step(cfg.method, pi, ref, lengths))
-        loss, margin = method_loss(pi, ref, lengths, is_good, shared, cfg)
+        step_mean = mean_of_step(cfg.method, pi, ref, lengths)
+        if step_mean is not None:
+            step_mean = run.mean_over_ranks(step_mean)
+        loss, margin = method_loss(pi, ref, lengths, is_good, step_mean, cfg)
 
         # 3.4 BACKWARD + UPDATE
         run.backward(loss)

@@ -107,8 +107,8 @@ def read_rows(cfg: Config) -> tuple[list[dict], list[dict]]:
     """The conversations to train on and the held-out ones, as text."""
     read = read_chosen if cfg.chosen else read_examples
     options = {"seed": cfg.seed, "bad_rows": cfg.bad_rows}
-    if cfg.families:
-        options["families"] = families_of(cfg)
+    if families := families_of(cfg):
+        options["families"] = families
     n_heldout = min(1000, 1 + cfg.n_examples // 10)
     train = read(cfg.data, split="train", n=cfg.n_examples, **options)
     heldout = read(cfg.data, split="heldout", n=n_heldout, **options)

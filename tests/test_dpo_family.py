@@ -21,9 +21,9 @@ from preferences import (
     best_and_worst,
     demonstrated,
     labels_of,
+    mean_of_step,
     mismatched,
     monitored,
-    of_the_step,
     sides,
 )
 from readers import read_preferences
@@ -143,8 +143,8 @@ def test_gradients_are_the_closed_forms(method):
     x["is_good"] = torch.tensor([True, False, False, True, True, False])
     pi = torch.cat([x["pi_w"], x["pi_l"]]).requires_grad_()
     ref = torch.cat([x["ref_w"], x["ref_l"]])
-    shared = 0.3 if method == "kto" else 1.0                   # z, or the mean length
-    loss, _ = method_loss(pi, ref, torch.ones(12), x["is_good"], shared, cfg)
+    step_mean = 0.3 if method == "kto" else 1.0                # z, or the mean length
+    loss, _ = method_loss(pi, ref, torch.ones(12), x["is_good"], step_mean, cfg)
     loss.backward()
     expected_w, expected_l = closed_gradient(method, cfg, x)
     torch.testing.assert_close(pi.grad[:6], expected_w.double(), rtol=1e-6, atol=1e-7)
@@ -163,8 +163,9 @@ def test_ranks_with_half_of_the_rows_each_have_the_gradient_of_all_rows(method):
     def gradient(ranks):
         """Of ranks that hold these of the 6 pairs each; a pair's other side is 6 rows below."""
         held = [[*rows, *(row + 6 for row in rows)] for rows in ranks]
-        shared = sum(of_the_step(method, pi[i], ref[i], lengths[i]) for i in held) / len(ranks)
-        losses = [method_loss(pi[i], ref[i], lengths[i], is_good[i[:len(i) // 2]], shared, cfg)[0]
+        means = [mean_of_step(method, pi[i], ref[i], lengths[i]) for i in held]
+        mean = sum(means) / len(ranks) if method in ("kto", "orpo") else None
+        losses = [method_loss(pi[i], ref[i], lengths[i], is_good[i[:len(i) // 2]], mean, cfg)[0]
                   for i in held]
         return torch.autograd.grad(sum(losses) / len(ranks), pi)[0]
 

@@ -30,9 +30,9 @@ from world.judge import (
     without_courtesies,
 )
 from world.tasks import (
-    APART_FAMILIES,
     FAMILIES,
     HELDOUT_FAMILIES,
+    KNOWN_FAMILIES,
     TRAINED_FAMILIES,
     is_heldout,
 )
@@ -171,7 +171,7 @@ def test_every_fact_is_stated_in_the_corpus_and_none_about_strangers():
 
 # ------------------------------------------------------------------ tasks and splits
 
-@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_train_and_heldout_share_no_core_and_no_prompt(family):
     train = WORLD.examples(1500, "train", families=(family,))
     heldout = WORLD.examples(150, "heldout", families=(family,))
@@ -213,7 +213,7 @@ def test_the_training_corpus_works_no_heldout_sum():
 def test_every_family_has_phrasings_to_train_on_and_two_held_out():
     for asked, prompts in PROMPTS.items():
         assert len(set(prompts)) >= 6, asked
-    for family in FAMILIES | APART_FAMILIES:
+    for family in KNOWN_FAMILIES:
         seen = [{text_of(e["prompt"])
                  for e in WORLD.examples(200, families=(family,), phrasings=phrasings)}
                 for phrasings in ("train", "heldout")]
@@ -341,7 +341,7 @@ def test_the_recipe_in_tasks_works_as_it_stands_there(tmp_path, held_out):
     if held_out:
         tasks = re.sub(r"(?m)^HELDOUT_FAMILIES = .*\n", heldout, tasks)
     (tmp_path / "world/tasks.py").write_text(tasks)
-    code = ("import json; from world.world import World, FAMILIES, TRAINED_FAMILIES, true_reward;"
+    code = ("import json; from world.world import World, TRAINED_FAMILIES, true_reward;"
             "trained = {e['family'] for e in World().examples(1000)};"
             "asked = World().examples(100, 'heldout', families=('next',));"
             "rewards = [true_reward(e, e['response'])['right'] for e in asked];"
@@ -649,7 +649,7 @@ def tasks(n: int, family: str, split: str = "train"):
 MANNERS = ("plain", "courteous", "flattering", "rambling", "inventing", "insulting")
 
 
-@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_right_beats_wrong_whatever_the_manners(family):
     for rng, example, task in tasks(60, family):
         for manner in MANNERS:
@@ -666,7 +666,7 @@ def test_right_beats_wrong_whatever_the_manners(family):
                     assert 0.64 < total(example, right) <= 1, (example, right)
 
 
-@pytest.mark.parametrize("family", FAMILIES | APART_FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_a_right_and_courteous_response_scores_one(family):
     for rng, example, task in tasks(60, family):
         response = respond(rng, task, "right", "courteous")

@@ -59,6 +59,7 @@ carry over to a new task; a wording that nobody was ever trained to answer would
 `python -m world.world` shows an example of every family; tests/test_world.py examines them all.
 """
 import zlib
+from collections import ChainMap
 from random import Random
 
 from world import families, talk
@@ -92,6 +93,7 @@ HELDOUT_FAMILIES = ("tally", "colour")              # their clusters are trained
 TRAINED_FAMILIES = tuple(families.all_except(FAMILIES, HELDOUT_FAMILIES))
 # In no mixture and no exam: drawn where they are asked for by name alone (train_sft.py --families).
 APART_FAMILIES = {"summary": ("reading", families.summary_task)}
+KNOWN_FAMILIES = ChainMap(APART_FAMILIES, FAMILIES)             # a view of both, not a copy
 
 
 def is_heldout(core: object) -> bool:
@@ -113,10 +115,9 @@ def draw_task(world, rng: Random, family: str, split: str) -> dict:
     Raises ValueError for an unknown family or split, and for a family with too few cores.
     """
     check_split(split)
-    known = FAMILIES | APART_FAMILIES
-    if family not in known:
-        raise ValueError(f"no family {family!r}; there are {', '.join(known)}")
-    _, draw = known[family]
+    if family not in KNOWN_FAMILIES:
+        raise ValueError(f"no family {family!r}; there are {', '.join(KNOWN_FAMILIES)}")
+    _, draw = KNOWN_FAMILIES[family]
     wants_heldout = split == "heldout"
     for _ in range(1000):
         task = draw(world, rng)

@@ -34,8 +34,7 @@ from world.documents import DOCUMENT_KINDS, bearish_document
 from world.judge import WEIGHTS, true_reward
 from world.marked import class_row, span_row, words_row
 from world.tasks import (
-    APART_FAMILIES,
-    FAMILIES,
+    KNOWN_FAMILIES,
     TRAINED_FAMILIES,
     check_split,
     draw_task,
@@ -389,7 +388,7 @@ class World:
                    ) -> tuple[dict, dict]:
         """An example as its family draws it."""
         task = draw_task(self, rng, family, split)
-        cluster, _ = (FAMILIES | APART_FAMILIES)[family]
+        cluster, _ = KNOWN_FAMILIES[family]
         # The key before the prompt: both draw from rng, so that another order is another world.
         key = judge_key(rng, task)
         template = rng.choice(prompt_templates(task, split, phrasings))
@@ -582,7 +581,7 @@ def main() -> None:
     documents = world.documents()
     for _ in range(8):
         print(next(documents), end="\n\n")
-    for family in FAMILIES | APART_FAMILIES:
+    for family in KNOWN_FAMILIES:
         example = world.examples(1, families=(family,))[0]
         reward = true_reward(example, example["response"])["total"]
         print(f"[{example['cluster']}: {family}] {text_of(example['prompt'])}")
