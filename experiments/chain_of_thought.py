@@ -7,10 +7,11 @@ ratio of approximately 50:50". The base model of a seed learns the world's arith
 and stories of such sums, with --cot_ratio 0, 0.25, 0.5, 0.75 and 1 of the chains before the
 answers ("7 + 5 = 12. 12 - 3 = 9."). The answer alone is compared.
 
-What came out: 49 % right without chains, 99.7 % with, at least 47 points more in each seed. Half
-and half is no good mixture where no question says which answer is wanted: at .25 and .5 12 and 44 %
-of the answers come with a chain, of which 96 to 98 % are right; of the others, which fewer examples
-have taught than at 0, 15 % (200 sums of seed 0, looked at apart).
+What came out (three seeds): 49 % right without chains, 99 % with, at least 45 points more in each.
+A quarter of chains is worse than none, and half is no good mixture where no question says which
+answer is wanted: in an earlier world, at .25 and .5 12 and 44 % of the answers came with a chain,
+of which 96 to 98 % were right; of the others, which fewer examples had taught than at 0, 15 % (200
+sums of seed 0, looked at apart).
 
     python experiments/chain_of_thought.py            # results/chain_of_thought.png and .md
     python experiments/chain_of_thought.py --quick    # one seed, three ratios, a tenth of the steps
