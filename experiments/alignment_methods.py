@@ -81,7 +81,7 @@ class Method(NamedTuple):
 PAIRS = "8,000 pairs"
 SCORE = "reward model's score"
 DPO = {"n_pairs": 8000, "steps": 500, "lr": 1e-4}
-GROUPS = {"steps": 100, "batch_size": 8, "group": 8, "lr": 1.5e-4}
+GROUPS = {"steps": 150, "batch_size": 8, "group": 8, "lr": 1.5e-4}
 ORPO = {"method": "orpo", "lam": 0.2, "batch_size": 32, "optimizer": "muon", "lr": 4e-3}
 METHODS = {
     "base model": Method("", "policy", "documents", "imitation", {}),
@@ -94,19 +94,19 @@ METHODS = {
         "train_sft", "policy, reward model", "16,000 own answers, best of 16", SCORE,
         {"n_examples": 1000, "steps": 40, "lr": 5e-4}),
     "PPO": Method(
-        "train_ppo", "policy, critic, reference, reward model", "2,560 own answers", SCORE,
-        {"steps": 40, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0}),
+        "train_ppo", "policy, critic, reference, reward model", "3,840 own answers", SCORE,
+        {"steps": 60, "lr": 1.5e-4, "beta": 0.4, "kl_target": 0.0}),
     "REINFORCE": Method(
-        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
+        "train_grpo", "policy, reference, reward model", "9,600 own answers", SCORE,
         GROUPS | {"method": "reinforce", "beta": 0.5}),
     "RLOO": Method(
-        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
+        "train_grpo", "policy, reference, reward model", "9,600 own answers", SCORE,
         GROUPS | {"method": "rloo", "beta": 0.5}),
     "GRPO": Method(
-        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
+        "train_grpo", "policy, reference, reward model", "9,600 own answers", SCORE,
         GROUPS | {"method": "grpo", "beta": 0.2}),
     "Dr. GRPO": Method(
-        "train_grpo", "policy, reference, reward model", "6,400 own answers", SCORE,
+        "train_grpo", "policy, reference, reward model", "9,600 own answers", SCORE,
         GROUPS | {"method": "dr_grpo", "beta": 0.6}),
     "DPO": Method("train_dpo", "policy, reference once", PAIRS, "pairs", DPO | {"beta": 1.0}),
     "IPO": Method(
@@ -114,7 +114,7 @@ METHODS = {
         DPO | {"method": "ipo", "beta": 3.0}),
     "KTO": Method(
         "train_dpo", "policy, reference once", "8,000 answers", "thumbs up or down",
-        DPO | {"method": "kto", "beta": 0.2, "lr": 2e-4}),
+        DPO | {"method": "kto", "beta": 0.5}),
     "ORPO": Method("train_dpo", "policy", "160,000 pairs", "pairs",
                    ORPO | {"n_pairs": 160_000, "steps": 4800}),
     "ORPO of equal tokens": Method("train_dpo", "policy", "40,000 pairs", "pairs",
@@ -284,7 +284,7 @@ def draw(found: dict[str, dict[str, dict]], file: Path, mark: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(aligned)), list(aligned))
     axes[0].invert_yaxis()                     # the first of the table on top
-    figure.suptitle(f"15 ways to align one SFT model{mark}")
+    figure.suptitle(f"Ways to align one SFT model{mark}")
     save(figure, file)
 
 

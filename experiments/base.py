@@ -175,8 +175,8 @@ def tuned(folder: Path, seed: int, base: Path, families: tuple[str, ...], n: int
     """The base model of a seed, fine-tuned with these options of train_sft.py: {family: accuracy on
     n unseen tasks of it, "all": of all of them}, or what another exam says, and the last figures of
     the run."""
-    run(train_sft, init=str(base / "pretrain"), out=str(folder), seed=seed,
-        **{"optimizer": "muon", "lr": 4e-3} | options)
+    defaults = {"init": str(base / "pretrain"), "optimizer": "muon", "lr": 4e-3}
+    run(train_sft, out=str(folder), seed=seed, **defaults | options)
     of = {"model": read_record(folder)["sha256"], "families": list(families), "n": n}
     found = kept(folder.with_name(f"{folder.name}_exam.json"), of,
                  partial(exam, folder, seed, families, n))
@@ -221,6 +221,12 @@ def continued(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
         sentences = whole_sentences(tokenizer.decode(ids))
         texts.append(" ".join(sentences[:example["key"].get("sentences")]))
     return texts
+
+
+def cut_texts(model: Transformer, tokenizer, examples: list[dict]) -> list[str]:
+    """Greedy answers, cut off where the limit is: a model from elsewhere says more than that has
+    room for, and it is the first sentences that are judged."""
+    return [tokenizer.decode(ids) for ids in evaluate.answers(model, tokenizer, examples)]
 
 
 def asked_alone(task: dict) -> dict:

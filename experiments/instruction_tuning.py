@@ -29,6 +29,8 @@ talk 92 %, reading 83 %. Perhaps because the wording says all about the task alr
 context has more words that can be mistaken for the question's.
 
     python experiments/instruction_tuning.py            # results/instruction_tuning.png and .md
+    python experiments/instruction_tuning.py --init out/smollm2 --seeds 0 \
+        --figure results/instruction_tuning_smollm2.png  # a pretrained chat model instead, by LoRA
     python experiments/instruction_tuning.py --quick    # one seed, a tenth of the steps and prompts
 """
 import sys
@@ -46,11 +48,14 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import evaluate
+import own_life
 import train_dpo
+import train_sft
 from experiments.base import (
     base_models,
     cell,
     continued,
+    cut_texts,
     fast_dtype,
     kept,
     run,
@@ -67,6 +72,12 @@ from world.tasks import HELDOUT_FAMILIES
 
 STAGES = ("base", "SFT", "aligned")
 DPO = {"method": "dpo", "beta": 1.0, "n_pairs": 8000, "steps": 500, "batch_size": 16, "lr": 1e-4}
+# A chat model from elsewhere learns the world's tasks first, then its pairs, both by LoRA.
+LORA_SFT = own_life.LORA | {"steps": 60, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4,
+                            "warmup": 5, "eval_every": 60, "context_length": 384,
+                            "n_examples": 1000}
+LORA_DPO = own_life.LORA | {"steps": 60, "batch_size": 8, "lr": 2e-4, "warmup": 5, "beta": 1.0,
+                            "eval_every": 60, "n_pairs": 500, "eval_pairs": 50}
 SHOTS = (0, 1, 3)                      # solved tasks before each
 ASKED = "Do it step by step."          # a wording that training has
 FORMED = ("lists", "length", "middle", "translation")          # of which a form may be asked
@@ -91,6 +102,7 @@ ROWS = {
 @dataclass
 class Config:
     seeds: str = "0,1,2"              # of world, models and batches
+    init: str = ""                    # a chat model's folder, instead of the world's base
     out: str = "out/instruction_tuning"           # folder for the models
     figure: str = "results/instruction_tuning.png"        # the picture; the table beside it, as .md
     quick: bool = False               # one seed, a tenth of the steps and prompts, marked
@@ -131,10 +143,11 @@ def in_steps(text: str) -> bool:
     return "=" in text
 
 
-def figures_of(folder: Path, seed: int, is_base: bool, n: int) -> dict[str, float]:
-    """ROWS of one model, each of n prompts or about as many."""
+def figures_of(folder: Path, seed: int, answers: Callable, n: int) -> dict[str, float]:
+    """ROWS of one model, each of n prompts or about as many; answers: (model, tokenizer, examples)
+    -> texts."""
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
-    answer = partial(continued if is_base else evaluate.greedy_texts, model, tokenizer)
+    answer = partial(answers, model, tokenizer)
     world = f"world:{seed}"
 
     def exam(*families: str) -> list[dict]:
@@ -192,8 +205,9 @@ def draw(found: dict[str, list[dict]], file: Path, mark: str) -> None:
 def table(found: dict[str, list[dict]], cfg: Config) -> str:
     """found: {stage: [figures of a seed, ...]}."""
     mark = " (quick)" if cfg.quick else ""
+    command = "python experiments/instruction_tuning.py" + f" --init {cfg.init}" * bool(cfg.init)
     lines = [f"# What instruction tuning and alignment bring{mark}", "",
-             f"`python experiments/instruction_tuning.py`, seeds {cfg.seeds}: shares of greedy "
+             f"`{command}`, seeds {cfg.seeds}: shares of greedy "
              "answers to unseen prompts; the mean, and from the lowest to the highest.", "",
              f"| {' | '.join(['', *found])} |", "|---" * (len(found) + 1) + "|"]
     for name, label in ROWS.items():
@@ -202,24 +216,47 @@ def table(found: dict[str, list[dict]], cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shorter(options: dict) -> dict:
+    """A tenth of the steps, and of their data."""
+    counts = ("steps", "n_examples", "n_pairs")
+    return options | {name: options[name] // 10 for name in counts if name in options}
+
+
+def stages_of_world(seed: int, out: Path, of_run: Callable) -> dict[str, tuple[Path, Callable]]:
+    """{stage: (its folder, how it answers)} from the lifecycle's own base of the seed; of_run: the
+    options that a run takes instead of these."""
+    base = base_models(seed)
+    run(train_dpo, init=str(base / "sft"), data=f"world:{seed}", out=str(out / "dpo"), seed=seed,
+        **of_run(DPO))
+    return {"base": (base / "pretrain", continued), "SFT": (base / "sft", evaluate.greedy_texts),
+            "aligned": (out / "dpo", evaluate.greedy_texts)}
+
+
+def stages_of(init: str, seed: int, out: Path, of_run: Callable
+              ) -> dict[str, tuple[Path, Callable]]:
+    """The same from a chat model from elsewhere, whose SFT stage is made here as well."""
+    of_both = {"data": f"world:{seed}", "seed": seed}
+    run(train_sft, init=init, out=str(out / "sft"), **of_both, **of_run(LORA_SFT))
+    run(train_dpo, init=str(out / "sft"), out=str(out / "dpo"), **of_both, **of_run(LORA_DPO))
+    folders = {"base": Path(init), "SFT": out / "sft", "aligned": out / "dpo"}
+    return {stage: (folder, cut_texts) for stage, folder in folders.items()}
+
+
 def main(cfg: Config) -> None:
-    options = dict(DPO)
-    n = 300                                            # prompts of a figure
+    n = 60 if cfg.init else 300                        # prompts of a figure
+    of_run = dict
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
-        options |= {name: DPO[name] // 10 for name in ("steps", "n_pairs")}
         n = 30
+        of_run = shorter
     found = {stage: [] for stage in STAGES}
-    for seed in cfg.seeds.split(","):
-        base = base_models(int(seed))
-        out = seed_folder(cfg, seed)
-        run(train_dpo, init=str(base / "sft"), data=f"world:{seed}", out=str(out / "dpo"),
-            seed=int(seed), **options)
-        folders = dict(zip(STAGES, (base / "pretrain", base / "sft", out / "dpo")))
-        for stage, folder in folders.items():
+    for seed in map(int, cfg.seeds.split(",")):
+        out = seed_folder(cfg, seed) / Path(cfg.init).name     # apart from the world's own
+        stages = partial(stages_of, cfg.init) if cfg.init else stages_of_world
+        for stage, (folder, answers) in stages(seed, out, of_run).items():
             of = {"model": read_record(folder)["sha256"], "n": n}
-            found[stage].append(kept(out / f"{stage}.json", of, partial(
-                figures_of, folder, int(seed), stage == "base", n)))
+            found[stage].append(kept(out / f"{stage}.json", of,
+                                     partial(figures_of, folder, seed, answers, n)))
     draw(found, Path(cfg.figure), " (quick)" if cfg.quick else "")
     show_table(cfg, table(found, cfg))
 

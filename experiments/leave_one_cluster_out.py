@@ -71,6 +71,7 @@ from experiments.base import (
     base_models,
     cell,
     continued,
+    cut_texts,
     fast_dtype,
     keep,
     kept,
@@ -109,7 +110,7 @@ CLUSTERS = 5                                     # in so many clusters
 class Config:
     seeds: str = "0"                  # of world, models and batches, with commas
     data: str = ""                    # JSONL with clusters, instead of the world
-    init: str = ""                    # with --data: a model folder, instead of the world's base
+    init: str = ""                    # a chat model's folder, instead of the world's base
     truncate: str = "drop"            # its rows longer than the context: drop | left | error
     out: str = "out/leave_one_cluster_out"             # folder for the models and their data
     figure: str = "results/leave_one_cluster_out.png"  # the picture; the table beside it, as .md
@@ -282,10 +283,11 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
     mark = " (quick)" if cfg.quick else ""
     alone = [f"only {name}" for name in ALONE]
     columns = ["base", *alone, *(f"{way} left out" for way in WAYS), "everything"]
+    command = "python experiments/leave_one_cluster_out.py" + f" --init {cfg.init}" * bool(cfg.init)
     lines = [f"# Leave one cluster out{mark}", "",
-             f"`python experiments/leave_one_cluster_out.py`, seeds {cfg.seeds}: right answers to "
-             "unseen tasks; the mean, and from the lowest to the highest. Gain: above the base and "
-             "the best model of one other cluster. Empty: trained on, or all of its cluster.", "",
+             f"`{command}`, seeds {cfg.seeds}: right answers to unseen tasks; the "
+             "mean, and from the lowest to the highest. Gain: above the base and the best model "
+             "of one other cluster. Empty: trained on, or all of its cluster.", "",
              f"| of | asked | {' | '.join(columns)} | "
              f"{' | '.join(f'gain, {way} out' for way in WAYS)} |",
              "|---" * (len(columns) + len(WAYS) + 2) + "|"]
@@ -325,24 +327,29 @@ def main(cfg: Config) -> None:
     if cfg.data:
         main_of_file(cfg)
         return
-    if cfg.init:
-        raise ValueError(f"--init {cfg.init}: nothing reads it without --data")
-    options = dict(SFT)
     clusters = list(dict.fromkeys(cluster for cluster, _ in FAMILIES.values()))
-    n, n_rows = 100, 8000
+    options, n, n_rows = dict(SFT), 100, 8000
+    # The base has never seen a conversation: to one it would answer nothing, though it knows much.
+    base_answers, answers = continued, evaluate.greedy_texts
+    if cfg.init:
+        options, n = dict(LORA), 40
+        base_answers = answers = cut_texts
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
         clusters = list(QUICK)
-        options["steps"] = SFT["steps"] // 3
+        options["steps"] //= 3
         n, n_rows = 20, 3000
     runs = runs_for(clusters)
+    if cfg.init:                                           # because each takes minutes
+        runs = {name: of for name, of in runs.items()
+                if not name.startswith(("without family", "without part"))}
     found = {name: [] for name in ("base", *runs)}
     for seed in map(int, cfg.seeds.split(",")):
-        base = base_models(seed)
-        out = seed_folder(cfg, seed)
-        of = {"model": read_record(base / "pretrain")["sha256"], "n": n}
-        # It has never seen a conversation: to one it would answer nothing, though it knows much.
-        exam = partial(rights, base / "pretrain", seed, (*FAMILIES, *PARTS), n, continued, tasks_of)
+        base = Path(cfg.init) if cfg.init else base_models(seed) / "pretrain"
+        out = seed_folder(cfg, seed) / Path(cfg.init).name   # apart from the world's own
+        options["init"] = str(base)
+        of = {"model": read_record(base)["sha256"], "n": n}
+        exam = partial(rights, base, seed, (*FAMILIES, *PARTS), n, base_answers, tasks_of)
         found["base"].append(kept(out / "base_continues.json", of, exam))
         for name, (trained, examined) in runs.items():
             folder = out / name.replace(" ", "_")
@@ -350,8 +357,8 @@ def main(cfg: Config) -> None:
             rows = rows_without(part) if part in PARTS else None
             file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows, rows)
             found[name].append(tuned(folder, seed, base, examined, n,
-                                     partial(rights, tasks_of=tasks_of), data=str(file),
-                                     **options))
+                                     partial(rights, answer=answers, tasks_of=tasks_of),
+                                     data=str(file), **options))
     draw(found, clusters, Path(cfg.figure), " (quick)" if cfg.quick else "")
     show_table(cfg, table(found, clusters, cfg))
 

@@ -111,6 +111,21 @@ def test_a_base_model_is_given_a_text_and_as_many_sentences_as_an_answer_has(mon
     assert [tokenizer.decode(ids) for ids in asked] == ["Hello! Hi. What is it?", "And?"]
 
 
+def test_a_stage_by_lora_names_options_that_its_script_has():
+    assert build(train_sft.Config, instruction_tuning.LORA_SFT).steps == 60
+    assert build(train_dpo.Config, instruction_tuning.LORA_DPO).steps == 60
+    assert instruction_tuning.shorter(instruction_tuning.LORA_DPO)["n_pairs"] == 50
+    assert instruction_tuning.shorter(instruction_tuning.LORA_SFT)["n_examples"] == 100
+
+
+def test_an_answer_that_never_ends_is_read_up_to_the_limit(monkeypatch):
+    tokenizer = Tokenizer.bytes()
+    never_ended = tokenizer.encode("A frog. And a")
+    monkeypatch.setattr(evaluate, "answers", lambda *_: [never_ended])
+    assert base.cut_texts(None, tokenizer, [{}]) == ["A frog. And a"]
+    assert evaluate.greedy_texts(None, tokenizer, [{}]) == [""]
+
+
 def test_what_is_drawn_is_in_the_table(tmp_path):
     exam = dict.fromkeys(instruction_tuning.ROWS, 0.25)
     found = {stage: [exam, dict.fromkeys(exam, 0.75)] for stage in instruction_tuning.STAGES}
