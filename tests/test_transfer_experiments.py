@@ -94,6 +94,21 @@ def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
     assert "in 1 of 1, in every seed in 0: NOT shown" in leave.verdict(found, ["format"])[0]
 
 
+def test_where_parts_alone_are_left_out_it_is_parts_that_gain():
+    found = {"base": [{"place first": 0.0}], "only words": [{"place first": 0.0}],
+             "only reading": [{"place first": 0.1}], "only reasoning": [{"place first": 0.0}],
+             "without part place first": [{"place first": 0.6}]}
+    first, _, *lines = leave.verdict(found, ["format", "words"])
+    assert "a left-out part is to be 15 points" in first and "in 1 of 2" in first
+    assert lines == ["- part left out, on average: 1 of 2 clusters: format",
+                     "- part left out, in every seed: 1 of 2 clusters: format"]
+
+
+def test_only_what_can_be_left_out_is():
+    with pytest.raises(ValueError, match="'clusters' is none of cluster, family, part"):
+        leave.main(leave.Config(ways="part,clusters"))
+
+
 def test_a_family_is_not_compared_with_a_model_of_its_own_cluster():
     found = {"base": [{"colour": 0.0}], "only words": [{"colour": 0.1}],
              "only reasoning": [{"colour": 0.0}], "without family colour": [{"colour": 0.6}]}
