@@ -28,10 +28,18 @@ answer in it 87 %; families that were trained on 92, 83 and 71 %; a turn of anot
 talk 92 %, reading 83 %. Perhaps because the wording says all about the task already, and a longer
 context has more words that can be mistaken for the question's.
 
+A pretrained chat model (--init: it is the base, and learns the world's tasks and then 480 of its
+pairs, by LoRA) shows what the small one cannot: solved tasks help. SmolLM2 (135M, seed 0, 60
+prompts a figure) has 15 % of the unseen tasks right, 43 and 35 behind one and three; after SFT 48,
+52 and 60, aligned 58, 57 and 63. The form that is asked for is kept in 43, 77 and 99 %, JSON parses
+in 15, 78 and 88. Of what would do harm it refuses nothing, nothing and 18 %, and what it cannot
+know it never admits: pairs by the hundred are too few for that
+(results/instruction_tuning_smollm2.md).
+
     python experiments/instruction_tuning.py            # results/instruction_tuning.png and .md
-    python experiments/instruction_tuning.py --init out/smollm2 --seeds 0 \
-        --figure results/instruction_tuning_smollm2.png  # a pretrained chat model instead, by LoRA
     python experiments/instruction_tuning.py --quick    # one seed, a tenth of the steps and prompts
+    python experiments/instruction_tuning.py --init out/smollm2 --seeds 0 \
+        --figure results/instruction_tuning_smollm2.png
 """
 import sys
 from collections.abc import Callable
