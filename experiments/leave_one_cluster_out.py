@@ -36,11 +36,11 @@ and 75). "Everything" shows what 400 steps of 8 rows can teach.
     python experiments/leave_one_cluster_out.py --init out/smollm2 --ways part \
         --figure results/leave_one_cluster_out_smollm2.png  # a pretrained chat model, by LoRA
 
-In 40 steps of 1,536 tokens SmolLM2 (135M) shows no more than the small one (seed 0): two moods are told
-after one (50 %, the base 10), and of six chores, left out, the tools are named that it knew before
-(30 %, the base 2); both ends of a list are found as well (48), but not 15 points above a model of
-reasoning alone. Whole clusters gain no more: reading left out 35 %, the base 30, and words alone
-teach to tell a colour in 68 %, all other clusters in 35.
+In 40 steps of 1,536 tokens SmolLM2 (135M) shows no more than the small one (seed 0): two moods are
+told after one (50 %, the base 10), and of six chores, left out, the tools are named that it knew
+before (30 %, the base 2); both ends of a list are found as well (48), but not 15 points above a
+model of reasoning alone. Whole clusters gain no more: reading left out 35 %, the base 30, and words
+alone teach to tell a colour in 68 %, all other clusters in 35.
 
 The same with a file of JSONL rows that have "cluster", "task", "prompt" and "response", such as one
 drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
