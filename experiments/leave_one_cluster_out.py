@@ -295,7 +295,9 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
     columns = ["base", *alone, *(f"{way} left out" for way in WAYS), "everything"]
     command = "python experiments/leave_one_cluster_out.py"
     if cfg.init:
-        command += f" --init {cfg.init} --ways {cfg.ways}"
+        command += f" --init {cfg.init}"
+    if cfg.ways != ",".join(WAYS):
+        command += f" --ways {cfg.ways}"
     lines = [f"# Leave one cluster out{mark}", "",
              f"`{command}`, seeds {cfg.seeds}: right answers to unseen tasks; the "
              "mean, and from the lowest to the highest. Gain: above the base and the best model "
