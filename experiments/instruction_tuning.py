@@ -82,11 +82,9 @@ from world.tasks import HELDOUT_FAMILIES
 STAGES = ("base", "SFT", "aligned")
 DPO = {"method": "dpo", "beta": 1.0, "n_pairs": 8000, "steps": 500, "batch_size": 16, "lr": 1e-4}
 # A chat model from elsewhere learns the world's tasks first, then its pairs, both by LoRA.
-LORA_SFT = own_life.LORA | {"steps": 60, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4,
-                            "warmup": 5, "eval_every": 60, "context_length": 384,
-                            "n_examples": 1000}
-LORA_DPO = own_life.LORA | {"steps": 60, "batch_size": 8, "lr": 2e-4, "warmup": 5, "beta": 1.0,
-                            "eval_every": 60, "n_pairs": 500, "eval_pairs": 50}
+LORA_SFT = own_life.LORA | own_life.PLAN["sft"] | {"context_length": 384, "eval_every": 60}
+LORA_DPO = own_life.LORA | own_life.PLAN["dpo"] | {"batch_size": 8, "beta": 1.0, "n_pairs": 500,
+                                                   "eval_pairs": 50}
 SHOTS = (0, 1, 3)                      # solved tasks before each
 ASKED = "Do it step by step."          # a wording that training has
 FORMED = ("lists", "length", "middle", "translation")          # of which a form may be asked
@@ -231,38 +229,38 @@ def shorter(options: dict) -> dict:
     return options | {name: options[name] // 10 for name in counts if name in options}
 
 
-def stages_of_world(seed: int, out: Path, of_run: Callable) -> dict[str, tuple[Path, Callable]]:
-    """{stage: (its folder, how it answers)} from the lifecycle's own base of the seed; of_run: the
-    options that a run takes instead of these."""
+def stages_of_world(seed: int, out: Path, shorten: Callable) -> dict[str, tuple[Path, Callable]]:
+    """{stage: (its folder, how it answers)} from the lifecycle's own base of the seed; shorten:
+    what --quick does to a run's options, or dict."""
     base = base_models(seed)
     run(train_dpo, init=str(base / "sft"), data=f"world:{seed}", out=str(out / "dpo"), seed=seed,
-        **of_run(DPO))
+        **shorten(DPO))
     return {"base": (base / "pretrain", continued), "SFT": (base / "sft", evaluate.greedy_texts),
             "aligned": (out / "dpo", evaluate.greedy_texts)}
 
 
-def stages_of(init: str, seed: int, out: Path, of_run: Callable
+def stages_of(init: str, seed: int, out: Path, shorten: Callable
               ) -> dict[str, tuple[Path, Callable]]:
     """The same from a chat model from elsewhere, whose SFT stage is made here as well."""
     of_both = {"data": f"world:{seed}", "seed": seed}
-    run(train_sft, init=init, out=str(out / "sft"), **of_both, **of_run(LORA_SFT))
-    run(train_dpo, init=str(out / "sft"), out=str(out / "dpo"), **of_both, **of_run(LORA_DPO))
+    run(train_sft, init=init, out=str(out / "sft"), **of_both, **shorten(LORA_SFT))
+    run(train_dpo, init=str(out / "sft"), out=str(out / "dpo"), **of_both, **shorten(LORA_DPO))
     folders = {"base": Path(init), "SFT": out / "sft", "aligned": out / "dpo"}
     return {stage: (folder, cut_texts) for stage, folder in folders.items()}
 
 
 def main(cfg: Config) -> None:
     n = 60 if cfg.init else 300                        # prompts of a figure
-    of_run = dict
+    shorten = dict
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
         n = 30
-        of_run = shorter
+        shorten = shorter
     found = {stage: [] for stage in STAGES}
     for seed in map(int, cfg.seeds.split(",")):
         out = seed_folder(cfg, seed) / Path(cfg.init).name     # apart from the world's own
         stages = partial(stages_of, cfg.init) if cfg.init else stages_of_world
-        for stage, (folder, answers) in stages(seed, out, of_run).items():
+        for stage, (folder, answers) in stages(seed, out, shorten).items():
             of = {"model": read_record(folder)["sha256"], "n": n}
             found[stage].append(kept(out / f"{stage}.json", of,
                                      partial(figures_of, folder, seed, answers, n)))

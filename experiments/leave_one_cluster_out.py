@@ -96,7 +96,7 @@ from experiments.base import (
 )
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
-from plumbing.options import command_line
+from plumbing.options import command_line, refuse_unread
 from world.tasks import FAMILIES
 from world.text import ATTRIBUTES, CHORES
 
@@ -296,7 +296,7 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
     command = "python experiments/leave_one_cluster_out.py"
     if cfg.init:
         command += f" --init {cfg.init}"
-    if cfg.ways != ",".join(WAYS):
+    if cfg.ways != Config.ways:
         command += f" --ways {cfg.ways}"
     lines = [f"# Leave one cluster out{mark}", "",
              f"`{command}`, seeds {cfg.seeds}: right answers to unseen tasks; the "
@@ -340,7 +340,11 @@ def verdict(found: dict[str, list[dict]], clusters: list[str]) -> list[str]:
 
 
 def main(cfg: Config) -> None:
+    refuse_unread(cfg, {"truncate": ("--data",)})
     if cfg.data:
+        if cfg.ways != Config.ways:
+            raise ValueError(f"--ways {cfg.ways}: of a file whole clusters are left out; leave it "
+                             "out, or --data")
         main_of_file(cfg)
         return
     unknown = {*cfg.ways.split(",")} - {*WAYS}

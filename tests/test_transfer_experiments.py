@@ -107,6 +107,10 @@ def test_where_parts_alone_are_left_out_it_is_parts_that_gain():
 def test_only_what_can_be_left_out_is():
     with pytest.raises(ValueError, match="'clusters' is none of cluster, family, part"):
         leave.main(leave.Config(ways="part,clusters"))
+    with pytest.raises(ValueError, match="of a file whole clusters are left out"):
+        leave.main(leave.Config(ways="part", data="tasks.jsonl"))
+    with pytest.raises(ValueError, match="only --data would read it"):
+        leave.main(leave.Config(truncate="left"))
 
 
 def test_a_family_is_not_compared_with_a_model_of_its_own_cluster():
