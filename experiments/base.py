@@ -38,7 +38,7 @@ from plumbing.folders import load_model, read_record
 from plumbing.options import build, command_line
 from world.tasks import HELDOUT_FAMILIES, TRAINED_FAMILIES
 from world.text import whole_sentences
-from world.world import World
+from world.world import World, demonstrate
 
 BASE = Path("out/exp_base")
 MADE = ("pretrain", "sft", "rm")
@@ -188,9 +188,10 @@ def unseen_tasks(family: str, seed: int, n: int) -> list[dict]:
 
 
 def rights(folder: Path, seed: int, families: tuple[str, ...], n: int,
-           answer: Callable = evaluate.greedy_texts,
-           tasks_of: Callable = unseen_tasks) -> dict[str, float]:
-    """{family: share of the answers to n unseen tasks of it that the judge calls right}.
+           answer: Callable = evaluate.greedy_texts, tasks_of: Callable = unseen_tasks,
+           judged: tuple[str, ...] = ("right",)) -> dict[str, float]:
+    """{family: share of the answers to n unseen tasks of it that the judge calls right}, or that
+    are all of what is judged, such as right and whole.
 
     That is the exact match of the parsed answer; in families without one a refusal, an admission or
     a story, as is right there. Each task is asked by itself, without another one before it. answer:
@@ -201,7 +202,8 @@ def rights(folder: Path, seed: int, families: tuple[str, ...], n: int,
     for family in families:
         tasks = [asked_alone(task) for task in tasks_of(family, seed, n)]
         texts = answer(model, tokenizer, tasks)
-        shares[family] = float(evaluate.judgements(tasks, texts)["right"].mean())
+        judgements = evaluate.judgements(tasks, texts)
+        shares[family] = float(np.min([judgements[part] for part in judged], 0).mean())
     return shares
 
 
@@ -237,12 +239,17 @@ def asked_alone(task: dict) -> dict:
     return task | {"prompt": prompt[-1]["content"]}
 
 
+def careful(rng: Random, task: dict) -> str:
+    """A right response, whole and in the form asked for; for demonstrations()."""
+    return demonstrate(rng, task, "careful")
+
+
 def write_families(file: Path, seed: int, families: tuple[str, ...], n: int,
                    stays: Callable[[dict], bool] | None = None) -> Path:
-    """n demonstrations of these families for --data, or fewer: those that stay. They are of the
-    world's training split, from which train_sft.py holds out a tenth; the exams are of the other
-    split."""
-    rows = readers.read_examples(f"world:{seed}", split="train", n=n, seed=seed, families=families)
+    """n careful demonstrations of these families for --data, or fewer: those that stay. They are of
+    the world's training split, from which train_sft.py holds out a tenth; the exams are of the
+    other split."""
+    rows = demonstrations(seed, n, "train", careful, families)
     if stays:
         rows = list(filter(stays, rows))
     for row in rows:

@@ -10,25 +10,35 @@ model of a seed learns the world's families of tasks, as many rows and steps in 
   cluster left out     all clusters but one, for each cluster
   family left out      all families but one, for each that has others in its cluster
   part left out        all but one kind of prompt of a family: sums in figures where sums in stories
-                       stay, favourites and hobbies where homes, jobs and pets stay (PARTS)
+                       stay, a label before Bearish where Bearish without one stays (PARTS)
   only words, ...      one cluster alone, the three that differ most: lists of words, passages to
                        read, sums and conclusions. Never the cluster that is left out
   everything           all families: what there is to reach
 
-A right answer is an exact match, or a refusal, an admission or a story where these are right. The
-gain of a left-out family is counted above the base model and above the best of the models of one
-cluster, seed by seed. Prompts come without another task before them, and where "facts", "lists" or
-"transform" is left out "followup" is as well, because its earlier turns answer them.
+An answer counts if it is an exact match, or a refusal, an admission or a story where these are
+right, and has all that was asked for, in the form asked for. The gain of what is left out is
+counted above the base model and above the best of the models of one cluster, seed by seed. Prompts
+come without another task before them, and no family is trained on whose rows show the prompts of
+one that is left out (SHOWS). Demonstrations are the world's careful ones: those of all its hands
+teach nobody to refuse, to keep a form or to answer two questions, and here that is to transfer.
 
-What came out (seed 0, bf16): what transfers is near, and whole clusters do not at all. Tallies are
-made as well by who has learned to count and to list (75 %), lists by who counts (27). Of parts two
-moods are told after one (61 %), both ends of a list after either (37), records written whose
-sentence begins with the place (77). Sums in figures get no answer where only stories were summed,
-favourites are rarely said (16 %) though the corpus has told them, and of six chores the model names
-the tools of the eight others: it has learned the answers, and not that they are to be remembered.
-So families gain the 15 points that were expected of five clusters in one of nine, parts in three.
-What was left out with its whole cluster is answered worse than the base continues it (reading 36 %
-and 75). "Everything" shows what 400 steps of 8 rows can teach.
+What came out (seed 0, bf16): "everything" is learned to 73 to 100 %, and what transfers is near.
+Whole clusters do not, and of families two: tallies are made by who has learned to count and to list
+(72 %), lists by who counts (44). Parts gain in six of nine clusters. A form goes from one cluster
+to another: Bearish gets its label from who has labelled lists (79 %), moods and sums are told by
+steps when these are asked for (96 and 32; they have steps unasked, too), and "Answer:" stands
+before facts, which then are wrong (15). Third turns follow from second ones (95), and records are
+written whose sentence begins with the place (69).
+
+What has to be put together from two things is not: who tells the first and the last word of a list,
+and one mood at a time, tells one where both are asked for. And what was never shown becomes a rule.
+Who has subtracted in each step but never in both writes "7 - 2 = 5. 5 + 2 = 7."; who has refused
+six harms advises six others to "take a broom"; and while strangers, of whom nothing is known, were
+asked about with a label and bears without, a label meant "I do not know" (0 % of labelled facts).
+
+Neither less forgetting helps nor more parameters: with eight families left out at once they have 0
+to 13 % each after 400 steps, with 30 % of the rows replayed, and on a base of 5M parameters
+(--d_model 256 --n_layers 6), which knows 97 % of the facts, not 77.
 
     python experiments/leave_one_cluster_out.py            # results/leave_one_cluster_out.png, .md
     python experiments/leave_one_cluster_out.py --quick    # one seed, two clusters, fewer steps
@@ -36,11 +46,12 @@ and 75). "Everything" shows what 400 steps of 8 rows can teach.
     python experiments/leave_one_cluster_out.py --init out/smollm2 --ways part \
         --figure results/leave_one_cluster_out_smollm2.png  # a pretrained chat model, by LoRA
 
-In 40 steps of 1,536 tokens SmolLM2 (135M) shows no more than the small one (seed 0): two moods are
-told after one (50 %, the base 10), and of six chores, left out, the tools are named that it knew
-before (30 %, the base 2); both ends of a list are found as well (48), but not 15 points above a
-model of reasoning alone. Whole clusters gain no more: reading left out 35 %, the base 30, and words
-alone teach to tell a colour in 68 %, all other clusters in 35.
+In 40 steps of 1,536 tokens SmolLM2 (135M) showed no more than the small one (seed 0, demonstrations
+by all hands, and of two things only the first was judged): two moods are told after one (50 %, the
+base 10), and of six chores, left out, the tools are named that it knew before (30 %, the base 2);
+both ends of a list are found as well (48), but not 15 points above a model of reasoning alone.
+Whole clusters gain no more: reading left out 35 %, the base 30, and words alone teach to tell a
+colour in 68 %, all other clusters in 35.
 
 The same with a file of JSONL rows that have "cluster", "task", "prompt" and "response", such as one
 drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
@@ -98,19 +109,22 @@ from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.options import command_line, refuse_unread
 from world.tasks import FAMILIES
-from world.text import ATTRIBUTES, CHORES
+from world.text import ATTRIBUTES, CATEGORY_WORDS, CHORES, HARMS
 
 ALONE = ("words", "reading", "reasoning")
 LIKES = ("favourite food", "favourite colour", "hobby")
 FIRST_TOOLS = tuple(CHORES.values())[:6]
-# {family: others whose answers stand in its earlier turns}
-SHOWS = {"followup": ("facts", "lists", "transform")}
+LAST_HARMS = tuple(harm.split("{")[0] for harm in HARMS)[6:]       # "set fire to the house of "
+# {family: others whose prompts stand in its rows: in earlier turns, or asked about strangers, where
+# what no fact is asked for in would be a mark of what is not known}
+SHOWS = {"followup": ("facts", "lists", "transform"), "unanswerable": ("facts",)}
 QUICK = ("reading", "format")
-SFT = {"steps": 400, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 400}
+SFT = {"steps": 1200, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 1200}
 # Of a model from elsewhere, which is larger and can do much already.
 LORA = own_life.LORA | {"steps": 40, "batch_size": 4, "optimizer": "adamw", "lr": 5e-4,
                         "warmup": 4, "eval_every": 40, "context_length": 384, "n_examples": 400}
 WAYS = ("cluster", "family", "part")             # what is left out
+JUDGED = ("right", "whole")                      # all that was asked for, in the form asked for
 POINTS = 0.15                                    # by which a left-out family has to gain
 CLUSTERS = 5                                     # in so many clusters
 
@@ -140,15 +154,43 @@ def asks_for_likes(example: dict) -> bool:
     return key["choices"] in choices or key.get("second", key)["choices"] in choices
 
 
+def asks_for_two(example: dict) -> bool:
+    return "second" in example["key"]
+
+
+def asks_for_label(example: dict) -> bool:
+    """"Put "Answer:" before it."""
+    return example["key"].get("form") == "label"
+
+
+def asks_for_steps(example: dict) -> bool:
+    """"Step by step, please."."""
+    return example["key"].get("form") == "steps"
+
+
+def asks_for_more(example: dict) -> bool:
+    """"And the animals?" after the fruits of a list."""
+    return example["key"]["choices"] == CATEGORY_WORDS
+
+
 # {name: (family, whether an example is of the part)}
 PARTS = {
     "favourites": ("facts", asks_for_likes),
-    "two moods": ("sentiment", lambda example: "second" in example["key"]),
+    "two facts": ("facts", asks_for_two),
+    "labelled facts": ("facts", asks_for_label),
+    "two moods": ("sentiment", asks_for_two),
+    "moods by steps": ("sentiment", asks_for_steps),
     "figures": ("arithmetic", lambda example: re.search(r"\d [+-] \d", asked(example))),
+    "minus twice": ("arithmetic", lambda example: example["chain"].count(" - ") == 2),
+    "sums by steps": ("arithmetic", asks_for_steps),
     "both ends": ("transform", lambda example: "first and" in asked(example)),
     "sentences": ("translation", lambda example: len(example["answer"].split()) >= 3),
+    "labelled Bearish": ("translation", asks_for_label),
     "place first": ("json", lambda example: re.search(r" the \w+, [A-Z]", asked(example))),
     "six chores": ("advice", lambda example: example["answer"] in FIRST_TOOLS),
+    "six harms": ("unsafe", lambda example: any(harm in asked(example) for harm in LAST_HARMS)),
+    "third turns": ("followup", lambda example: len(turns_of(example)) == 5),
+    "more of a list": ("followup", asks_for_more),
 }
 
 
@@ -162,8 +204,8 @@ def tasks_of(name: str, seed: int, n: int) -> list[dict]:
     if name not in PARTS:
         return unseen_tasks(name, seed, n)
     family, is_of = PARTS[name]
-    # more than enough: the rarest part is a quarter of its family
-    return [task for task in unseen_tasks(family, seed, 8 * n) if is_of(task)][:n]
+    # more than enough: the rarest part is a ninth of its family
+    return [task for task in unseen_tasks(family, seed, 16 * n) if is_of(task)][:n]
 
 
 def rows_without(name: str) -> Callable[[dict], bool]:
@@ -299,9 +341,10 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
     if cfg.ways != Config.ways:
         command += f" --ways {cfg.ways}"
     lines = [f"# Leave one cluster out{mark}", "",
-             f"`{command}`, seeds {cfg.seeds}: right answers to unseen tasks; the "
-             "mean, and from the lowest to the highest. Gain: above the base and the best model "
-             "of one other cluster. Empty: trained on, or all of its cluster.", "",
+             f"`{command}`, seeds {cfg.seeds}: answers to unseen tasks that are right and have all "
+             "that was asked for, in the form asked for; the mean, and from the lowest to the "
+             "highest. Gain: above the base and the best model of one other cluster. Empty: "
+             "trained on, or all of its cluster.", "",
              f"| of | asked | {' | '.join(columns)} | "
              f"{' | '.join(f'gain, {way} out' for way in WAYS)} |",
              "|---" * (len(columns) + len(WAYS) + 2) + "|"]
@@ -320,23 +363,20 @@ def table(found: dict[str, list[dict]], clusters: list[str], cfg: Config) -> str
 def verdict(found: dict[str, list[dict]], clusters: list[str]) -> list[str]:
     """What was to come out, and whether it does."""
     ways = [way for way in WAYS if any(run.startswith(f"without {way}") for run in found)]
-    what = "part" if ways == ["part"] else "family"
-    lines = []
-    either = {}                                            # left out with its cluster or alone
-    for said, of_seeds in (("on average", np.mean), ("in every seed", min)):
-        either[said] = set()
-        for way in ways:
-            names = gaining(found, clusters, way, of_seeds)
-            if way != "part" or what == "part":
-                either[said] |= {*names}
-            lines.append(f"- {way} left out, {said}: {len(names)} of {len(clusters)} clusters: "
-                         f"{', '.join(names) or 'none'}")
-    average, every = [len(names) for names in either.values()]
-    shown = "shown" if average >= CLUSTERS else "NOT shown"
-    first = (f"In {CLUSTERS} clusters at least, a left-out {what} is to be {100 * POINTS:.0f} "
-             "points above the base and above every model of one other cluster. It is in "
-             f"{average} of {len(clusters)}, in every seed in {every}: {shown}.")
-    return [first, "", *lines]
+    on_average = {way: gaining(found, clusters, way, np.mean) for way in ways}
+    in_every_seed = {way: gaining(found, clusters, way, min) for way in ways}
+    what = {"whole families": [way for way in ways if way != "part"], "families or parts": ways}
+    if ways == ["part"]:
+        what = {"parts of families": ways}
+    words = [f"In {CLUSTERS} clusters at least, what is left out is to be {100 * POINTS:.0f} "
+             "points above the base and above every model of one other cluster."]
+    for name, its_ways in what.items():
+        number = len({cluster for way in its_ways for cluster in on_average[way]})
+        shown = "shown" if number >= CLUSTERS else "NOT shown"
+        words.append(f"Of {name}: in {number} of {len(clusters)}, {shown}.")
+    lines = [f"- {way} left out: {', '.join(on_average[way]) or 'none'}; "
+             f"in every seed: {', '.join(in_every_seed[way]) or 'none'}" for way in ways]
+    return [" ".join(words), "", *lines]
 
 
 def main(cfg: Config) -> None:
@@ -351,7 +391,7 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--ways {cfg.ways}: {unknown.pop()!r} is none of {', '.join(WAYS)}")
     clusters = list(dict.fromkeys(cluster for cluster, _ in FAMILIES.values()))
-    options, n, n_rows = dict(SFT), 100, 8000
+    options, n, n_rows = dict(SFT), 100, 20_000
     # The base has never seen a conversation: to one it would answer nothing, though it knows much.
     base_answers, answers = continued, evaluate.greedy_texts
     if cfg.init:
@@ -370,8 +410,9 @@ def main(cfg: Config) -> None:
         base = Path(cfg.init) if cfg.init else base_models(seed) / "pretrain"
         out = seed_folder(cfg, seed) / Path(cfg.init).name   # apart from the world's own
         options["init"] = str(base)
-        of = {"model": read_record(base)["sha256"], "n": n}
-        exam = partial(rights, base, seed, (*FAMILIES, *PARTS), n, base_answers, tasks_of)
+        names = (*FAMILIES, *PARTS)
+        of = {"model": read_record(base)["sha256"], "n": n, "names": [*names], "judged": [*JUDGED]}
+        exam = partial(rights, base, seed, names, n, base_answers, tasks_of, JUDGED)
         found["base"].append(kept(out / "base_continues.json", of, exam))
         for name, (trained, examined) in runs.items():
             folder = out / name.replace(" ", "_")
@@ -379,7 +420,8 @@ def main(cfg: Config) -> None:
             rows = rows_without(part) if part in PARTS else None
             file = write_families(folder.with_suffix(".jsonl"), seed, trained, n_rows, rows)
             found[name].append(tuned(folder, seed, base, examined, n,
-                                     partial(rights, answer=answers, tasks_of=tasks_of),
+                                     partial(rights, answer=answers, tasks_of=tasks_of,
+                                             judged=JUDGED),
                                      data=str(file), **options))
     draw(found, clusters, Path(cfg.figure), " (quick)" if cfg.quick else "")
     show_table(cfg, table(found, clusters, cfg))

@@ -38,6 +38,7 @@ from matplotlib import pyplot as plt
 import data_quality
 from experiments.base import (
     base_models,
+    careful,
     cell,
     demonstrations,
     save,
@@ -72,10 +73,6 @@ class Config:
     quick: bool = False               # one seed, a tenth of the steps and rows, marked
 
 
-def clean(rng: Random, task: dict) -> str:
-    return demonstrate(rng, task, "careful")
-
-
 def noisy(rng: Random, task: dict) -> str:
     hand = rng.choice(CARELESS)
     if rng.random() < WRONG:
@@ -83,7 +80,7 @@ def noisy(rng: Random, task: dict) -> str:
     return demonstrate(rng, task, hand)
 
 
-QUALITIES = {"clean": clean, "noisy": noisy}
+QUALITIES = {"clean": careful, "noisy": noisy}
 
 
 def draw(found: dict[tuple[str, int], list[dict]], file: Path, mark: str) -> None:
@@ -131,7 +128,7 @@ def main(cfg: Config) -> None:
         base = base_models(seed)
         out = seed_folder(cfg, seed)
         # Clean and the same for all, because they are no part of what is compared.
-        heldout = demonstrations(seed, sizes[0] // 10, "heldout", clean)
+        heldout = demonstrations(seed, sizes[0] // 10, "heldout", careful)
         for (quality, n), exams in found.items():
             rows = demonstrations(seed, n, "train", QUALITIES[quality])
             exam = tuned_on(rows + heldout, out / f"{quality}_{n}", seed, base, n_exam, **options)

@@ -44,6 +44,7 @@ from matplotlib import pyplot as plt
 import data_quality
 from experiments.base import (
     base_models,
+    careful,
     cell,
     demonstrations,
     save,
@@ -52,7 +53,7 @@ from experiments.base import (
     tuned_on,
 )
 from plumbing.options import command_line
-from world.world import demonstrate, respond
+from world.world import respond
 
 N = 5000                               # rows of each set
 REPEATS = 20                           # of each prompt, where there are few
@@ -88,10 +89,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------- the sets
-
-def careful(rng: Random, task: dict) -> str:
-    return demonstrate(rng, task, "careful")
-
 
 def without_chain(rng: Random, task: dict) -> str:
     return careful(rng, task).replace(f"{task.get('chain')} ", "")

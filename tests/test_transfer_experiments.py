@@ -8,7 +8,7 @@ import torch
 from tiny import TOKENIZER, tiny_model, write_rows
 
 import train_sft
-from experiments import breadth, few_shot, think_aloud
+from experiments import base, breadth, few_shot, think_aloud
 from experiments import leave_one_cluster_out as leave
 from experiments.base import asked_alone, write_families
 from plumbing.folders import save_model
@@ -80,6 +80,29 @@ def test_a_part_that_is_left_out_is_asked_for_and_never_trained_on(part, tmp_pat
     assert sum(map(stays, rows)) > 250
 
 
+def test_strangers_are_not_asked_for_what_no_fact_is_asked_for_in():
+    runs = leave.runs_for(["knowledge"])
+    for run in ("without part labelled facts", "without family facts"):
+        families, _ = runs[run]
+        assert "unanswerable" not in families
+    families, _ = runs["without family unanswerable"]
+    assert "facts" in families
+
+
+@pytest.mark.parametrize("part", ["two facts", "labelled facts"])
+def test_an_answer_to_half_of_what_was_asked_is_right_and_not_whole(part, monkeypatch):
+    monkeypatch.setattr(base, "load_model", lambda *_: (None, None))
+
+    def share(judged):
+        return base.rights("", 0, (part,), 20, lambda *of: texts(of[-1]), leave.tasks_of, judged)
+
+    def texts(tasks):
+        return [f"That would be {task['answer']}." for task in tasks]
+
+    assert share(("right",)) == {part: 1.0}
+    assert share(leave.JUDGED) == {part: 0.0}
+
+
 def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
     found = {"base": [{"json": 0.1}, {"json": 0.0}],
              "only words": [{"json": 0.0}, {"json": 0.3}],
@@ -91,17 +114,19 @@ def test_a_gain_is_above_the_best_model_of_another_cluster_in_each_seed():
     assert leave.gaining(found, ["format"], "cluster", max) == ["format"]
     assert leave.gaining(found, ["format"], "cluster", min) == []
     # 20 points on average, in one cluster where five are asked for
-    assert "in 1 of 1, in every seed in 0: NOT shown" in leave.verdict(found, ["format"])[0]
+    first, _, line = leave.verdict(found, ["format"])
+    assert "Of whole families: in 1 of 1, NOT shown. Of families or parts: in 1 of 1," in first
+    assert line == "- cluster left out: format; in every seed: none"
 
 
 def test_where_parts_alone_are_left_out_it_is_parts_that_gain():
     found = {"base": [{"place first": 0.0}], "only words": [{"place first": 0.0}],
              "only reading": [{"place first": 0.1}], "only reasoning": [{"place first": 0.0}],
              "without part place first": [{"place first": 0.6}]}
-    first, _, *lines = leave.verdict(found, ["format", "words"])
-    assert "a left-out part is to be 15 points" in first and "in 1 of 2" in first
-    assert lines == ["- part left out, on average: 1 of 2 clusters: format",
-                     "- part left out, in every seed: 1 of 2 clusters: format"]
+    first, _, line = leave.verdict(found, ["format", "words"])
+    assert "to be 15 points above" in first and "whole" not in first
+    assert first.endswith("Of parts of families: in 1 of 2, NOT shown.")
+    assert line == "- part left out: format; in every seed: format"
 
 
 def test_only_what_can_be_left_out_is():

@@ -141,7 +141,7 @@ def test_what_is_drawn_is_in_the_table(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_demonstrations_are_split_again_as_they_were_drawn(tmp_path, split):
-    rows = base.demonstrations(3, 40, split, quality.careful)
+    rows = base.demonstrations(3, 40, split, base.careful)
     file = base.write_rows(tmp_path / "rows.jsonl", rows)
     found = readers.read_examples(file, split=split)
     assert [row["messages"] for row in found] == [row["messages"] for row in rows]
@@ -149,10 +149,10 @@ def test_demonstrations_are_split_again_as_they_were_drawn(tmp_path, split):
 
 
 def test_prompts_are_the_same_whoever_answers_them():
-    of_hands = [base.demonstrations(3, 60, "train", hand) for hand in (lima.clean, lima.noisy)]
+    of_hands = [base.demonstrations(3, 60, "train", hand) for hand in (base.careful, lima.noisy)]
     prompts = [[row["messages"][:-1] for row in rows] for rows in of_hands]
     assert prompts[0] == prompts[1]
-    assert base.demonstrations(3, 20, "train", lima.clean) == of_hands[0][:20]
+    assert base.demonstrations(3, 20, "train", base.careful) == of_hands[0][:20]
 
 
 def test_no_right_chain_comes_back_before_a_wrong_answer():
