@@ -22,13 +22,13 @@ come without another task before them, and no family is trained on whose rows sh
 one that is left out (SHOWS). Demonstrations are the world's careful ones: those of all its hands
 teach nobody to refuse, to keep a form or to answer two questions, and here that is to transfer.
 
-What came out (seed 0, bf16): "everything" is learned to 73 to 100 %, and what transfers is near.
-Whole clusters do not, and of families two: tallies are made by who has learned to count and to list
-(72 %), lists by who counts (44). Parts gain in six of nine clusters. A form goes from one cluster
-to another: Bearish gets its label from who has labelled lists (79 %), moods and sums are told by
-steps when these are asked for (96 and 32; they have steps unasked, too), and "Answer:" stands
-before facts, which then are wrong (15). Third turns follow from second ones (95), and records are
-written whose sentence begins with the place (69).
+What came out (seed 0, bf16): "everything" is learned to 73 to 100 %, and what transfers is near. No
+whole cluster does. Of families three do, each after the other two: tallies are made (72 %), things
+counted (67) and picked from lists (44). Parts gain in six of nine clusters. A form goes from one
+cluster to another: Bearish gets its label from who has labelled lists (79 %), moods and sums are
+told by steps when these are asked for (96 and 32; they have steps unasked, too), and "Answer:"
+stands before facts, which then are wrong (15). Records are written whose sentence begins with the
+place (69). Third turns follow from second ones (95), and from no conversation at all (70).
 
 What has to be put together from two things is not: who tells the first and the last word of a list,
 and one mood at a time, tells one where both are asked for. And what was never shown becomes a rule.
