@@ -300,7 +300,7 @@ def gaining(found: dict[str, list[dict]], clusters: list[str], way: str, of_seed
 
 
 def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: str) -> None:
-    figure, axis = plt.subplots(figsize=(15, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(15, 6), layout="constrained")
     names = names_in(clusters)
     named = set()                                          # in the legend, each once
     for place, name in enumerate(names):
@@ -318,8 +318,8 @@ def draw(found: dict[str, list[dict]], clusters: list[str], file: Path, mark: st
             axis.bar(x, values.mean(), 0.13, color=color, label=None if label in named else label)
             named.add(label)
             axis.plot([x] * len(values), values, "k.", markersize=3)
-    axis.set_xticks(range(len(names)), [f"{name}\n({whole_of(name)})" for name in names],
-                    rotation=60)
+    axis.set_xticks(range(len(names)), [f"{name} ({whole_of(name)})" for name in names],
+                    rotation=90)
     axis.set(title=f"Families that were not trained on{mark}", ylabel="right, unseen tasks",
              ylim=(0, 1.12))                               # room for the legend
     axis.legend(ncols=6)
