@@ -190,12 +190,12 @@ def unseen_tasks(family: str, seed: int, n: int) -> list[dict]:
 def rights(folder: Path, seed: int, families: tuple[str, ...], n: int,
            answer: Callable = evaluate.greedy_texts, tasks_of: Callable = unseen_tasks,
            judged: tuple[str, ...] = ("right",)) -> dict[str, float]:
-    """{family: share of the answers to n unseen tasks of it that the judge calls right}, or that
-    are all of what is judged, such as right and whole.
+    """{family: share of the answers to n unseen tasks of it that the judge calls right}.
 
     That is the exact match of the parsed answer; in families without one a refusal, an admission or
     a story, as is right there. Each task is asked by itself, without another one before it. answer:
-    (model, tokenizer, tasks) -> texts; tasks_of: what else than families may be asked for.
+    (model, tokenizer, tasks) -> texts; tasks_of: what else than families may be asked for; judged:
+    the parts of evaluate.judgements() that an answer must have, all of them.
     """
     model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
     shares = {}

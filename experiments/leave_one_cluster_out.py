@@ -30,6 +30,9 @@ told by steps when these are asked for (96 and 32; they have steps unasked, too)
 stands before facts, which then are wrong (15). Records are written whose sentence begins with the
 place (69). Third turns follow from second ones (95), and from no conversation at all (70).
 
+Which parts there are is a choice: moods and sums by steps were added after others had failed, and
+labelled facts stand just on the bar. Families alone do not reach it.
+
 What has to be put together from two things is not: who tells the first and the last word of a list,
 and one mood at a time, tells one where both are asked for. And what was never shown becomes a rule.
 Who has subtracted in each step but never in both writes "7 - 2 = 5. 5 + 2 = 7."; who has refused
@@ -115,8 +118,9 @@ ALONE = ("words", "reading", "reasoning")
 LIKES = ("favourite food", "favourite colour", "hobby")
 FIRST_TOOLS = tuple(CHORES.values())[:6]
 LAST_HARMS = tuple(harm.split("{")[0] for harm in HARMS)[6:]       # "set fire to the house of "
-# {family: others whose prompts stand in its rows: in earlier turns, or asked about strangers, where
-# what no fact is asked for in would be a mark of what is not known}
+# {family: others whose prompts stand in its rows}: a followup has them in its earlier turns, and
+# unanswerable asks about strangers in the words of facts. If facts were left out and these were
+# not, their wording alone would tell the model to answer "I do not know".
 SHOWS = {"followup": ("facts", "lists", "transform"), "unanswerable": ("facts",)}
 QUICK = ("reading", "format")
 SFT = {"steps": 1200, "batch_size": 8, "optimizer": "muon", "lr": 4e-3, "eval_every": 1200}

@@ -80,7 +80,7 @@ def test_a_part_that_is_left_out_is_asked_for_and_never_trained_on(part, tmp_pat
     assert sum(map(stays, rows)) > 250
 
 
-def test_strangers_are_not_asked_for_what_no_fact_is_asked_for_in():
+def test_no_question_about_a_stranger_is_trained_on_where_facts_are_left_out():
     runs = leave.runs_for(["knowledge"])
     for run in ("without part labelled facts", "without family facts"):
         families, _ = runs[run]
