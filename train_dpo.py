@@ -41,7 +41,6 @@ from plumbing.run import start
 from preferences import in_rounds, labels_of, mean_of_step, monitored, read_data, read_reference
 from scoring import log1mexp, response_logps, score_pairs
 
-MEANS = ("ipo", "orpo", "simpo")               # methods of log-probs per token
 READ_BY = {"beta": ("dpo", "ipo", "kto"), "label_smoothing": ("dpo",), "nll_coef": ("dpo",),
            "mean_logps": ("dpo",), "lambda_good": ("kto",), "lambda_bad": ("kto",),
            "lam": ("orpo",), "simpo_beta": ("simpo",), "gamma": ("simpo",),
@@ -136,16 +135,16 @@ def kto_loss(pi: Tensor, ref: Tensor, is_good: Tensor, z: float, beta: float, la
     return loss.mean(), margin
 
 
-def orpo_loss(mean_w: Tensor, mean_l: Tensor, lengths_w: Tensor, mean_length: float, lam: float
+def orpo_loss(pi_w: Tensor, mean_w: Tensor, mean_l: Tensor, mean_length: float, lam: float
               ) -> tuple[Tensor, Tensor]:
-    """L_SFT - lam log sigma(log odds ratio) (001 section 4.8.3; Hong et al. 2024). mean_w, mean_l:
-    (B,) log pi(y|x) / |y| in nats; lengths_w: (B,) |y_w| in tokens; mean_length: their
-    mean over all ranks. Returns the mean loss and the log odds ratio (B,)."""
+    """L_SFT - lam log sigma(log odds ratio) (001 section 4.8.3; Hong et al. 2024). pi_w: (B,) log
+    pi(y_w|x) in nats; mean_w, mean_l: (B,) log pi(y|x) / |y|; mean_length: the mean |y_w| in tokens
+    over all ranks. Returns the mean loss and the log odds ratio (B,)."""
     log_odds_w = mean_w - log1mexp(mean_w)
     log_odds_l = mean_l - log1mexp(mean_l)
     log_odds_ratio = log_odds_w - log_odds_l
     # Each token counts alike, as in SFT, because a long answer has more to be learned.
-    sft_loss = -(mean_w * lengths_w).mean() / mean_length
+    sft_loss = -pi_w.mean() / mean_length
     return sft_loss - lam * F.logsigmoid(log_odds_ratio).mean(), log_odds_ratio
 
 
@@ -161,15 +160,16 @@ def method_loss(pi: Tensor, ref: Tensor | None, lengths: Tensor, is_good: Tensor
     """The loss and margins of --method. pi, ref, lengths |y| (2B,): B chosen, then their B rejected
     answers; for kto B answers, good or not by is_good (B,), then B to other prompts.
     step_mean: mean_of_step() over all ranks."""
-    mean_w, _ = (pi / lengths).chunk(2)                                        # log p per token
-    if cfg.method in MEANS or cfg.mean_logps:
-        pi = pi / lengths
-        ref = None if ref is None else ref / lengths                           # orpo, simpo: None
+    means = pi / lengths                                                       # log p per token
+    mean_w, mean_l = means.chunk(2)
+    if cfg.method == "simpo":
+        return simpo_loss(mean_w, mean_l, cfg.simpo_beta, cfg.gamma)
+    if cfg.method == "ipo" or cfg.mean_logps:
+        pi = means
+        ref = ref / lengths
     pi_w, pi_l = pi.chunk(2)                                                   # (B,) each
     if cfg.method == "orpo":
-        return orpo_loss(pi_w, pi_l, lengths[:len(pi_w)], step_mean, cfg.lam)
-    if cfg.method == "simpo":
-        return simpo_loss(pi_w, pi_l, cfg.simpo_beta, cfg.gamma)
+        return orpo_loss(pi_w, mean_w, mean_l, step_mean, cfg.lam)
     ref_w, ref_l = ref.chunk(2)
     if cfg.method == "ipo":
         return ipo_loss(pi_w, pi_l, ref_w, ref_l, cfg.beta)

@@ -81,14 +81,15 @@ def test_kto_pushes_good_answers_up_and_bad_ones_down_from_z():
 
 
 def test_orpo_is_likelihood_and_log_odds():
-    p_w, p_l, n = math.log(0.6), math.log(0.2), torch.tensor([5])
-    loss, log_odds_ratio = orpo_loss(torch.tensor([p_w]), torch.tensor([p_l]), n, 5.0, lam=0.5)
+    p_w, p_l = math.log(0.6), math.log(0.2)
+    pi_w = torch.tensor([5 * p_w])                             # of 5 tokens
+    loss, log_odds_ratio = orpo_loss(pi_w, torch.tensor([p_w]), torch.tensor([p_l]), 5.0, lam=0.5)
     by_hand = math.log((0.6 / 0.4) / (0.2 / 0.8))              # log 6
     assert log_odds_ratio.item() == pytest.approx(by_hand, rel=1e-5)
     assert loss.item() == pytest.approx(-p_w - 0.5 * math.log(sigma(by_hand)), rel=1e-5)
     # without odds SFT on the chosen: -1 on each of 9 tokens of one, -3 on the other's only one
-    means = torch.tensor([-1.0, -3.0])
-    plain, _ = orpo_loss(means, torch.tensor([-2.0, -2.0]), torch.tensor([9, 1]), 5.0, lam=0.0)
+    pi_w, mean_w = torch.tensor([[-9.0, -3.0], [-1.0, -3.0]])
+    plain, _ = orpo_loss(pi_w, mean_w, torch.tensor([-2.0, -2.0]), 5.0, lam=0.0)
     assert plain.item() == pytest.approx((9 * 1 + 1 * 3) / 10)
 
 
