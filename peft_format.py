@@ -151,7 +151,8 @@ def put_together(name: str, theirs: dict[str, Tensor], own: Tensor) -> Tensor:
         part = theirs[module].float()
         if name.endswith("A"):
             first = i * len(part) if len(whole) == n * len(part) else 0
-            rows, columns = slice(first, first + len(part)), slice(None)
+            rows = slice(first, first + len(part))
+            columns = slice(None)
         else:
             height = len(whole) // n
             first = i * part.shape[1] if whole.shape[1] == n * part.shape[1] else 0

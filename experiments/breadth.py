@@ -107,12 +107,14 @@ def table(found: dict[int, list[dict]], cfg: Config) -> str:
 
 def main(cfg: Config) -> None:
     options = dict(SFT)
-    n, n_rows = 100, 8000
+    n = 100
+    n_rows = 8000
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
         cfg.orders = 1
         options["steps"] = SFT["steps"] // 3
-        n, n_rows = 20, 3000
+        n = 20
+        n_rows = 3000
     found = {size: [] for size in SIZES}
     for seed in map(int, cfg.seeds.split(",")):
         base = base_models(seed)

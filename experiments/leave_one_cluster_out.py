@@ -395,17 +395,22 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--ways {cfg.ways}: {unknown.pop()!r} is none of {', '.join(WAYS)}")
     clusters = list(dict.fromkeys(cluster for cluster, _ in FAMILIES.values()))
-    options, n, n_rows = dict(SFT), 100, 20_000
+    options = dict(SFT)
+    n = 100                                            # tasks of a family or a part
+    n_rows = 20_000
     # The base has never seen a conversation: to one it would answer nothing, though it knows much.
-    base_answers, answers = continued, evaluate.greedy_texts
+    base_answers = continued
+    answers = evaluate.greedy_texts
     if cfg.init:
-        options, n = dict(LORA), 40
+        options = dict(LORA)
+        n = 40
         base_answers = answers = cut_texts
     if cfg.quick:
         cfg.seeds = cfg.seeds.split(",")[0]
         clusters = list(QUICK)
         options["steps"] //= 3
-        n, n_rows = 20, 3000
+        n = 20
+        n_rows = 3000
     left_out = tuple(f"without {way}" for way in cfg.ways.split(","))
     runs = {name: of for name, of in runs_for(clusters).items()
             if name.startswith(("everything", "only", *left_out))}

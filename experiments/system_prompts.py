@@ -224,7 +224,9 @@ def write_data(seed: int, tokenizer, context_length: int, file: Path) -> tuple[P
     rows = []
     n_dropped = 0
     for i, tasks in enumerate(draw_tasks(seed, N_CONVERSATIONS, "train")):
-        name, rule, wording = NONE, NO_RULE, ""
+        name = NONE
+        rule = NO_RULE
+        wording = ""
         if i % 2:
             name = list(RULES)[rng.integers(len(RULES))]
             rule = RULES[name]
