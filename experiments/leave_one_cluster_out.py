@@ -56,22 +56,10 @@ both ends of a list are found as well (48), but not 15 points above a model of r
 Whole clusters gain no more: reading left out 35 %, the base 30, and words alone teach to tell a
 colour in 68 %, all other clusters in 35.
 
-The same with a file of JSONL rows that have "cluster", "task", "prompt" and "response", such as one
-drawn from the T0 mixture, measured by the loss of the left-out cluster's answers:
-
-    python experiments/leave_one_cluster_out.py --data tasks.jsonl --figure results/tasks.png
-    python experiments/leave_one_cluster_out.py --data tasks.jsonl --init out/smollm2
-
-The second starts from a model from elsewhere, and trains it by LoRA. A model that speaks shows what
-the small one cannot: after 40 steps on the six others SmolLM2 (135M) knows the answers of each of
-seven clusters better (closed questions 4.32 -> 1.68 nats per token, sentiment 5.70 -> 2.80,
-generation 4.11 -> 2.98, summaries 3.43 -> 3.27), and better than after as many steps on the largest
-other one alone, by .02 to .40 nats (seed 0; results/t0_transfer.md).
+Clusters of a file of any tasks are left out by t0_transfer.py.
 """
-import json
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -87,19 +75,13 @@ from matplotlib import pyplot as plt
 
 import evaluate
 import own_life
-import readers
-import train_sft
-from data import PackedExamples, format_examples
 from experiments.base import (
     base_models,
     cell,
     continued,
     cut_texts,
-    fast_dtype,
-    keep,
     kept,
     rights,
-    run,
     save,
     seed_folder,
     show_table,
@@ -108,9 +90,8 @@ from experiments.base import (
     unseen_tasks,
     write_families,
 )
-from plumbing.device import pick_device
-from plumbing.folders import load_model, read_record
-from plumbing.options import command_line, refuse_unread
+from plumbing.folders import read_record
+from plumbing.options import command_line
 from world.tasks import FAMILIES
 from world.text import ATTRIBUTES, CATEGORY_WORDS, CHORES, HARMS
 
@@ -136,10 +117,8 @@ CLUSTERS = 5                                     # in so many clusters
 @dataclass
 class Config:
     seeds: str = "0"                  # of world, models and batches, with commas
-    data: str = ""                    # JSONL with clusters, instead of the world
     init: str = ""                    # a chat model's folder, instead of the world's base
     ways: str = "cluster,family,part"  # what is left out, with commas; each run is some minutes
-    truncate: str = "drop"            # rows of --data longer than the context: drop | left | error
     out: str = "out/leave_one_cluster_out"             # folder for the models and their data
     figure: str = "results/leave_one_cluster_out.png"  # the picture; the table beside it, as .md
     quick: bool = False               # one seed, two clusters, a third of the steps, marked
@@ -384,13 +363,6 @@ def verdict(found: dict[str, list[dict]], clusters: list[str]) -> list[str]:
 
 
 def main(cfg: Config) -> None:
-    refuse_unread(cfg, {"truncate": ("--data",)})
-    if cfg.data:
-        if cfg.ways != Config.ways:
-            raise ValueError(f"--ways {cfg.ways}: of a file whole clusters are left out; leave it "
-                             "out, or --data")
-        main_of_file(cfg)
-        return
     unknown = {*cfg.ways.split(",")} - {*WAYS}
     if unknown:
         raise ValueError(f"--ways {cfg.ways}: {unknown.pop()!r} is none of {', '.join(WAYS)}")
@@ -434,108 +406,6 @@ def main(cfg: Config) -> None:
                                      data=str(file), **options))
     draw(found, clusters, Path(cfg.figure), " (quick)" if cfg.quick else "")
     show_table(cfg, table(found, clusters, cfg))
-
-
-# ---------------------------------------------------------------------- the clusters of a file
-
-def lines_by_cluster(data: str) -> dict[str, list[str]]:
-    """The rows of a file as JSONL, by cluster, the largest first. Raises ValueError for a row
-    without one, and for fewer than three clusters."""
-    lines = defaultdict(list)
-    for where, load in readers.file_rows(data, (".jsonl",)):
-        row = load()
-        cluster = row.get("cluster")
-        if not isinstance(cluster, str) or not cluster:
-            raise ValueError(f'{where}: "cluster" is {cluster!r}; it must name one')
-        lines[cluster].append(json.dumps(row) + "\n")
-    if len(lines) < 3:
-        raise ValueError(f"{data}: {len(lines)} clusters; three are needed to leave one out, and "
-                         "to compare with one of the others")
-    return dict(sorted(lines.items(), key=lambda item: -len(item[1])))
-
-
-def answer_loss(folder: Path, file: Path, cfg: Config, n: int) -> dict[str, float]:
-    """Nats per token of the answers of n rows, at most, and how many of these fit."""
-    model, tokenizer = load_model(folder, pick_device("auto"), fast_dtype())
-    rows = format_examples(readers.read_examples(file, n=n), tokenizer)
-    context = model.config.context_length
-    if cfg.init:                                           # because what is tuned has no longer one
-        context = LORA["context_length"]
-    packed = PackedExamples(rows, tokenizer, context, 0, cfg.truncate)
-    return {"loss": evaluate.response_loss(model, packed, 16), "rows": len(rows),
-            "fit": len(packed.examples)}
-
-
-def examine_file(lines: dict[str, list[str]], clusters: list[str], seed: int, cfg: Config, n: int,
-                 options: dict) -> dict[str, list[dict]]:
-    """{cluster: answer_loss() of the base, of all other clusters, of the largest other one}."""
-    base = Path(cfg.init) if cfg.init else base_models(seed) / "pretrain"
-    out = seed_folder(cfg, seed) / "file"
-    places = {cluster: place for place, cluster in enumerate(lines)}   # names may be no file's
-
-    def write(name: str, its: list[str]) -> Path:
-        file = out / f"{name}.jsonl"
-        keep(file, "".join(line for cluster in its for line in lines[cluster]))
-        return file
-
-    def train(name: str, its: list[str]) -> Path:
-        run(train_sft, init=str(base), out=str(out / name), seed=seed, truncate=cfg.truncate,
-            data=str(write(name, its)), **options)
-        return out / name
-
-    found = {}
-    for cluster in clusters:
-        others = [name for name in lines if name != cluster]
-        largest = others[0]
-        left_out = write(f"{places[cluster]}", [cluster])
-        folders = [base, train(f"without_{places[cluster]}", others),
-                   train(f"only_{places[largest]}", [largest])]
-        found[cluster] = [answer_loss(folder, left_out, cfg, n) for folder in folders]
-    return found
-
-
-def show_file(found: list[dict[str, list[dict]]], cfg: Config) -> None:
-    """The picture and the table; found: examine_file() of each seed."""
-    mark = " (quick)" if cfg.quick else ""
-    names = ["base model", "all other clusters", "the largest other cluster"]
-    lines = [f"# Leave one cluster out, of a file{mark}", "",
-             f"`python experiments/leave_one_cluster_out.py --data {Path(cfg.data).name}"
-             f"{f' --init {cfg.init}' if cfg.init else ''}`, seeds {cfg.seeds}, "
-             f"--truncate {cfg.truncate}: loss of the left-out cluster's answers, nats per token; "
-             "the mean, and from the lowest to the highest.", "",
-             f"| cluster | rows that fit | {' | '.join(names)} |", "|---" * 5 + "|"]
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for place, cluster in enumerate(found[0]):
-        _, with_others, _ = found[0][cluster]
-        cells = [f"{with_others['fit']} of {with_others['rows']}"]
-        for number, name in enumerate(names):
-            values = [seed[cluster][number]["loss"] for seed in found]
-            cells.append(cell(values, ".2f"))
-            x = place + 0.25 * (number - 1)
-            axis.bar(x, np.mean(values), 0.23, color=f"C{number}", alpha=0.5,
-                     label=name if place == 0 else None)
-            axis.plot([x] * len(values), values, "k.")
-        lines.append(f"| {cluster} | {' | '.join(cells)} |")
-    axis.set_xticks(range(len(found[0])), list(found[0]))
-    axis.set(title=f"Clusters that were not trained on{mark}", ylabel="answers, nats per token")
-    axis.legend()
-    save(figure, Path(cfg.figure))
-    show_table(cfg, "\n".join(lines) + "\n")
-
-
-def main_of_file(cfg: Config) -> None:
-    options = dict(LORA if cfg.init else SFT)
-    lines = lines_by_cluster(cfg.data)
-    clusters = list(lines)
-    n = 100 if cfg.init else 500
-    if cfg.quick:
-        cfg.seeds = cfg.seeds.split(",")[0]
-        clusters = clusters[:2]
-        options["steps"] //= 3
-        n = 50
-    found = [examine_file(lines, clusters, int(seed), cfg, n, options)
-             for seed in cfg.seeds.split(",")]
-    show_file(found, cfg)
 
 
 if __name__ == "__main__":

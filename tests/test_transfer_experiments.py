@@ -1,6 +1,7 @@
-"""experiments/leave_one_cluster_out.py, breadth.py, few_shot.py, think_aloud.py: what they read,
-gains and figures by hand."""
+"""experiments/leave_one_cluster_out.py, breadth.py, t0_transfer.py, few_shot.py, think_aloud.py:
+what they read, gains and figures by hand."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny import TOKENIZER, tiny_model, write_rows
 
 import train_sft
-from experiments import base, breadth, few_shot, think_aloud
+from experiments import base, breadth, few_shot, t0_transfer, think_aloud
 from experiments import leave_one_cluster_out as leave
 from experiments.base import asked_alone, write_families
 from plumbing.folders import save_model
@@ -132,35 +133,12 @@ def test_where_parts_alone_are_left_out_it_is_parts_that_gain():
 def test_only_what_can_be_left_out_is():
     with pytest.raises(ValueError, match="'clusters' is none of cluster, family, part"):
         leave.main(leave.Config(ways="part,clusters"))
-    with pytest.raises(ValueError, match="of a file whole clusters are left out"):
-        leave.main(leave.Config(ways="part", data="tasks.jsonl"))
-    with pytest.raises(ValueError, match="only --data would read it"):
-        leave.main(leave.Config(truncate="left"))
 
 
 def test_a_family_is_not_compared_with_a_model_of_its_own_cluster():
     found = {"base": [{"colour": 0.0}], "only words": [{"colour": 0.1}],
              "only reasoning": [{"colour": 0.0}], "without family colour": [{"colour": 0.6}]}
     assert leave.gains(found, "colour", "family") == pytest.approx([0.5])
-
-
-def test_rows_of_a_file_go_by_their_cluster_the_largest_first(tmp_path):
-    file = tmp_path / "tasks.jsonl"
-    rows = [{"cluster": cluster, "prompt": "How?", "response": "So."} for cluster in "abbccc"]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = leave.lines_by_cluster(str(file))
-    assert {cluster: len(its) for cluster, its in lines.items()} == {"c": 3, "b": 2, "a": 1}
-    assert list(lines) == ["c", "b", "a"]
-
-
-@pytest.mark.parametrize("rows, complaint", [
-    ([{"prompt": "How?", "response": "So."}], r'tasks.jsonl:1: "cluster" is None'),
-    ([{"cluster": "a"}, {"cluster": "b"}], "2 clusters; three are needed")])
-def test_a_file_without_clusters_is_refused(tmp_path, rows, complaint):
-    file = tmp_path / "tasks.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=complaint):
-        leave.lines_by_cluster(str(file))
 
 
 def test_a_task_is_asked_alone_unless_it_refers_to_what_was_before():
@@ -184,6 +162,59 @@ def test_a_smaller_choice_of_families_lies_in_a_larger_one_and_none_is_examined_
     assert len({breadth.drawn(seed, order, 4) for seed in range(3) for order in range(3)}) == 9
     # nor do the earlier turns of a followup answer them
     assert not {*leave.SHOWS["followup"]} & {*breadth.UNSEEN}
+
+
+# ---------------------------------------------------------------------- t0_transfer.py
+
+def test_rows_of_a_file_go_by_their_cluster_the_largest_first(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    rows = [{"cluster": cluster, "prompt": "How?", "response": "So."} for cluster in "abbccc"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = t0_transfer.lines_by_cluster(str(file))
+    assert {cluster: len(its) for cluster, its in lines.items()} == {"c": 3, "b": 2, "a": 1}
+    assert list(lines) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("rows, complaint", [
+    ([{"prompt": "How?", "response": "So."}], r'tasks.jsonl:1: "cluster" is None'),
+    ([{"cluster": "a"}, {"cluster": "b"}], "2 clusters; three are needed")])
+def test_a_file_without_clusters_is_refused(tmp_path, rows, complaint):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=complaint):
+        t0_transfer.lines_by_cluster(str(file))
+
+
+def test_rows_that_fit_are_asked_and_others_are_not(tmp_path):
+    long = "How? " * t0_transfer.LORA["context_length"]
+    file = Path(write_rows(tmp_path / "rows.jsonl", [{"prompt": "How?", "response": "So."},
+                                                     {"prompt": long, "response": "So."}]))
+    [row] = t0_transfer.asked_rows(file, 2, TOKENIZER)
+    assert row.answer == "So." and TOKENIZER.decode(row.prompts[0]).strip() == "How?"
+    with pytest.raises(ValueError, match="of 1 rows none has at most"):
+        t0_transfer.asked_rows(Path(write_rows(file, [{"prompt": long, "response": "So."}])), 1,
+                               TOKENIZER)
+
+
+def test_right_answers_are_told_where_answers_are_short(tmp_path):
+    save_model(tmp_path / "model", tiny_model(context_length=384), TOKENIZER)
+    found = {}
+    for name, answer in (("short", "So."), ("long", "So it goes. " * 20)):
+        file = write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "How?", "response": answer}])
+        found[name] = t0_transfer.examine(tmp_path / "model", Path(file), 1)
+    assert found["short"].keys() - found["long"].keys() == {"right"}
+    assert found["long"]["loss"] > 0
+
+
+def test_a_cluster_left_out_is_compared_with_the_best_model_of_another():
+    of_models = {"base": {"loss": 5.0, "right": 0.1}, "others": {"loss": 2.0, "right": 0.5},
+                 "a": {"loss": 2.5, "right": 0.3}, "b": {"loss": 3.0, "right": 0.4}}
+    assert t0_transfer.compared(of_models, "loss") == (5.0, 2.5, 2.0)
+    assert t0_transfer.compared(of_models, "right") == (0.1, 0.4, 0.5)
+    assert t0_transfer.gain(of_models) == pytest.approx(0.1)
+    # what the base knows already is no gain of training
+    of_models["base"]["right"] = 0.6
+    assert t0_transfer.gain(of_models) == pytest.approx(-0.1)
 
 
 # ---------------------------------------------------------------------- few_shot.py
