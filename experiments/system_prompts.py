@@ -15,10 +15,10 @@ guessed. Then both models answer unseen tasks, greedily, their own earlier answe
 An answer that does not end, or for which the context has no room, ends its conversation: it and
 what would have followed count as neither.
 
-What came out: before, no rule is obeyed; after, all are in all three turns, in wordings of the
-training 100 %, in others 93 % (the bullets 60 %), and none where none is stated. Content suffers in
-capitals alone, of which 3 in 10 answers are right: a word in capitals has other tokens, which a
-small model copies badly.
+What came out (three seeds): before, no rule is obeyed; after, all are in all three turns, in
+wordings of the training 100 %, in others 93 % (in one seed 83: the servant's and the bullets' half
+of the time), and none where none is stated. Content suffers in capitals alone, of which 3 in 10
+answers are right: a word in capitals has other tokens, which a small model copies badly.
 
     python experiments/system_prompts.py            # results/system_prompts.png and .md
     python experiments/system_prompts.py --quick    # one seed, 120 steps, a tenth of the tasks
