@@ -69,7 +69,7 @@ class Config(Options):
     steps: int = 1800                 # optimizer steps (T_max), copying included, >= 1
     batch_size: int = 8               # windows per micro-batch and rank (B), >= 1
     grad_accum: int = 1               # micro-batches per optimizer step, >= 1
-    optimizer: str = "adamw"          # adamw | adam | muon: gains 0.1 nats in the lifecycle
+    optimizer: str = "adamw"          # adamw | adam | muon: gains .6 nats in the lifecycle
     lr: float = 4e-3                  # peak learning rate (document: by schedule)
     warmup: int = 30                  # steps of linear warmup
     schedule: str = "cosine"          # cosine (to lr / 10) | wsd: constant, then a line to 0

@@ -12,9 +12,10 @@ anchor on y_w, or length-normalize". Five runs of train_dpo.py for each seed fro
                      length of an answer, 15 tokens; and with the 10 that SimPO's authors use
 
 What came out (AMD EPYC with AVX512-BF16, bf16, three seeds): with beta 0.1 the chosen answers lose
-10 to 14 nats, the rejected ones 43, and 44 points of accuracy go, too. Beta 2 leaves the chosen
-ones at -0.2 to -0.5, the anchor above 0. Length normalisation alone does not help: at equal
-strength they lose 17 to 21 nats. It is the larger beta that comes with it, 10, which leaves -2.
+13 to 14 nats, the rejected ones 45, and 31 points of accuracy go, too. Beta 2 leaves the chosen
+ones where they are (-0.1 to +0.2), the anchor above 0. Length normalisation alone does not help: at
+equal strength they lose 19 to 21 nats. It is the larger beta that comes with it, 10, which leaves
+-1 to -2.
 
     python experiments/dpo_chosen_falls.py             # results/dpo_chosen_falls.png and .md
     python experiments/dpo_chosen_falls.py --quick     # one seed, a fifth of the steps
