@@ -48,6 +48,7 @@ import train_sft
 from experiments import few_shot
 from experiments import leave_one_cluster_out as leave
 from experiments.base import cell, fast_dtype, keep, kept, run, save, seed_folder, show_table
+from plumbing.claim import sha256
 from plumbing.device import pick_device
 from plumbing.folders import load_model, read_record
 from plumbing.options import command_line
@@ -116,7 +117,7 @@ def examine(folder: Path, file: Path, n: int) -> dict[str, float]:
 def runs_of(lines: dict[str, list[str]], clusters: list[str], seed: int,
             cfg: Config) -> dict[str, dict[str, dict]]:
     """{left-out cluster: {"base": its figures, "others": those of the model of all other clusters,
-    and of each other cluster that has a model of its own: that one's}}."""
+    "only_0": those of the model of the largest cluster alone, if that is another one, ...}}."""
     out = seed_folder(cfg, seed)
     places = {cluster: place for place, cluster in enumerate(lines)}   # names may be no file's
     options = LORA | {"init": cfg.init, "seed": seed}
@@ -139,11 +140,11 @@ def runs_of(lines: dict[str, list[str]], clusters: list[str], seed: int,
         place = places[left_out]
         others = [cluster for cluster in lines if cluster != left_out]
         folders = {"base": Path(cfg.init), "others": train(f"without_{place}", others)}
-        folders |= {cluster: folder for cluster, folder in alone.items() if cluster != left_out}
+        folders |= {folder.name: folder for cluster, folder in alone.items() if cluster != left_out}
         file = write(f"{place}", [left_out])
         found[left_out] = {}
         for name, folder in folders.items():
-            of = {"model": read_record(folder)["sha256"], "n": cfg.n}
+            of = {"model": read_record(folder)["sha256"], "data": sha256(file), "n": cfg.n}
             found[left_out][name] = kept(out / f"{place}_by_{folder.name}.json", of,
                                          partial(examine, folder, file, cfg.n))
     return found

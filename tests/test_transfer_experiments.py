@@ -206,6 +206,24 @@ def test_right_answers_are_told_where_answers_are_short(tmp_path):
     assert found["long"]["loss"] > 0
 
 
+def test_each_cluster_is_asked_of_models_that_never_saw_it(tmp_path, monkeypatch):
+    save_model(tmp_path / "model", tiny_model(context_length=384), TOKENIZER)
+    # "base" is a cluster here, and no other's figures are taken for its own
+    rows = [{"cluster": cluster, "prompt": f"How {i}?", "response": f"So {cluster} {i}."}
+            for cluster, n in (("base", 12), ("b", 10), ("c", 8)) for i in range(n)]
+    monkeypatch.setattr(t0_transfer, "LORA", t0_transfer.LORA | {"steps": 3, "warmup": 1})
+    cfg = t0_transfer.Config(init=str(tmp_path / "model"), out=str(tmp_path / "out"), n=4,
+                             data=write_rows(tmp_path / "rows.jsonl", rows), quick=True,
+                             figure=str(tmp_path / "t0.png"))
+    t0_transfer.main(cfg)
+    out = tmp_path / "out" / "0_quick"
+    trained = {name: (out / f"{name}.jsonl").read_text() for name in ("without_0", "without_1")}
+    assert "So base" not in trained["without_0"] and "So b " not in trained["without_1"]
+    assert {file.name for file in out.glob("0_by_*")} == {
+        "0_by_model.json", "0_by_only_1.json", "0_by_without_0.json"}
+    assert (tmp_path / "t0.md").read_text().count("| base |") == 1
+
+
 def test_a_cluster_left_out_is_compared_with_the_best_model_of_another():
     of_models = {"base": {"loss": 5.0, "right": 0.1}, "others": {"loss": 2.0, "right": 0.5},
                  "a": {"loss": 2.5, "right": 0.3}, "b": {"loss": 3.0, "right": 0.4}}
