@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 
 import corpus
 import data_quality
@@ -380,6 +381,7 @@ def save(figure, file: Path) -> None:
     """The same for a picture."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
+    plt.close(figure)                                  # pyplot would keep it
 
 
 def main(cfg: Config) -> None:
