@@ -381,7 +381,7 @@ def save(figure, file: Path) -> None:
     """The same for a picture."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
-    plt.close(figure)                                  # pyplot would keep it
+    plt.close(figure)                                  # because pyplot keeps every open figure
 
 
 def main(cfg: Config) -> None:
