@@ -663,32 +663,21 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv, *[None] * len(kept)
 
 
-def decode_one(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-    """One query a row, (B, 1, H, C), by plain matmuls over k and v (B, K, length, C)."""
-    B, K, length, C = k.shape
-    queries = q.reshape(B * K, -1, C).to(k.dtype)                              # (B K, G, C)
-    k = k.reshape(B * K, length, C)
-    v = v.reshape(B * K, length, C)
-    scores = queries @ k.mT                                                    # (B K, G, length)
-    scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * C**-0.5
-    if starts.any():
-        padding = (slots < starts[:, None]).repeat_interleave(K, 0)[:, None]   # (B K, 1, length)
-        scores = scores.masked_fill_(padding, -torch.inf)
-    out = scores.softmax(-1).to(v.dtype) @ v                                   # (B K, G, C)
-    return out.view(q.shape).to(q.dtype)
-
-
-def decode_several(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, starts: Tensor,
-                   causal: bool) -> Tensor:
-    """Tq queries a row, (B, Tq, H, C), by torch's attention over k and v (B, K, length, C)."""
+def decode_by_torch(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
+    """The newest Tq tokens of a row, (B, Tq, H, C), by torch's attention over k and v
+    (B, length, K, C), their own among them."""
     Tq, H = q.shape[1:3]
-    K, length = k.shape[1:3]
-    own = slots[length - Tq:, None]                        # (Tq, 1), against slots (length,)
-    last = own if causal else length
-    allowed = (slots <= last) & (slots >= starts[:, None, None])               # (B, Tq, length)
-    allowed = allowed | (slots == own)     # padding sees itself: a softmax over nothing is NaN
-    out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, allowed[:, None],
-                                         enable_gqa=H != K)
+    length, K = k.shape[1:3]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))       # heads before tokens
+    allowed = None                                         # one token sees all, without padding
+    if Tq > 1 or starts.any():
+        slots = torch.arange(length, device=q.device)
+        own = slots[length - Tq:, None]                    # (Tq, 1), against slots (length,)
+        last = own if causal else length
+        allowed = (slots <= last) & (slots >= starts[:, None, None])           # (B, Tq, length)
+        # padding sees itself, because a softmax over nothing is NaN
+        allowed = (allowed | (slots == own))[:, None]      # (B, 1, Tq, length)
+    out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, allowed, enable_gqa=H != K)
     return out.transpose(1, 2).to(q.dtype)
 
 
@@ -806,18 +795,14 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor
     if backend(q.device) == "triton" and Tq == 1:
         return launch_decode(q, k_cache, v_cache, starts, length)
 
-    slots = torch.arange(length, device=q.device)
     k = k_cache[:, :length]
     v = v_cache[:, :length]
-    if backend(q.device) == "triton":
-        last = slots[length - Tq:] if causal else slots[-1:]
-        lo = starts[:, None].expand(B, Tq).to(torch.int32)
-        hi = last.expand(B, Tq).to(torch.int32) + 1
-        out, _ = launch_forward(q, k, v, lo, hi, True)
-        return out
+    if backend(q.device) == "torch":
+        return decode_by_torch(q, k, v, starts, causal)
 
-    k = k.transpose(1, 2)                                  # (B, K, length, C)
-    v = v.transpose(1, 2)
-    if q.device.type == "cpu" and Tq == 1:
-        return decode_one(q, k, v, slots, starts)
-    return decode_several(q, k, v, slots, starts, causal)
+    own = torch.arange(length - Tq, length, device=q.device)
+    last = own if causal else own[-1:]
+    lo = starts[:, None].expand(B, Tq).to(torch.int32)
+    hi = last.expand(B, Tq).to(torch.int32) + 1
+    out, _ = launch_forward(q, k, v, lo, hi, True)
+    return out
