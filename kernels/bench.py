@@ -248,19 +248,22 @@ def flex(documents: Tensor) -> Callable:
 def decode_cases(make, big: bool) -> list[Case]:
     B, S, H, K, C = (16, 8192, 32, 8, 128) if big else (16, 256, 8, 8, 32)
     q = make(B, 1, H, C)
+    # in fp32 on CPUs, as model.py's caches are
+    cache_dtype = q.dtype if big else torch.float32
     # (B, S, K, C), in memory as (B, K, S, C)
-    k_cache = make(B, K, S, C).detach().transpose(1, 2)
-    v_cache = make(B, K, S, C).detach().transpose(1, 2)
+    k_cache = make(B, K, S, C, dtype=cache_dtype).detach().transpose(1, 2)
+    v_cache = make(B, K, S, C, dtype=cache_dtype).detach().transpose(1, 2)
     starts = torch.zeros(B, dtype=torch.long, device=q.device)
 
     def ours(q):
         return kernels.decode_attention(q, k_cache, v_cache, starts, S)
 
     def in_torch(q):
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k_cache.transpose(1, 2),
-                                              v_cache.transpose(1, 2), enable_gqa=True)
+        q = q.transpose(1, 2).to(cache_dtype)
+        return F.scaled_dot_product_attention(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+                                              enable_gqa=True)
 
-    size = 2 * q.element_size() * B * S * K * C            # both caches are read
+    size = 2 * k_cache.element_size() * B * S * K * C            # both caches are read
     return [Case("decode_attention", f"{B} x {S} x {H}/{K} x {C}", [q],
                  {"lifecycle": ours, "torch": in_torch}, size)]
 
