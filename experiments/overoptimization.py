@@ -57,12 +57,13 @@ from world.text import text_of
 
 # Of every PPO run; what a mitigation changes stands beside its name.
 NO_END_SCORE = -1.0
-PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1e-4, "critic_init": "rm",
+PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1.5e-4, "critic_init": "rm",
             "no_end_score": NO_END_SCORE}
 MITIGATIONS = {
     "no mitigation": {},
     "KL penalty": {"beta": 0.3},
-    "ensemble": {"combine": "min"},
+    # the least of six scores is some 4 below one of them: -1 would reward answers without an end
+    "ensemble": {"combine": "min", "no_end_score": NO_END_SCORE - 4},
     "early stopping": {"gold": "world", "gold_every": 5, "gold_patience": 1000},
     "KL budget": {"kl_budget": 1.5},
 }
@@ -77,7 +78,7 @@ MEMBERS = 6                            # reward models of the ensemble; the firs
 class Config:
     seeds: str = "0,1,2"              # of world, models, batches and samples
     steps: int = 50                   # of each PPO run, >= 1
-    n_pairs: int = 500                # that the proxy has seen, >= 1
+    n_pairs: int = 250                # that the proxy has seen, >= 1
     rm_steps: int = 80                # of the proxy, >= 1
     label_noise: float = 0.0          # of its annotators, in [0, 1]
     length_bias: float = 0.0          # the share that goes by length alone, in [0, 1]
