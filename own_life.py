@@ -100,7 +100,9 @@ def examine(cfg) -> tuple[dict, dict]:
         model, tokenizer = load_model(folder, device, dtype)
         if not shown:
             reward = Reward(str(out / "rm"), "min", tokenizer, device, dtype)
-            room = model.config.context_length - ANSWER
+            # the same prompts for all policies, and SFT's has the shortest context
+            context = PLAN["sft"]["context_length"] or model.config.context_length
+            room = min(context, model.config.context_length) - ANSWER
             rows, ids = data.encode_prompts(rows, tokenizer, room, "drop")
             examples = [{"prompt": row["messages"]} for row in rows]
             shown["prompt"] = [row["messages"][-1]["content"] for row in rows[:N_READ]]

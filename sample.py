@@ -522,6 +522,8 @@ def chat(model: Transformer, tokenizer, cfg: Config, generator: torch.Generator)
         try:
             reply = print_stream(model, tokenizer, prompt, cfg, generator)
         except KeyboardInterrupt:
+            if cfg.prompt:                 # there is no chat to go on with
+                raise
             print("\n(stopped; Ctrl-D ends the chat)")
             turns.pop()
             continue

@@ -130,8 +130,9 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "", eos: 
                          f"served ({', '.join(FORMS)}); {REMEDY}")
     before, after, has_bos, _ = FORMS[form or fitting[0]]
     if jinja:
-        # spelled out it may also be what every turn begins with
-        has_bos = "bos_token" in jinja or any(bos in text for text in texts) and bos not in before
+        # spelled out it may also be what every turn begins or ends with
+        is_spelled_out = any(bos in text for text in texts) and bos not in before + after
+        has_bos = "bos_token" in jinja or is_spelled_out
     found = Template(bos if has_bos else "", {role: before.format(role=role) for role in ROLES},
                      dict.fromkeys(ROLES, after), default_system(texts, before, after),
                      is_trimmed(jinja or ""))
@@ -445,6 +446,8 @@ def write_json(folder: Path, tokenizer: ImportedTokenizer) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "eos_token": tokenizer.roles["end"], "pad_token": tokenizer.roles["pad"],
                 "chat_template": jinja_of(tokenizer.template)}
+    if tokenizer.template.start:           # a reader knows the beginning of a text by this name
+        settings["bos_token"] = tokenizer.template.start
     for name, content in (("tokenizer.json", saved), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n",
                                    encoding="utf-8")
@@ -533,7 +536,8 @@ def to_gguf(tokenizer: ImportedTokenizer) -> dict:
             "tokenizer.ggml.merges": [f"{to_characters(left)} {to_characters(right)}"
                                       for left, right in tokenizer.merges],
             "tokenizer.ggml.add_bos_token": False,
-            "tokenizer.ggml.bos_token_id": tokenizer.endoftext,
+            "tokenizer.ggml.bos_token_id": tokenizer.special.get(tokenizer.template.start,
+                                                                 tokenizer.endoftext),
             "tokenizer.ggml.eos_token_id": tokenizer.end,
             "tokenizer.ggml.padding_token_id": tokenizer.pad,
             "tokenizer.chat_template": jinja_of(tokenizer.template)}

@@ -17,12 +17,12 @@ length:
   KL budget       the same, kept where the KL was last below --kl_budget
   best of N       N answers of the SFT model, of which the proxy picks one: no training at all
 
-What came out, three seeds: the proxy rises to the end, the truth until the policy is about one nat
-away, and then falls by .10 to .19 (5 to 12 standard errors). Every mitigation ends above it, by
-true reward: no mitigation .71 to .74, KL penalty .88 to .90, ensemble .79 to .86, early stopping
-.83 to .86, KL budget .84; the SFT model is at .80 to .83. An ensemble only delays: 100 steps at
-1.2e-4 took one of four proxies to .25. The proxies were made worse, 500 pairs instead of 1,000,
-after one seed of three had not turned.
+What came out, three seeds: the proxy rises to the end, the truth until the policy is .2 to .9 nats
+away, if at all, and then falls by .09 to .40 (7 to 25 standard errors). Three mitigations hold, by
+true reward: KL penalty .85 to .89, early stopping .82 to .86, KL budget .82 to .86; no mitigation
+.44 to .81; the SFT model is at .80 to .84. The ensemble does not, .30 to .70: all six began at one
+SFT model, and what they like together (in seed 1 a record, whatever was asked) is found as well.
+Pairs and learning rate were chosen: by proxies of 500 pairs, at 1e-4, the truth fell by .02 to .04.
 
     python experiments/overoptimization.py                 # results/overoptimization.png and .md
     python experiments/overoptimization.py --quick         # one seed, fewer steps
@@ -62,8 +62,7 @@ PRESSURE = {"beta": 0.0, "kl_target": 0.0, "lr": 1.5e-4, "critic_init": "rm",
 MITIGATIONS = {
     "no mitigation": {},
     "KL penalty": {"beta": 0.3},
-    # the least of six scores is some 4 below one of them: -1 would reward answers without an end
-    "ensemble": {"combine": "min", "no_end_score": NO_END_SCORE - 4},
+    "ensemble": {"combine": "min"},
     "early stopping": {"gold": "world", "gold_every": 5, "gold_patience": 1000},
     "KL budget": {"kl_budget": 1.5},
 }

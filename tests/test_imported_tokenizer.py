@@ -224,6 +224,18 @@ def test_a_llama_3_without_a_template_begins_with_its_bos():
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+@pytest.mark.parametrize("jinja", [CHATML, "{{ bos_token }}" + CHATML])
+def test_what_goes_out_begins_a_text_as_before_when_it_comes_back(jinja, tmp_path):
+    tokenizer = with_settings(jinja, ("<s>", "<|im_start|>", "<|im_end|>"), bos_token="<s>")
+    assert tokenizer.template.start == ("<s>" if "bos_token" in jinja else "")
+    tokenizer_formats.write_json(tmp_path, tokenizer)
+    turn = [{"role": "user", "content": "low"}]
+    for again in (tokenizer_formats.read_folder(tmp_path, 300),
+                  tokenizer_formats.from_gguf(tokenizer_formats.to_gguf(tokenizer), 300)):
+        assert again.template == tokenizer.template
+        assert again.prompt(turn) == tokenizer.prompt(turn)
+
+
 def test_a_template_may_build_its_turns_before_it_writes_them():
     jinja = ("{% for message in messages %}{% set content = '<|start_header_id|>' + message['role']"
              " + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"

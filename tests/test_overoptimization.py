@@ -59,7 +59,7 @@ def test_each_mitigation_changes_one_thing_against_equal_proxies(monkeypatch, tm
     assert [found.gold for found in policies] == ["", "", "", "world", ""]
     assert [found.kl_budget for found in policies] == [0, 0, 0, 0, 1.5]
     for found in policies:
-        assert (found.steps, found.lr, found.kl_target, found.seed) == (7, 1e-4, 0, 3)
+        assert (found.steps, found.lr, found.kl_target, found.seed) == (7, 1.5e-4, 0, 3)
 
 
 def test_the_best_of_n_is_taken_by_the_proxy_and_judged_by_the_truth(monkeypatch):

@@ -53,6 +53,19 @@ def test_four_stages_and_a_report_of_what_can_be_measured(command, tmp_path, cap
     assert capsys.readouterr().err.count("finished before, skipped") == 4
 
 
+def test_the_report_asks_what_the_shortest_context_has_room_for(command, tmp_path, monkeypatch):
+    """64 tokens are for an answer: a prompt of 59 fits into the base's 128, not into SFT's 80."""
+    monkeypatch.setattr(own_life, "ANSWER", 64)
+    short = {"sft": QUICK["sft"] | {"context_length": 80},
+             "ppo": QUICK["ppo"] | {"max_new_tokens": 32, "truncate": "drop"}}
+    monkeypatch.setattr(own_life, "PLAN", QUICK | short)
+    prompts = [f"Say {i}" for i in range(60)] + [f"Say {i} " + "z" * 50 for i in range(60)]
+    command["prompts"] = write_rows(tmp_path / "long.jsonl", [{"prompt": p} for p in prompts])
+    found = lifecycle.main(lifecycle.Config(**command))
+    assert [*found["figures"]] == [*own_life.POLICIES]
+    assert "zzz" not in (tmp_path / "out/report.md").read_text()
+
+
 def test_a_prompt_that_stands_twice_is_answered_once(tmp_path):
     rows = [{"prompt": f"Say {i % 30}"} for i in range(60)]
     file = write_rows(tmp_path / "prompts.jsonl", rows)

@@ -455,7 +455,7 @@ def chat(tmp_path, monkeypatch):
         prompts.append(tokenizer.decode(prompt, specials=True))
         return f"A{len(prompts)}"
 
-    def run(typed="", record=None, **options):
+    def run(typed="", record=None, answer=answer, **options):
         save_model(tmp_path, model, TOKENIZER, **record or {})
         monkeypatch.setattr(sample, "print_stream", answer)
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -467,6 +467,17 @@ def chat(tmp_path, monkeypatch):
 
 def test_one_prompt_is_answered_once(chat):
     assert chat(prompt="Hi") == ["<|user|>Hi<|end|><|assistant|>"]
+
+
+def test_ctrl_c_ends_a_single_prompt_instead_of_asking_it_again(chat):
+    asked = []
+
+    def stopped(*_):
+        asked.append(1)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        chat(prompt="Hi", answer=stopped)
+    assert asked == [1]
 
 
 def test_a_chat_remembers_the_system_message_and_the_turns(chat):
