@@ -17,6 +17,7 @@ Without --dtype floats stay bit for bit what they are, and quantized tensors bec
 written before everything has been read.
 """
 import json
+import lzma
 import zipfile
 import zlib
 from collections import defaultdict
@@ -82,6 +83,8 @@ def open_source(init: str) -> Source:
         return from_folder(path)
     if not path.is_file():
         raise ValueError(f"--init {init}: there is no such file or folder")
+    if not path.stat().st_size:
+        raise ValueError(f"--init {init}: the file is empty")
     if path.suffix == ".gguf":
         return from_gguf(init, memoryview(np.memmap(path, np.uint8, "r")))
     if zipfile.is_zipfile(path):
@@ -96,7 +99,8 @@ def only_model(path: Path) -> tuple[str, memoryview]:
             entry = only_entry(path, archive)
             raw = archive.read(entry)
     # what zipfile raises for damage, encryption and methods that it does not know
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError,
+            NotImplementedError) as error:
         raise ValueError(f"{path} is damaged, encrypted or packed in a way that is not known "
                          f"({error})") from None
     return f"{path}: {entry.filename}", memoryview(raw)
@@ -152,6 +156,8 @@ def from_gguf(where: str, data: memoryview) -> Source:
             return tokenizer_formats.from_gguf(metadata, size, form)
         except KeyError as error:
             raise ValueError(f"{where}: the metadata has no {error}") from None
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
     return Source(where, config, names, tensor, tokenizer)
 
@@ -180,9 +186,13 @@ def from_folder(folder: Path) -> Source:
     for file in shards_of(folder):
         try:
             with safetensors.safe_open(file, "pt") as shard:
-                places |= dict.fromkeys(shard.keys(), file)
+                names = shard.keys()
         except Exception as error:                     # safetensors has errors of its own
             raise ValueError(f"{file} is missing or damaged ({error})") from None
+        if twice := sorted(places.keys() & {*names}):
+            raise ValueError(f"{folder}: the tensor {twice[0]} stands in {places[twice[0]].name} "
+                             f"and in {file.name}")
+        places |= dict.fromkeys(names, file)
 
     def tensor(name: str) -> Tensor:
         with safetensors.safe_open(places[name], "pt") as shard:
@@ -199,7 +209,11 @@ def shards_of(folder: Path) -> list[Path]:
     if index is not None:
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map")
-        names = sorted(set(index["weight_map"].values()))
+        named = index["weight_map"].values()
+        if not all(isinstance(name, str) for name in named):
+            raise ValueError(f"{folder}/model.safetensors.index.json: not all files in weight_map "
+                             "are texts")
+        names = sorted(set(named))
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"{folder}/model.safetensors.index.json names {name!r}, which "
@@ -213,19 +227,28 @@ def shards_of(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
-def read_model(source: Source, dtype: str) -> tuple[Transformer, dict[str, Tensor]]:
+def sizes_in(source: Source) -> ModelConfig:
+    """Raises ValueError, by the name of the field, for sizes that are not served or that the
+    tensors are too few for."""
+    try:
+        config = our_config(source.config)
+    except (KeyError, TypeError, ArithmeticError, ValueError) as error:
+        raise ValueError(f"{source.where}: config: {error}") from None
+    for name, size in (("num_hidden_layers", config.n_layers),
+                       ("num_local_experts", config.n_experts)):
+        if size > len(source.names):                   # before so many blocks are made
+            raise ValueError(f"{source.where}: config: {name} is {size:,}, and there are "
+                             f"{len(source.names):,} tensors")
+    return config
+
+
+def read_model(source: Source, config: ModelConfig,
+               dtype: str) -> tuple[Transformer, dict[str, Tensor]]:
     """A model without numbers, for its sizes, and its weights by our names, in the dtypes of the
     source, fp32 where that is quantized, or in --dtype.
 
     Raises ValueError for a tensor that is missing, of another shape or of no use.
     """
-    try:
-        config = our_config(source.config)
-    except (KeyError, TypeError, ArithmeticError, ValueError) as error:
-        raise ValueError(f"{source.where}: config: {error}") from None
-    if config.n_layers > len(source.names):            # before so many blocks are made
-        raise ValueError(f"{source.where}: config: num_hidden_layers is {config.n_layers:,}, and "
-                         f"there are {len(source.names):,} tensors")
     with torch.device("meta"):
         model = Transformer(config)
     unused = {name for name in source.names if not name.endswith("rotary_emb.inv_freq")}
@@ -330,10 +353,20 @@ READ_BY = {"base": ("lifecycle",), "template": ("lifecycle",),
            "dtype": ("lifecycle", "hf", "gguf")}
 
 
+def is_adapter(init: str) -> bool:
+    return (Path(init) / "adapter_config.json").is_file()
+
+
 def check(cfg: Config) -> None:
     refuse_unread(cfg, READ_BY, choice="to")
     if not cfg.init:
         raise ValueError("give with --init what to read: a folder, a .gguf file, a wheel or a zip")
+    if cfg.to == "lifecycle":
+        what = "an adapter of peft" if is_adapter(cfg.init) else "a model"
+        for name in ("template", "dtype") if is_adapter(cfg.init) else ("base",):
+            if getattr(cfg, name) != getattr(Config, name):
+                raise ValueError(f"--{name} {getattr(cfg, name)}: nothing reads it where --init is "
+                                 f"{what}; leave it out")
     if cfg.to == "gguf":
         claim.check_new_file("--out", cfg.out)
     elif Path(cfg.out).exists() and (not Path(cfg.out).is_dir() or any(Path(cfg.out).iterdir())):
@@ -342,12 +375,10 @@ def check(cfg: Config) -> None:
 
 def bring_in(cfg: Config) -> None:
     source = open_source(cfg.init)
-    n_tokens = source.config.get("vocab_size")
-    if not isinstance(n_tokens, int) or not 0 < n_tokens < 1 << 24:
-        raise ValueError(f"{source.where}: config: vocab_size is {n_tokens!r}")
-    # first, because it is small and the weights may be many
-    tokenizer = source.tokenizer(n_tokens, "" if cfg.template == "auto" else cfg.template)
-    model, weights = read_model(source, cfg.dtype)
+    config = sizes_in(source)
+    # before the weights, because it is small and they may be many
+    tokenizer = source.tokenizer(config.vocab_size, "" if cfg.template == "auto" else cfg.template)
+    model, weights = read_model(source, config, cfg.dtype)
     save_model(cfg.out, model, tokenizer, weights, stage="convert", config=asdict(cfg),
                source=source.where, result={})
     n = sum(weight.numel() for weight in weights.values())
@@ -379,7 +410,7 @@ def bring_in_adapter(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     if cfg.to == "lifecycle":
-        if (Path(cfg.init) / "adapter_config.json").is_file():
+        if is_adapter(cfg.init):
             bring_in_adapter(cfg)
         else:
             bring_in(cfg)

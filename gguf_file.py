@@ -223,6 +223,8 @@ class Reader:
         if kind != ARRAY:
             raise ValueError(f"{what} has the type {kind}, which GGUF does not know")
         of = self.number("I", what)
+        if of == ARRAY:                                # one in the other, perhaps without an end
+            raise ValueError(f"{what} is an array of arrays, which no model has")
         n = self.number("Q", what)
         if of in SCALARS:
             code = SCALARS[of]
@@ -277,6 +279,8 @@ def read_header(reader: Reader, i: int) -> tuple[str, str, tuple[int, ...], int]
     shape = [reader.number("Q", f"the shape of {name}") for _ in range(n_dimensions)]
     number = reader.number("I", f"the type of {name}")
     offset = reader.number("Q", f"the offset of {name}")
+    if 0 in shape:
+        raise ValueError(f"the tensor {name} has the shape {tuple(shape)}, with no number in it")
     kinds = [kind for kind, of in KINDS.items() if of.number == number]
     if not kinds:
         raise ValueError(f"the tensor {name} has the type {number}; served are {', '.join(KINDS)}")

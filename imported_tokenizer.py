@@ -134,7 +134,12 @@ class ImportedTokenizer:
                 bytes([byte]) in self.ranks for byte in REPLACEMENT):
             raise ValueError("the vocabulary does not have the bytes of U+FFFD, which stand for "
                              "those that it lacks")
-        self.compiled = [regex.compile(pattern) for pattern in patterns]
+        self.compiled = []
+        for pattern in patterns:
+            try:
+                self.compiled.append(regex.compile(pattern))
+            except (regex.error, TypeError) as error:
+                raise ValueError(f"the pattern {pattern!r} is none ({error})") from None
         self.known: dict[str, list[int]] = {}          # ids of the words met so far
         self.take_roles(special, template, end, pad, endoftext, visible)
 

@@ -67,6 +67,10 @@ class LibraryTokenizer(ImportedTokenizer):
         highest = max(vocabulary.values())
         if highest >= size:
             raise ValueError(f"the tokenizer has the id {highest}, and the model {size} tokens")
+        for name, i in special.items():
+            if vocabulary.get(name) != i:
+                raise ValueError(f"the control token {name} has the id {i} among the added tokens, "
+                                 f"and {vocabulary.get(name)} in the vocabulary")
         if not any(BLANK in token for token in vocabulary):
             kind = theirs["model"].get("type", "BPE")
             raise ValueError(f"model.type is {kind} without {BLANK} for blanks, which is not "

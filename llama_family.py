@@ -7,6 +7,8 @@ here. convert.py reads and writes by these tables.
     their_config(config, tokenizer)          config.json
     config_of_gguf(metadata, tensors)        the same from a GGUF file
 """
+import math
+
 from torch import Tensor
 
 import gguf_file
@@ -149,37 +151,42 @@ SILENT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_v
           "id2label", "label2id", "problem_type",
           "chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states"}
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+# How the type llama3 makes wavelengths longer, besides its factor.
+OF_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": ROPE_ORIGINAL}
+LARGEST = 1 << 24                     # of a size; RoPE's tables have a row for each position
 
 
-def our_config(theirs: dict) -> ModelConfig:
+def our_config(fields: dict) -> ModelConfig:
     """The sizes of a model from its config.json. Raises ValueError, by the name of the field, for
     what is not served."""
-    kind = theirs.get("model_type")
-    if kind not in KINDS:
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"model_type is {kind!r}; served are {', '.join(KINDS)}")
-    if theirs.get("use_sliding_window") is False:      # Qwen's say a width that is not used
-        theirs = theirs | {"sliding_window": None}
-    for name, value in theirs.items():
+    if fields.get("use_sliding_window") is False:      # Qwen's say a width that is not used
+        fields = fields | {"sliding_window": None}
+    for name, value in fields.items():
         if name in ONLY:
             if value != ONLY[name]:
                 raise ValueError(f"{name} is {value!r}; {ONLY[name]!r} is served")
         elif name not in SILENT | ROPE | {*SIZES.values()} and value not in (None, False):
             raise ValueError(f"{name} is {value!r}, and what that means is not known here; if it "
                              "changes nothing in what the model computes, remove it")
-    for layer in theirs.get("layer_types") or ():
+    for layer in fields.get("layer_types") or ():
         if layer != "full_attention":
             raise ValueError(f"layer_types has {layer!r}; full_attention is served")
     _, sizes = KINDS[kind]
     sizes = dict(sizes)
     for ours, name in SIZES.items():
-        if theirs.get(name) is not None:
-            sizes[ours] = theirs[name]
+        if fields.get(name) is not None:
+            check_size(name, fields[name])
+            sizes[ours] = fields[name]
     for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff",
                  "norm_eps"):
         if ours not in sizes:
             raise ValueError(f"{SIZES[ours]} is missing")
     for name in NEEDED[kind]:
-        if name not in theirs:
+        if name not in fields:
             raise ValueError(f"{name} is missing; give it as the model has it")
     if sizes.get("head_width") == sizes["d_model"] // sizes["n_heads"]:
         del sizes["head_width"]                        # the usual one, which some spell out
@@ -188,28 +195,52 @@ def our_config(theirs: dict) -> ModelConfig:
         sizes["d_expert"] = sizes["d_ff"]
     elif sizes.pop("n_experts", 0):
         raise ValueError("num_local_experts: only mixtral has experts here")
-    return sizes_of("config.json", sizes | rope_of(theirs))
+    return sizes_of("its sizes", sizes | rope_of(fields))
 
 
-def rope_of(theirs: dict) -> dict:
+def check_size(name: str, value) -> None:
+    """Raises ValueError for a size that no model has."""
+    if name == "tie_word_embeddings":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be true or false")
+    elif name in ("rms_norm_eps", "rope_theta", "factor"):
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+    elif type(value) is not int or not 0 < value <= LARGEST:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number in 1 .. {LARGEST:,}")
+
+
+def rope_of(fields: dict) -> dict:
     """rope_theta and rope_factor, from wherever a version of config.json has them."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    given = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    if len(given) == 2 and fields["rope_parameters"] != fields["rope_scaling"]:
+        raise ValueError("rope_parameters and rope_scaling differ; remove what the model was not "
+                         "trained with")
+    where = given[0] if given else ""
+    rope = fields[where] if given else {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}; it must be an object with a rope_type")
-    if "rope_theta" not in {*rope, *theirs}:
+        raise ValueError(f"{where} is {rope!r}; it must be an object with a rope_type")
+    if "rope_theta" not in {*rope, *fields}:
         raise ValueError("rope_theta is missing; give it as the model has it")
-    found = {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 0)))}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return found
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling has the type {kind!r}; llama3 is served")
-    served = {"low_freq_factor": 1, "high_freq_factor": 4,
-              "original_max_position_embeddings": ROPE_ORIGINAL}
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{where} has the type {kind!r}; llama3 is served")
+    served = OF_LLAMA3 if kind == "llama3" else {}
     for name, value in served.items():
         if rope.get(name) != value:
-            raise ValueError(f"rope_scaling: {name} is {rope.get(name)!r}; {value} is served")
-    return found | {"rope_factor": float(rope["factor"])}
+            raise ValueError(f"{where}: {name} is {rope.get(name)!r}; {value} is served")
+    known = {"rope_theta", "rope_type", "type", *served}
+    if kind == "llama3":
+        known.add("factor")
+    for name in rope.keys() - known:
+        raise ValueError(f"{where}: {name} is {rope[name]!r}, and what that means with the type "
+                         f"{kind} is not known here")
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    check_size("rope_theta", theta)
+    if kind == "default":
+        return {"rope_theta": float(theta)}
+    check_size("factor", rope.get("factor"))
+    return {"rope_theta": float(theta), "rope_factor": float(rope["factor"])}
 
 
 def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
@@ -249,8 +280,7 @@ def their_config(config: ModelConfig, tokenizer: ImportedTokenizer) -> dict:
     found["rope_theta"] = config.rope_theta
     if config.rope_factor != 1:
         found["rope_scaling"] = {"rope_type": "llama3", "factor": config.rope_factor,
-                                 "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                 "original_max_position_embeddings": ROPE_ORIGINAL}
+                                 **OF_LLAMA3}
     return found
 
 
@@ -270,6 +300,8 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
     if n_experts and kind != "llama":
         raise ValueError(f"{kind}.expert_count is {n_experts}; of experts those of Mixtral, whose "
                          "architecture is llama, are served")
+    for name in ("block_count", "attention.head_count", "embedding_length"):
+        check_size(f"{kind}.{name}", metadata[f"{kind}.{name}"])
     n_layers = metadata[f"{kind}.block_count"]
     if n_layers > len(packed):
         raise ValueError(f"{kind}.block_count is {n_layers:,}, and there are {len(packed):,} "
@@ -304,9 +336,7 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
     if "rope_freqs.weight" in packed:
         # the longest wavelengths are so many times longer
         factor = float(gguf_file.unpacked(packed["rope_freqs.weight"]).max())
-        found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1,
-                                 "high_freq_factor": 4,
-                                 "original_max_position_embeddings": ROPE_ORIGINAL}
+        found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **OF_LLAMA3}
     return found
 
 

@@ -98,7 +98,7 @@ def examine(cfg) -> tuple[dict, dict]:
     for name in POLICIES:
         folder = cfg.base if name == "base" else str(out / name)
         model, tokenizer = load_model(folder, device, dtype)
-        if not shown:
+        if name == POLICIES[0]:
             reward = Reward(str(out / "rm"), "min", tokenizer, device, dtype)
             # the same prompts for all policies, and SFT's has the shortest context
             context = PLAN["sft"]["context_length"] or model.config.context_length

@@ -3,6 +3,7 @@ Adapters of the peft library: adapter_config.json and adapter_model.safetensors,
 lora.py saves. Of its methods LoRA alone, which both have.
 """
 import json
+import math
 from pathlib import Path
 
 import safetensors.torch
@@ -80,6 +81,7 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
     if unused := sorted({*theirs} - known):
         raise ValueError(f"{folder}: {len(unused)} tensors are of no use to this model, for "
                          f"example {unused[0]}")
+    check_pairs(folder, theirs, config["r"])
     layers = sorted({int(name.split(".")[4]) for name in theirs})
     targets = [ours for ours, modules in OF_PEFT.items()
                if any(f"{module}.lora_A" in name for module in modules for name in theirs)]
@@ -98,7 +100,10 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
     for name, own in lora.learned(model).items():
         if not any(part in theirs for part in peft_names(name)):
             raise ValueError(f"{folder}: {peft_names(name)[0]} is missing")
-        weights[name] = put_together(name, theirs, own)
+        try:
+            weights[name] = put_together(name, theirs, own)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -135,9 +140,23 @@ def check_config(file: str, config: dict | None) -> None:
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise ValueError(f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which "
                          "changes the base as well")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
-            raise ValueError(f"{file}: {name} is {config.get(name)!r}; it must be above 0")
+    for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        if type(config.get(name)) not in kinds or not 0 < config[name] < math.inf:
+            raise ValueError(f"{file}: {name} is {config.get(name)!r}; it must be a "
+                             f"{'whole ' if name == 'r' else ''}number above 0")
+
+
+def check_pairs(folder: Path, theirs: dict[str, Tensor], rank: int) -> None:
+    """Raises ValueError for an A without its B, a B without its A, and for one of another rank."""
+    for name, weight in theirs.items():
+        is_a = ".lora_A." in name
+        start, _, end = name.rpartition(".lora_A." if is_a else ".lora_B.")
+        other = start + (".lora_B." if is_a else ".lora_A.") + end
+        if other not in theirs:
+            raise ValueError(f"{folder}: {name} is there, and {other} is missing")
+        if weight.dim() != 2 or weight.shape[0 if is_a else 1] != rank:
+            raise ValueError(f"{folder}: {name} has the shape {tuple(weight.shape)}, and the "
+                             f"config's r is {rank}")
 
 
 def put_together(name: str, theirs: dict[str, Tensor], own: Tensor) -> Tensor:

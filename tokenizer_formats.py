@@ -35,6 +35,17 @@ CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
 
+# The fields that are read, where they are there, and of which type each must be.
+SETTINGS = {"chat_template": (str, list), "added_tokens_decoder": (dict,),
+            "tokenizer_class": (str,), "bos_token": (str, dict), "eos_token": (str, dict),
+            "pad_token": (str, dict)}
+OF_SEVERAL = {"name": (str,), "template": (str,)}      # of each template in a list
+GGUF_FIELDS = {"tokenizer.ggml.tokens": (list,), "tokenizer.ggml.token_type": (list,),
+               "tokenizer.ggml.merges": (list,), "tokenizer.chat_template": (str,),
+               "tokenizer.ggml.bos_token_id": (int,), "tokenizer.ggml.eos_token_id": (int,),
+               "tokenizer.ggml.padding_token_id": (int,)}
+
+
 class Form(NamedTuple):
     before: str                        # of a turn; {role} is the role's own name
     after: str
@@ -48,7 +59,8 @@ FORMS = {
     "lifecycle": Form("<|{role}|>", "<|end|>"),
     "zephyr": Form("<|{role}|>\n", "</s>\n", marks=("</s>",)),
 }
-# What a template may call or apply; all else could be a program.
+# What may stand before a bracket or behind a |: calls and filters, and the words of Jinja that a
+# bracket may follow. All else could be a program.
 CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range", "if",
          "elif", "and", "or", "not", "in", "else", "length", "split", "startswith", "endswith",
          "lstrip", "rstrip", "items", "is")
@@ -239,7 +251,10 @@ def roles_of(special: dict[str, int], template: Template, eos: str, pad: str) ->
     names = ("<|endoftext|>", "<|end_of_text|>", "</s>", eos)
     endoftext = next((name for name in names if name in special), end)
     candidates = [pad, "<|pad|>", endoftext, *special]
-    pad = next(name for name in candidates if name in special and name != end)
+    pad = next((name for name in candidates if name in special and name != end), "")
+    if not pad:
+        raise ValueError(f"{end}, which ends a turn, is the only control token, and another one "
+                         "must pad; add one to the vocabulary")
     return {"end": end, "pad": pad, "endoftext": endoftext}
 
 
@@ -251,6 +266,10 @@ def assembled(vocabulary: dict[str, int], size: int, control: dict[str, int],
     highest = max([*vocabulary.values(), *control.values()])
     if highest >= size:
         raise ValueError(f"the tokenizer has the id {highest}, and the model {size} tokens")
+    for token, i in control.items():
+        if vocabulary.get(token, i) != i:
+            raise ValueError(f"the control token {token} has the id {i} among the added tokens, "
+                             f"and {vocabulary[token]} in the vocabulary")
     tokens: list[bytes | None] = [None] * size
     for token, i in vocabulary.items():
         if token in control:
@@ -272,24 +291,46 @@ def read_folder(folder: Path, size: int, form: str = "") -> ImportedTokenizer:
     Raises ValueError, by the name of the file and the field, for what is not served.
     """
     settings = read_json(folder / "tokenizer_config.json", {})
-    if not isinstance(settings, dict):
-        raise ValueError(f"{folder}/tokenizer_config.json: not an object of fields")
-    jinja = settings.get("chat_template")
-    if isinstance(jinja, list):                        # several, for different uses
-        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").is_file():
-        jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    check_kinds(f"{folder}/tokenizer_config.json", settings, SETTINGS)
+    jinja = jinja_in(folder, settings)
     file = folder / "tokenizer.json"
     saved = read_json(file, None)
     if saved is None:
-        file = folder / "tokenizer_config.json"
-        saved = from_ranks(folder, settings)
+        file = folder                                  # several files
     try:
+        if saved is None:
+            saved = from_ranks(folder, settings)
         return from_json(saved, settings, jinja, size, form)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: a field is missing or of another form ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def check_kinds(where: str, fields: dict, kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raises ValueError for a field that is there and of none of its types."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: not an object of fields")
+    for name, served in kinds.items():
+        value = fields.get(name)
+        if value is not None and not isinstance(value, served):
+            wanted = " or a ".join(kind.__name__ for kind in served)
+            raise ValueError(f"{where}: {name} is {str(value)[:60]!r}, a {type(value).__name__}; "
+                             f"it must be a {wanted}")
+
+
+def jinja_in(folder: Path, settings: dict) -> str | None:
+    """The chat template of a folder: a file, a field, or of several that which is the default."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    jinja = settings.get("chat_template")
+    if isinstance(jinja, list):                        # several, for different uses
+        named = {}
+        for one in jinja:
+            check_kinds(f"{folder}/tokenizer_config.json: chat_template", one, OF_SEVERAL)
+            named[one.get("name")] = one.get("template")
+        jinja = named.get("default")
+    return jinja
 
 
 def read_json(file: Path, otherwise):
@@ -339,6 +380,8 @@ def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
     model = saved["model"]
     added = saved.get("added_tokens") or ()
     control = {token["content"]: token["id"] for token in added}
+    if len(control) < len(added):
+        raise ValueError("added_tokens has a token twice")
     visible = [token["content"] for token in added if token.get("special") is False]
     names = {name: name_of(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     template = template_of(jinja, control, names["bos_token"], names["eos_token"], form)
@@ -349,11 +392,18 @@ def from_json(saved: dict, settings: dict, jinja: str | None, size: int,
         if model.get(name):
             raise ValueError(f"model.{name} is {model[name]!r}, which is not served")
     patterns = patterns_of(saved.get("pre_tokenizer"))
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
-              for pair in model["merges"]]
+    merges = [pair_of(merge) for merge in model["merges"]]
     return assembled(model["vocab"], size, control, merges, patterns, template,
                      names["eos_token"], names["pad_token"], nfc=is_nfc(saved.get("normalizer")),
                      whole_words=bool(model.get("ignore_merges")), visible=visible)
+
+
+def pair_of(merge: str | list[str]) -> tuple[str, str]:
+    """"l ow" or ["l", "ow"] -> ("l", "ow"). Raises ValueError for what is no pair."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+        raise ValueError(f"the merge {merge!r} is no pair of tokens")
+    return pair[0], pair[1]
 
 
 def name_of(token: str | dict | None) -> str:
@@ -478,7 +528,9 @@ def their_json(tokenizer: ImportedTokenizer) -> dict:
 # ---------------------------------------------------------------------- GGUF
 
 def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
-    """The tokenizer in the metadata of a GGUF file, of a model with `size` tokens."""
+    """The tokenizer in the metadata of a GGUF file, of a model with `size` tokens. Raises
+    ValueError, by the name of the field, for what is not served."""
+    check_kinds("the metadata", metadata, GGUF_FIELDS)
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ValueError(f"tokenizer.ggml.model is {kind!r}; of GGUF byte-level BPE, gpt2, is "
@@ -487,6 +539,8 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
     if name not in GGUF_PATTERNS:
         raise ValueError(f"tokenizer.ggml.pre is {name!r}; served are {', '.join(GGUF_PATTERNS)}")
     spelled = metadata["tokenizer.ggml.tokens"]
+    if not all(isinstance(token, str) for token in spelled):
+        raise ValueError("tokenizer.ggml.tokens has entries that are no texts")
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(spelled))
     if len(types) != len(spelled):
         raise ValueError(f"tokenizer.ggml.token_type has {len(types):,} entries, and there are "
@@ -495,7 +549,7 @@ def from_gguf(metadata: dict, size: int, form: str = "") -> ImportedTokenizer:
         raise ValueError("tokenizer.ggml.tokens has a token twice")
     control = {token: i for i, token in enumerate(spelled) if types[i] in (CONTROL, USER_DEFINED)}
     vocabulary = {token: i for i, token in enumerate(spelled) if types[i] == NORMAL}
-    merges = [tuple(pair.split(" ")) for pair in metadata.get("tokenizer.ggml.merges", ())]
+    merges = [pair_of(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
 
     def named(role: str) -> str:
         i = metadata.get(f"tokenizer.ggml.{role}_token_id", -1)

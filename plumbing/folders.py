@@ -321,7 +321,7 @@ def build(folder: str | Path, saved: dict, weights: dict[str, Tensor], tokenizer
         base = base_weights(folder, peft["base"])
     if context_length:                                 # RoPE's table is made anew, weights stay
         sizes["context_length"] = context_length
-    config = sizes_of(folder, sizes)
+    config = sizes_of(f"{folder}/config.json", sizes)
     n_saved = sum(weight.numel() for weight in [*weights.values(), *base.values()])
     # Before the model is made, because a file of a kilobyte may ask for a million layers.
     if config.block_parameters() > n_saved:
@@ -383,23 +383,22 @@ def base_weights(folder: str | Path, base: dict[str, str]) -> dict[str, Tensor]:
     return weights
 
 
-def sizes_of(folder: str | Path, sizes: dict) -> ModelConfig:
-    """The "model" of config.json as a ModelConfig. Raises ValueError, naming the folder, for
-    fields that are not there, unknown, of another type or that do not fit together."""
+def sizes_of(where: str, sizes: dict) -> ModelConfig:
+    """The "model" of config.json as a ModelConfig. Raises ValueError, naming the file, for fields
+    that are not there, unknown, of another type or that do not fit together."""
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     for name, value in sizes.items():
         if name not in fields:
-            raise ValueError(f"{folder}/config.json: the model has no size called {name!r}")
+            raise ValueError(f"{where}: the model has no size called {name!r}")
         kind = fields[name].type
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits:
-            raise ValueError(f"{folder}/config.json: {name} is {value!r}; it must be of type "
-                             f"{kind.__name__}")
+            raise ValueError(f"{where}: {name} is {value!r}; it must be of type {kind.__name__}")
     try:
         check_values(ModelConfig, sizes)
         return ModelConfig(**sizes)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def verify(folder: Path) -> None:

@@ -421,8 +421,21 @@ BAD_CONFIGS = {
     "tensors are of no use": {"num_hidden_layers": 1},
     "vocab_size must be|vocab_size is": {"vocab_size": "many"},
     "rope_scaling is 'linear'": {"rope_scaling": "linear"},
-    "config: .*zero": {"num_attention_heads": 0},
+    "num_attention_heads is 0; it must be a whole number": {"num_attention_heads": 0},
+    "num_attention_heads is '2'": {"num_attention_heads": "2"},
+    "max_position_embeddings is 1000000000000": {"max_position_embeddings": 10 ** 12},
+    "tie_word_embeddings is 'no'": {"tie_word_embeddings": "no"},
+    "config: rms_norm_eps is 0; it must be a number": {"rms_norm_eps": 0},
+    "num_local_experts is 1,000,000, and there are": {
+        "model_type": "mixtral", "num_local_experts": 1_000_000, "num_experts_per_tok": 2},
     "sliding_window is missing": {"model_type": "mistral"},
+    "rope_scaling: factor is 2, .* type default": {"rope_scaling": {"factor": 2}},
+    "factor is None": {"rope_scaling": {**LLAMA3, "factor": None}},
+    "rope_parameters and rope_scaling differ": {
+        "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    "rope_parameters: partial_rotary_factor is 0.5": {
+        "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}},
+    "rope_theta is None": {"rope_theta": None},
 }
 
 
@@ -446,7 +459,10 @@ def test_a_field_that_classes_fill_in_differently_must_be_there(tmp_path):
 
 @pytest.mark.parametrize("field, value, message", [
     ("layer_replication", [[0, 1]], "layer_replication is"), ("r", None, "r is None"),
-    ("init_lora_weights", "pissa", "changes the base"), ("use_dora", True, "use_dora is True")])
+    ("init_lora_weights", "pissa", "changes the base"), ("use_dora", True, "use_dora is True"),
+    ("r", 16, r"lora_A.weight has the shape \(2, 32\), and the config's r is 16"),
+    ("r", 2.5, "r is 2.5; it must be a whole number"), ("r", True, "r is True"),
+    ("lora_alpha", float("nan"), "lora_alpha is nan")])
 def test_an_adapter_that_would_add_something_else_is_refused(field, value, message, tmp_path):
     to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -459,6 +475,23 @@ def test_an_adapter_that_would_add_something_else_is_refused(field, value, messa
     with pytest.raises(ValueError, match=message):
         to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"))
     assert not (tmp_path / "x").exists()
+
+
+def test_half_of_an_adapter_is_refused(tmp_path):
+    to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    (tmp_path / "peft").mkdir()
+    safetensors.torch.save_file({name: torch.ones(2, 32)},
+                                tmp_path / "peft/adapter_model.safetensors")
+    (tmp_path / "peft/adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    with pytest.raises(ValueError, match="q_proj.lora_B.weight is missing"):
+        to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"))
+    # and what nothing would read is not taken along in silence
+    with pytest.raises(ValueError, match="--dtype float32: .* an adapter of peft"):
+        to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"),
+                     dtype="float32")
+    with pytest.raises(ValueError, match="--base .*: .* is a model"):
+        to_lifecycle(tmp_path / "hf", tmp_path / "x", base=str(tmp_path / "ours"))
 
 
 def test_an_adapter_of_a_matrix_that_takes_none_here_is_refused_by_its_name(tmp_path):
@@ -508,6 +541,25 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
         to_lifecycle(folder, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("weight_map", [{"lm_head.weight": 3}, {"lm_head.weight": ["a"]}])
+def test_an_index_of_no_texts_is_refused(weight_map, tmp_path):
+    folder = write_folder(tmp_path / "hf", BASE, shards=2)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="not all files in weight_map are texts"):
+        to_lifecycle(folder, tmp_path / "ours")
+
+
+def test_a_tensor_that_stands_in_two_shards_is_named(tmp_path):
+    folder = write_folder(tmp_path / "hf", BASE, shards=2)
+    first = safetensors.torch.load_file(folder / "model-00001-of-00002.safetensors")
+    second = safetensors.torch.load_file(folder / "model-00002-of-00002.safetensors")
+    name = min(first)
+    safetensors.torch.save_file(second | {name: first[name] + 1},
+                                folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=f"{name} stands in model-00001.*and in model-00002"):
+        to_lifecycle(folder, tmp_path / "ours")
+
+
 def gguf_bytes(tmp_path) -> bytes:
     folder = write_folder(tmp_path / "hf", BASE)
     to_lifecycle(folder, tmp_path / "ours")
@@ -531,6 +583,46 @@ def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path):
         + struct.pack("<IIQ", 9, 8, 1 << 40)
     with pytest.raises(ValueError, match="1,099,511,627,776 entries"):
         gguf_file.read(memoryview(array))
+
+
+def test_arrays_within_arrays_and_tensors_of_nothing_are_refused():
+    def text(name: bytes) -> bytes:
+        return struct.pack("<Q", len(name)) + name
+
+    nested = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"a") + struct.pack("<I", 9) \
+        + 5_000 * struct.pack("<IQ", 9, 1)
+    with pytest.raises(ValueError, match="a is an array of arrays"):
+        gguf_file.read(memoryview(nested))
+    empty = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text(b"w") \
+        + struct.pack("<IQQIQ", 2, 0, 300_000, 0, 0)
+    with pytest.raises(ValueError, match=r"w has the shape \(0, 300000\)"):
+        gguf_file.read(memoryview(empty))
+
+
+GGUF_DAMAGE = {
+    "m.gguf: .*eos_token_id is 'x', a str": {"tokenizer.ggml.eos_token_id": "x"},
+    "m.gguf: .*chat_template is '3', a int": {"tokenizer.chat_template": 3},
+    "m.gguf: the merge 1 is no pair": {"tokenizer.ggml.merges": [1, 2]},
+    "m.gguf: the merge 'a b c' is no pair": {"tokenizer.ggml.merges": ["a b c"]},
+    "m.gguf: .*tokens has entries that are no texts": {"tokenizer.ggml.tokens": [1, 2]},
+    "m.gguf: .*attention.head_count is 0": {"llama.attention.head_count": 0},
+    "m.gguf: .*attention.head_count is '2'": {"llama.attention.head_count": "2"},
+}
+
+
+def test_damaged_metadata_of_a_gguf_file_are_refused_by_file_and_field(tmp_path):
+    metadata, _ = gguf_file.read(memoryview(gguf_bytes(tmp_path)))
+    model, tokenizer = load_model(tmp_path / "ours")
+    tensors = {llama_family.gguf_name(name)[0]: weight for name, weight in
+               llama_family.by_their_names(model.config, model.state_dict()).items()}
+    for message, damage in GGUF_DAMAGE.items():
+        gguf_file.write(tmp_path / "m.gguf", metadata | damage, tensors)
+        with pytest.raises(ValueError, match=message):
+            to_lifecycle(tmp_path / "m.gguf", tmp_path / "x")
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="m.gguf: the file is empty"):
+        to_lifecycle(tmp_path / "m.gguf", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_metadata_that_would_change_the_model_is_refused(tmp_path):
@@ -573,6 +665,13 @@ def test_a_zip_of_one_model_is_read_and_one_of_two_is_refused(tmp_path):
     for name in ("cut.zip", "damaged.zip"):
         with pytest.raises(ValueError, match="neither|damaged"):
             to_lifecycle(tmp_path / name, tmp_path / "x")
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("m.gguf", whole)
+    damaged = bytearray((tmp_path / "lzma.zip").read_bytes())
+    damaged[60:200] = bytes(140)
+    (tmp_path / "lzma.zip").write_bytes(damaged)
+    with pytest.raises(ValueError, match="lzma.zip is damaged"):
+        to_lifecycle(tmp_path / "lzma.zip", tmp_path / "x")
     outside = write_zip(tmp_path / "outside.zip", {"../m.gguf": whole})
     with pytest.raises(ValueError, match="leads out of it"):
         to_lifecycle(outside, tmp_path / "x")

@@ -357,6 +357,16 @@ DAMAGE = {
     "Metaspace": lambda saved: saved.update(pre_tokenizer={"type": "Metaspace"}),
     "stands for no byte": lambda saved: saved["model"]["vocab"].update({"東": 290}),
     "a field is missing": lambda saved: saved.pop("model"),
+    "added_tokens has a token twice": lambda saved: saved["added_tokens"].append(
+        saved["added_tokens"][0]),
+    "has the id 299 among the added tokens, and 2 in": lambda saved:
+        saved["added_tokens"][2].update(id=299),
+    "the merge 'a b c' is no pair": lambda saved: saved["model"]["merges"].append("a b c"),
+    "the merge 5 is no pair": lambda saved: saved["model"]["merges"].append(5),
+    r"the pattern '\(a' is none": lambda saved: saved.update(pre_tokenizer={
+        "type": "Sequence", "pretokenizers": [
+            {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(a"}},
+            {"type": "ByteLevel", "use_regex": False}]}),
 }
 
 
@@ -369,6 +379,33 @@ def test_a_tokenizer_json_that_is_not_served_is_refused(message, tmp_path):
         json.dumps(settings | {"chat_template": CHATML}))
     with pytest.raises(ValueError, match=message):
         tokenizer_formats.read_folder(tmp_path, 300)
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("chat_template", 3, "chat_template is '3', a int"),
+    ("chat_template", ["x"], "chat_template: not an object of fields"),
+    ("added_tokens_decoder", [], r"added_tokens_decoder is '\[\]', a list"),
+    ("tokenizer_class", 5, "tokenizer_class is '5', a int")])
+def test_a_setting_of_another_type_is_refused_by_file_and_field(field, value, message, tmp_path):
+    saved, settings = vocabulary(300)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {field: value}))
+    with pytest.raises(ValueError, match="tokenizer_config.json:? .*" + message):
+        tokenizer_formats.read_folder(tmp_path, 300)
+
+
+def test_a_damaged_list_of_merges_is_not_blamed_on_another_file(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(ValueError) as refused:
+        tokenizer_formats.read_folder(tmp_path, 300, "chatml")
+    assert "tokenizer_config.json" not in str(refused.value)
+
+
+def test_a_vocabulary_whose_only_control_token_ends_turns_is_refused():
+    template = Template("", {}, {"assistant": "</s>\n"})
+    with pytest.raises(ValueError, match="</s>, which ends a turn, is the only control token"):
+        tokenizer_formats.roles_of({"</s>": 2}, template, "</s>", "")
 
 
 @pytest.mark.parametrize("name", ["tokens", "special", "merges", "template", "end"])
