@@ -65,6 +65,9 @@ class Config:
     dtype: str = "auto"               # auto | float32 | bfloat16: of all tensors; auto: as they are
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
 class Source(NamedTuple):
     """A model from elsewhere, its fields and tensors by the names of Hugging Face."""
     where: str                                         # what messages call it
@@ -97,10 +100,13 @@ def only_model(path: Path) -> tuple[str, memoryview]:
     try:
         with zipfile.ZipFile(path) as archive:
             entry = only_entry(path, archive)
+            with archive.open(entry) as file:          # before gigabytes are unpacked
+                if file.read(4) != b"GGUF":
+                    raise ValueError(f"{path}: {entry.filename} does not begin with GGUF")
             raw = archive.read(entry)
     # what zipfile raises for damage, encryption and methods that it does not know
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError,
-            NotImplementedError) as error:
+            NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged, encrypted or packed in a way that is not known "
                          f"({error})") from None
     return f"{path}: {entry.filename}", memoryview(raw)
@@ -127,6 +133,8 @@ def from_gguf(where: str, data: memoryview) -> Source:
     try:
         metadata, packed = gguf_file.read(data)
         config = config_of_gguf(metadata, packed)
+        if "rope_freqs.weight" in packed:
+            check_rope_factors(gguf_file.unpacked(packed["rope_freqs.weight"]), config)
     except KeyError as error:
         raise ValueError(f"{where}: the metadata has no {error}") from None
     except (TypeError, ArithmeticError, AttributeError, ValueError) as error:
@@ -134,9 +142,7 @@ def from_gguf(where: str, data: memoryview) -> Source:
     place_of = {name: gguf_name(name) for name in possible_names(config)}
     names = {name for name, (place, _) in place_of.items() if place in packed}
     names |= packed.keys() - {place for place, _ in place_of.values()}     # which nothing reads
-    if "rope_freqs.weight" in packed:
-        check_rope_factors(where, gguf_file.unpacked(packed["rope_freqs.weight"]), config)
-        names.remove("rope_freqs.weight")
+    names.discard("rope_freqs.weight")                 # which config says
     turned = {"self_attn.q_proj": config["num_attention_heads"],
               "self_attn.k_proj": config["num_key_value_heads"]}
 
@@ -148,6 +154,9 @@ def from_gguf(where: str, data: memoryview) -> Source:
         weight = gguf_file.unpacked(found)
         for part, n_heads in turned.items():
             if part in name and config["model_type"] in TURNED:
+                if len(weight) % (2 * n_heads):
+                    raise ValueError(f"{where}: {place} has {len(weight)} rows, which do not "
+                                     f"divide into {n_heads} heads of pairs")
                 return in_halves(weight, n_heads)
         return weight
 
@@ -168,11 +177,11 @@ def rope_factors(config: ModelConfig) -> Tensor:
     return rope_frequencies(replace(config, rope_factor=1.0)) / rope_frequencies(config)
 
 
-def check_rope_factors(where: str, factors: Tensor, config: dict) -> None:
+def check_rope_factors(factors: Tensor, config: dict) -> None:
     """Raises ValueError for wavelengths that are not made longer as Llama 3 does it."""
     wanted = rope_factors(our_config(config))
     if factors.shape != wanted.shape or not torch.allclose(factors, wanted, rtol=1e-3):
-        raise ValueError(f"{where}: rope_freqs.weight is not that of Llama 3")
+        raise ValueError("rope_freqs.weight is not that of Llama 3")
 
 
 def from_folder(folder: Path) -> Source:
@@ -182,8 +191,9 @@ def from_folder(folder: Path) -> Source:
         raise ValueError(f"{folder}: there is no config.json of a model in it")
     if "model" in config and "model_type" not in config:
         raise ValueError(f"{folder} is a model folder of this project; give --to hf, gguf or peft")
+    named = weight_map(folder)
     places = {}                                        # {name of a tensor: its file}
-    for file in shards_of(folder):
+    for file in shards_of(folder, named):
         try:
             with safetensors.safe_open(file, "pt") as shard:
                 names = shard.keys()
@@ -193,10 +203,17 @@ def from_folder(folder: Path) -> Source:
             raise ValueError(f"{folder}: the tensor {twice[0]} stands in {places[twice[0]].name} "
                              f"and in {file.name}")
         places |= dict.fromkeys(names, file)
+    for name, file in named.items():
+        if places.get(name) != folder / file:
+            raise ValueError(f"{folder}/model.safetensors.index.json: {file} does not hold the "
+                             f"tensor {name}")
 
     def tensor(name: str) -> Tensor:
-        with safetensors.safe_open(places[name], "pt") as shard:
-            return shard.get_tensor(name)
+        try:
+            with safetensors.safe_open(places[name], "pt") as shard:
+                return shard.get_tensor(name)
+        except Exception as error:                     # a type that torch does not have
+            raise ValueError(f"{places[name]}: {name} cannot be read ({error})") from None
 
     def tokenizer(size: int, form: str) -> ImportedTokenizer:
         return tokenizer_formats.read_folder(folder, size, form)
@@ -204,22 +221,30 @@ def from_folder(folder: Path) -> Source:
     return Source(str(folder), config, set(places), tensor, tokenizer)
 
 
-def shards_of(folder: Path) -> list[Path]:
-    index = tokenizer_formats.read_json(folder / "model.safetensors.index.json", None)
-    if index is not None:
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map")
-        named = index["weight_map"].values()
-        if not all(isinstance(name, str) for name in named):
-            raise ValueError(f"{folder}/model.safetensors.index.json: not all files in weight_map "
-                             "are texts")
-        names = sorted(set(named))
+def weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: its file} as the index of shards says; empty where there is none."""
+    file = folder / "model.safetensors.index.json"
+    index = tokenizer_formats.read_json(file, {"weight_map": {}})
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{file} has no weight_map")
+    if not all(isinstance(name, str) for name in index["weight_map"].values()):
+        raise ValueError(f"{file}: not all files in weight_map are texts")
+    return index["weight_map"]
+
+
+def shards_of(folder: Path, named: dict[str, str]) -> list[Path]:
+    """The files that weight_map() names, or the only one."""
+    if named:
+        names = sorted(set(named.values()))
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"{folder}/model.safetensors.index.json names {name!r}, which "
                                  "leads out of the folder")
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: the shard {name} is missing")
+        if "model.safetensors" not in names and (folder / "model.safetensors").is_file():
+            raise ValueError(f"{folder}: there are a model.safetensors and an index of shards; "
+                             "remove the one that is not the model")
         return [folder / name for name in names]
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: there is no model.safetensors; save the model with "
@@ -252,8 +277,9 @@ def read_model(source: Source, config: ModelConfig,
     with torch.device("meta"):
         model = Transformer(config)
     unused = {name for name in source.names if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied:
-        unused.discard("lm_head.weight")               # some write it twice
+    if config.tied and "lm_head.weight" in unused:     # some write it twice
+        check_tied(source)
+        unused.remove("lm_head.weight")
     weights = {}
     for name, wanted in model.state_dict().items():
         slices = theirs(name, config.n_experts)
@@ -261,17 +287,36 @@ def read_model(source: Source, config: ModelConfig,
             if part not in source.names:
                 raise ValueError(f"{source.where}: the tensor {part} is missing")
             unused.discard(part)
-        found = [torch.cat([source.tensor(part) for part in parts]) for parts in slices]
+        shape = wanted.shape[1:] if wanted.dim() == 3 else wanted.shape
+        found = [torch.cat(parts_of(source, parts, shape)) for parts in slices]
         weight = torch.stack(found) if wanted.dim() == 3 else found[0]
-        if weight.shape != wanted.shape or not weight.is_floating_point():
-            raise ValueError(f"{source.where}: {' and '.join(slices[0])} make a tensor of shape "
-                             f"{tuple(weight.shape)} and type {weight.dtype}; the sizes in config "
-                             f"ask for floats of {tuple(wanted.shape)}")
         weights[name] = weight if dtype == "auto" else weight.to(getattr(torch, dtype))
     if unused:
         raise ValueError(f"{source.where}: {len(unused)} tensors are of no use to a "
                          f"{source.config['model_type']}, for example {min(unused)}")
     return model, weights
+
+
+def parts_of(source: Source, names: list[str], shape: torch.Size) -> list[Tensor]:
+    """The tensors, equally high, that lie one below the other in one of this shape. Raises
+    ValueError for one of another shape or type."""
+    wanted = (shape[0] // len(names), *shape[1:])
+    parts = [source.tensor(name) for name in names]
+    for name, part in zip(names, parts):
+        if part.shape != wanted or part.dtype not in FLOATS:
+            raise ValueError(f"{source.where}: {name} has the shape {tuple(part.shape)} and the "
+                             f"type {part.dtype}; the sizes in config ask for {wanted}, and fp32, "
+                             "fp16 and bf16 are served")
+    return parts
+
+
+def check_tied(source: Source) -> None:
+    """Raises ValueError for an output projection that is not the embedding, as config has it."""
+    head = source.tensor("lm_head.weight")
+    embedding = source.tensor("model.embed_tokens.weight")
+    if head.shape != embedding.shape or not torch.equal(head.float(), embedding.float()):
+        raise ValueError(f"{source.where}: tie_word_embeddings is true, and lm_head.weight is not "
+                         "the embedding; set it to false, if the head is the model's")
 
 
 # ---------------------------------------------------------------------- out
@@ -308,6 +353,8 @@ def write_gguf(file: Path, config: ModelConfig, weights: dict[str, Tensor],
     """One file for llama.cpp. Matrices keep their dtype; norms, biases and routers are fp32, as it
     asks."""
     found = their_config(config, tokenizer)
+    if "rope_scaling" in found and found["model_type"] != "llama":
+        raise ValueError(f"rope_factor is {config.rope_factor}; llama.cpp takes it of llamas alone")
     is_turned = found["model_type"] in TURNED
     kind = "llama" if is_turned else found["model_type"]
     metadata = {

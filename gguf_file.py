@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 32
+LONGEST = 1 << 24                     # bytes of a text of the metadata
+MOST = 1 << 22                        # entries of an array of the metadata
 # Types of metadata by their numbers, those of struct; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}
@@ -209,7 +211,11 @@ class Reader:
         return value
 
     def text(self, what: str) -> str:
-        raw = bytes(self.take(self.number("Q", what), what))
+        n = self.number("Q", what)
+        chunk = self.take(n, what)
+        if n > LONGEST:                                # before it is copied
+            raise ValueError(f"{what} has {n:,} bytes; up to {LONGEST:,} are served")
+        raw = bytes(chunk)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -226,13 +232,15 @@ class Reader:
         if of == ARRAY:                                # one in the other, perhaps without an end
             raise ValueError(f"{what} is an array of arrays, which no model has")
         n = self.number("Q", what)
+        if of not in SCALARS and n * 8 > len(self.data) - self.place:      # 8 bytes a string
+            raise ValueError(f"{what} should have {n:,} entries: the file is cut short or its "
+                             "header is wrong")
+        if n > MOST:
+            raise ValueError(f"{what} should have {n:,} entries; up to {MOST:,} are served")
         if of in SCALARS:
             code = SCALARS[of]
             raw = self.take(n * struct.calcsize("<" + code), what)
             return list(struct.unpack(f"<{n}{code}", raw))
-        if n * 8 > len(self.data) - self.place:        # a string has 8 bytes at least
-            raise ValueError(f"{what} should have {n:,} entries: the file is cut short or its "
-                             "header is wrong")
         return [self.value(of, what) for _ in range(n)]
 
 
@@ -250,6 +258,8 @@ def read(data: memoryview) -> tuple[dict, dict[str, Packed]]:
     metadata = {}
     for i in range(n_metadata):
         name = reader.text(f"the name of metadata {i}")
+        if name in metadata:
+            raise ValueError(f"{name} stands twice")
         kind = reader.number("I", f"the type of {name}")
         metadata[name] = reader.value(kind, name)
     headers = []
@@ -260,13 +270,21 @@ def read(data: memoryview) -> tuple[dict, dict[str, Packed]]:
         raise ValueError(f"general.alignment is {alignment!r}; it must be a positive number")
     start = -(-reader.place // alignment) * alignment
     tensors = {}
+    spans = []                                         # (first byte, behind the last, name)
     for name, kind, shape, offset in headers:
         if name in tensors:
             raise ValueError(f"the tensor {name} stands twice")
         n_bytes = math.prod(shape) // KINDS[kind].block * KINDS[kind].size
+        if offset % alignment:
+            raise ValueError(f"the offset of {name} is {offset:,}, no multiple of {alignment}")
+        spans.append((offset, offset + n_bytes, name))
         reader.place = min(start + offset, len(data))
         raw = reader.take(n_bytes, f"the tensor {name}")
         tensors[name] = Packed(name, kind, shape, np.frombuffer(raw, np.uint8))
+    spans.sort()
+    for (_, end, name), (begin, _, following) in zip(spans, spans[1:]):
+        if begin < end:
+            raise ValueError(f"the tensors {name} and {following} overlap")
     return metadata, tensors
 
 

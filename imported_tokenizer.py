@@ -136,10 +136,12 @@ class ImportedTokenizer:
                              "those that it lacks")
         self.compiled = []
         for pattern in patterns:
+            if not isinstance(pattern, str) or len(pattern) > 10_000 or "(?R" in pattern:
+                raise ValueError(f"the pattern {str(pattern)[:60]!r} is none that is served")
             try:
                 self.compiled.append(regex.compile(pattern))
-            except (regex.error, TypeError) as error:
-                raise ValueError(f"the pattern {pattern!r} is none ({error})") from None
+            except (regex.error, RecursionError) as error:
+                raise ValueError(f"the pattern {pattern[:60]!r} is none ({error})") from None
         self.known: dict[str, list[int]] = {}          # ids of the words met so far
         self.take_roles(special, template, end, pad, endoftext, visible)
 
@@ -153,6 +155,8 @@ class ImportedTokenizer:
         self.vocab_size = len(self.tokens)
         self.n_virtual = 0                             # tokens before a conversation (lora.py)
         for name, i in special.items():
+            if not name or name.encode("utf-8", errors="replace").decode() != name:
+                raise ValueError(f"the control token {name!r} is empty or no text")
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"control token {name} has the id {i}, which is not in 0 .. "
                                  f"{self.vocab_size - 1}")

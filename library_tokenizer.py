@@ -25,11 +25,18 @@ def opened(theirs: dict):
     except ImportError:
         raise ValueError(f"model.type is {kind}, and this is no byte-level BPE; it is run by a "
                          "package that is not installed: pip install tokenizers") from None
+    if theirs["model"].get("dropout"):
+        raise ValueError(f"model.dropout is {theirs['model']['dropout']!r}, which is not served")
     try:
         tokenizer = Tokenizer.from_str(json.dumps(theirs))
-    except Exception as error:                         # the package raises nothing narrower
+        tokenizer.encode("a")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:                     # its panics are no Exception
         raise ValueError(f"model.type is {kind}, and the package tokenizers does not read it "
                          f"({str(error)[:100]})") from None
+    tokenizer.no_truncation()                          # what some have left in their file
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -78,6 +85,8 @@ class LibraryTokenizer(ImportedTokenizer):
         tokens: list[bytes | None] = [None] * size
         for token, i in vocabulary.items():
             if token not in special:
+                if tokens[i] is not None:
+                    raise ValueError(f"the id {i} of the token {token!r} stands twice")
                 tokens[i] = token_bytes_of(token)
         self.tokens = tokens
         self.take_roles(special, template, end, pad, endoftext, visible)

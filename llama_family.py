@@ -154,7 +154,10 @@ ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
 # How the type llama3 makes wavelengths longer, besides its factor.
 OF_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
              "original_max_position_embeddings": ROPE_ORIGINAL}
-LARGEST = 1 << 24                     # of a size; RoPE's tables have a row for each position
+KIND_OF = {"rms_norm_eps": float, "tie_word_embeddings": bool}     # the other sizes are counts
+LARGEST = 1 << 24                     # of a size
+LARGEST_TABLE = 1 << 28               # numbers in RoPE's tables: a row for each position
+MOST_EXPERTS = 1 << 10
 
 
 def our_config(fields: dict) -> ModelConfig:
@@ -163,7 +166,8 @@ def our_config(fields: dict) -> ModelConfig:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"model_type is {kind!r}; served are {', '.join(KINDS)}")
-    if fields.get("use_sliding_window") is False:      # Qwen's say a width that is not used
+    if kind.startswith("qwen") and fields.get("use_sliding_window") is False:
+        # they say a width that is not used
         fields = fields | {"sliding_window": None}
     for name, value in fields.items():
         if name in ONLY:
@@ -172,14 +176,14 @@ def our_config(fields: dict) -> ModelConfig:
         elif name not in SILENT | ROPE | {*SIZES.values()} and value not in (None, False):
             raise ValueError(f"{name} is {value!r}, and what that means is not known here; if it "
                              "changes nothing in what the model computes, remove it")
-    for layer in fields.get("layer_types") or ():
-        if layer != "full_attention":
-            raise ValueError(f"layer_types has {layer!r}; full_attention is served")
+    layer_types = fields.get("layer_types") or []
+    if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
+        raise ValueError(f"layer_types is {layer_types!r}; full_attention is served")
     _, sizes = KINDS[kind]
     sizes = dict(sizes)
     for ours, name in SIZES.items():
         if fields.get(name) is not None:
-            check_size(name, fields[name])
+            check_size(name, fields[name], KIND_OF.get(name, int))
             sizes[ours] = fields[name]
     for ours in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "d_ff",
                  "norm_eps"):
@@ -191,20 +195,27 @@ def our_config(fields: dict) -> ModelConfig:
     if sizes.get("head_width") == sizes["d_model"] // sizes["n_heads"]:
         del sizes["head_width"]                        # the usual one, which some spell out
     sizes.setdefault("tied", False)                    # as Hugging Face's classes take it
+    width = sizes.get("head_width") or sizes["d_model"] // sizes["n_heads"]
+    if sizes["context_length"] * width > LARGEST_TABLE:
+        raise ValueError(f"max_position_embeddings is {sizes['context_length']:,}, and RoPE's "
+                         f"table for heads of {width:,} channels would be too large; give the "
+                         "length that you need")
     if kind == "mixtral":
+        if sizes.get("top_k", 1) < 2:                  # here a gate of one is its probability
+            raise ValueError("num_experts_per_tok is 1 or missing; from 2 on is served")
         sizes["d_expert"] = sizes["d_ff"]
     elif sizes.pop("n_experts", 0):
         raise ValueError("num_local_experts: only mixtral has experts here")
     return sizes_of("its sizes", sizes | rope_of(fields))
 
 
-def check_size(name: str, value) -> None:
+def check_size(name: str, value, kind: type = int) -> None:
     """Raises ValueError for a size that no model has."""
-    if name == "tie_word_embeddings":
+    if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be true or false")
-    elif name in ("rms_norm_eps", "rope_theta", "factor"):
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+    elif kind is float:
+        if type(value) not in (int, float) or not 1e-30 < value < 1e30:
             raise ValueError(f"{name} is {value!r}; it must be a number above 0")
     elif type(value) is not int or not 0 < value <= LARGEST:
         raise ValueError(f"{name} is {value!r}; it must be a whole number in 1 .. {LARGEST:,}")
@@ -236,10 +247,10 @@ def rope_of(fields: dict) -> dict:
         raise ValueError(f"{where}: {name} is {rope[name]!r}, and what that means with the type "
                          f"{kind} is not known here")
     theta = rope.get("rope_theta", fields.get("rope_theta"))
-    check_size("rope_theta", theta)
+    check_size("rope_theta", theta, float)
     if kind == "default":
         return {"rope_theta": float(theta)}
-    check_size("factor", rope.get("factor"))
+    check_size("factor", rope.get("factor"), float)
     return {"rope_theta": float(theta), "rope_factor": float(rope["factor"])}
 
 
@@ -302,6 +313,8 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
                          "architecture is llama, are served")
     for name in ("block_count", "attention.head_count", "embedding_length"):
         check_size(f"{kind}.{name}", metadata[f"{kind}.{name}"])
+    for name in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
+        check_size(f"{kind}.{name}", metadata.get(f"{kind}.{name}", 1.0), float)
     n_layers = metadata[f"{kind}.block_count"]
     if n_layers > len(packed):
         raise ValueError(f"{kind}.block_count is {n_layers:,}, and there are {len(packed):,} "
@@ -318,6 +331,13 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
         if start == kind and field not in READ_OF_GGUF and value not in (0, False, "none"):
             raise ValueError(f"{name} is {value!r}, and what that means is not known here; convert "
                              "the Hugging Face folder")
+    if metadata.get(f"{kind}.attention.causal", True) is not True:
+        raise ValueError(f"{kind}.attention.causal is {metadata[f'{kind}.attention.causal']!r}; "
+                         "decoders are served")
+    n_tokens = packed["token_embd.weight"].shape[0]
+    if metadata.get(f"{kind}.vocab_size", n_tokens) != n_tokens:
+        raise ValueError(f"{kind}.vocab_size is {metadata[f'{kind}.vocab_size']!r}, and "
+                         f"token_embd.weight has {n_tokens:,} rows")
     found = {"model_type": kind, "hidden_size": width, "num_attention_heads": n_heads,
              "head_dim": head, "num_hidden_layers": n_layers,
              "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", n_heads),
@@ -325,19 +345,40 @@ def config_of_gguf(metadata: dict, packed: dict) -> dict:
              "intermediate_size": metadata[f"{kind}.feed_forward_length"],
              "rms_norm_eps": rounded(metadata[f"{kind}.attention.layer_norm_rms_epsilon"]),
              "rope_theta": rounded(metadata.get(f"{kind}.rope.freq_base", 10_000.0)),
-             "vocab_size": packed["token_embd.weight"].shape[0],
+             "vocab_size": n_tokens,
              "tie_word_embeddings": "output.weight" not in packed}
     if n_experts:
-        there = packed["blk.0.ffn_gate_exps.weight"].shape[0]
-        if n_experts != there:
-            raise ValueError(f"{kind}.expert_count is {n_experts:,}, and {there:,} are there")
+        check_experts(f"{kind}.expert_count", n_experts, packed)
         found |= {"model_type": "mixtral", "num_local_experts": n_experts,
                   "num_experts_per_tok": metadata[f"{kind}.expert_used_count"]}
     if "rope_freqs.weight" in packed:
-        # the longest wavelengths are so many times longer
-        factor = float(gguf_file.unpacked(packed["rope_freqs.weight"]).max())
+        if kind != "llama":
+            raise ValueError(f"rope_freqs.weight: of a {kind} it is not served")
+        longest = float(gguf_file.unpacked(packed["rope_freqs.weight"]).max())
+        factor = factor_of(longest, found["rope_theta"], head)
         found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **OF_LLAMA3}
     return found
+
+
+def check_experts(name: str, n_experts: int, packed: dict) -> None:
+    """Raises ValueError for a number of experts that some tensor does not have."""
+    if type(n_experts) is not int or not 0 < n_experts <= MOST_EXPERTS:
+        raise ValueError(f"{name} is {n_experts!r}; 1 .. {MOST_EXPERTS:,} are served")
+    for place, tensor in packed.items():
+        if "_exps." in place and tensor.shape[0] != n_experts:
+            raise ValueError(f"{name} is {n_experts}, and in {place} {tensor.shape[0]:,} are there")
+
+
+def factor_of(longest: float, theta: float, head: int) -> float:
+    """The factor of Llama 3 by which wavelengths grow, from how many times the longest of them is
+    longer. That is the factor itself, if the channel turns at most once in the original context;
+    else both wavelengths are mixed."""
+    turns = ROPE_ORIGINAL * theta ** (2 / head - 1) / (2 * math.pi)
+    low = OF_LLAMA3["low_freq_factor"]
+    share = (turns - low) / (OF_LLAMA3["high_freq_factor"] - low)      # of the old wavelength
+    share = min(1.0, max(0.0, share))
+    # 1 / longest = (1 - share) / factor + share
+    return (1 - share) / max(1e-9, 1 / longest - share) if share < 1 else 1.0
 
 
 def rounded(number: float) -> float:

@@ -3,7 +3,6 @@ Adapters of the peft library: adapter_config.json and adapter_model.safetensors,
 lora.py saves. Of its methods LoRA alone, which both have.
 """
 import json
-import math
 from pathlib import Path
 
 import safetensors.torch
@@ -24,8 +23,8 @@ ONLY_IN_PEFT = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_
 # What says nothing about what an adapter adds.
 SILENT = {"r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform", "lora_dropout",
           "task_type", "inference_mode", "base_model_name_or_path", "init_lora_weights", "revision",
-          "auto_mapping", "peft_version", "layers_pattern", "exclude_modules", "megatron_core",
-          "ensure_weight_tying", "qalora_group_size"}
+          "auto_mapping", "peft_version", "layers_pattern", "megatron_core", "ensure_weight_tying",
+          "qalora_group_size"}
 
 
 def peft_names(name: str) -> list[str]:
@@ -46,6 +45,10 @@ def write_peft(folder: Path, adapter: str) -> None:
                          "for which peft's LoRA has no place; merge it and give --to hf")
     found = {}
     for name, weight in weights.items():
+        matrix = name.split(".")[-2]
+        if matrix not in OF_PEFT:
+            raise ValueError(f"{adapter}: it changes the matrix {matrix}, for which peft's LoRA "
+                             "has no place; merge it and give --to hf")
         names = peft_names(name)
         # one A reads for both matrices, of B each has its rows
         parts = [weight] * len(names) if name.endswith("A") else weight.chunk(len(names))
@@ -82,6 +85,7 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
         raise ValueError(f"{folder}: {len(unused)} tensors are of no use to this model, for "
                          f"example {unused[0]}")
     check_pairs(folder, theirs, config["r"])
+    check_places(folder, theirs, config)
     layers = sorted({int(name.split(".")[4]) for name in theirs})
     targets = [ours for ours, modules in OF_PEFT.items()
                if any(f"{module}.lora_A" in name for module in modules for name in theirs)]
@@ -95,16 +99,17 @@ def read_peft(folder: Path, model: Transformer) -> Transformer:
                            lora_targets=",".join(targets),
                            lora_layers=",".join(map(str, layers)),
                            lora_sqrt=bool(config.get("use_rslora")))
-    lora.attach(model, options)
     weights = {}
-    for name, own in lora.learned(model).items():
-        if not any(part in theirs for part in peft_names(name)):
-            raise ValueError(f"{folder}: {peft_names(name)[0]} is missing")
-        try:
+    try:
+        lora.attach(model, options)
+        for name, own in lora.learned(model).items():
             weights[name] = put_together(name, theirs, own)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     model.load_state_dict(weights, strict=False)
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoRALinear) and not module.merged_weight().isfinite().all():
+            raise ValueError(f"{folder}: it makes {name} infinite; alpha or its numbers are wrong")
     return model
 
 
@@ -123,6 +128,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         weights = safetensors.torch.load_file(file)
     except Exception as error:                         # safetensors has errors of its own
         raise ValueError(f"{file} is missing or damaged ({error})") from None
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{file}: {name} is of the type {weight.dtype}; fp32, fp16 and bf16 "
+                             "are served")
     if not weights or any(not weight.isfinite().all() for weight in weights.values()):
         raise ValueError(f"{file} is empty, or not all of its numbers are finite")
     return weights
@@ -141,7 +150,7 @@ def check_config(file: str, config: dict | None) -> None:
         raise ValueError(f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which "
                          "changes the base as well")
     for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(config.get(name)) not in kinds or not 0 < config[name] < math.inf:
+        if type(config.get(name)) not in kinds or not 0 < config[name] < 1e30:
             raise ValueError(f"{file}: {name} is {config.get(name)!r}; it must be a "
                              f"{'whole ' if name == 'r' else ''}number above 0")
 
@@ -159,10 +168,32 @@ def check_pairs(folder: Path, theirs: dict[str, Tensor], rank: int) -> None:
                              f"config's r is {rank}")
 
 
+def check_places(folder: Path, theirs: dict[str, Tensor], config: dict) -> None:
+    """Raises ValueError for tensors of modules or layers that the config does not name, because
+    peft leaves those out."""
+    targets = config.get("target_modules")
+    layers = config.get("layers_to_transform")
+    if isinstance(layers, int):
+        layers = [layers]
+    if targets not in (None, "all-linear") and not isinstance(targets, list):
+        raise ValueError(f"{folder}/adapter_config.json: target_modules is {targets!r}; a list of "
+                         "modules is served")
+    for name in theirs:
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if isinstance(targets, list) and not any(f".{module}".endswith(f".{target}")
+                                                 for target in targets):
+            raise ValueError(f"{folder}: there is {name}, and target_modules does not name it")
+        if layers and int(name.split(".")[4]) not in layers:
+            raise ValueError(f"{folder}: there is {name}, and layers_to_transform is {layers}")
+
+
 def put_together(name: str, theirs: dict[str, Tensor], own: Tensor) -> Tensor:
     """The A or B of one of our matrices, of own's shape, from those of peft's modules."""
     whole = torch.zeros(own.shape)
     modules = peft_names(name)
+    if not any(module in theirs for module in modules):
+        raise ValueError(f"{modules[0]} is missing; an adapter of the same matrices in each of its "
+                         "layers is served")
     n = len(modules)
     for i, module in enumerate(modules):
         if module not in theirs:

@@ -34,6 +34,7 @@ NORMAL = 1                             # of tokenizer.ggml.token_type; other typ
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
+LONGEST_TOKEN = 1000                   # bytes of a token in a file of ranks
 
 # The fields that are read, where they are there, and of which type each must be.
 SETTINGS = {"chat_template": (str, list), "added_tokens_decoder": (dict,),
@@ -64,6 +65,7 @@ FORMS = {
 CALLS = ("trim", "strip", "raise_exception", "tojson", "namespace", "strftime_now", "range", "if",
          "elif", "and", "or", "not", "in", "else", "length", "split", "startswith", "endswith",
          "lstrip", "rstrip", "items", "is")
+SECONDS = 2                            # in which a pattern finds all that a template has of it
 REMEDY = f"choose one with --template {' | '.join(FORMS)}"
 
 
@@ -98,14 +100,24 @@ def to_characters(token: bytes) -> str:
 
 # ---------------------------------------------------------------------- templates
 
+def found_in(text: str, pattern: str) -> list:
+    """All that a pattern finds. Raises ValueError for a text that is made to take for ever."""
+    try:
+        return regex.findall(pattern, text, flags=regex.DOTALL, timeout=SECONDS)
+    except TimeoutError:
+        raise ValueError(f"the chat template takes more than {SECONDS} seconds to read; "
+                         f"{REMEDY}") from None
+
+
 def check_template(jinja: str) -> None:
     """Raises ValueError for a template that does more than put texts around turns."""
-    inside = regex.findall(r"\{[{%](.*?)[%}]\}", jinja, flags=regex.DOTALL)
-    for code in inside:
+    for code in found_in(jinja, r"\{[{%](.*?)[%}]\}"):
+        if found_in(code, r"content['\"\]]*\s*\[\s*[^'\"\s]"):
+            raise ValueError(f"the chat template cuts a content: {code.strip()[:60]!r}; {REMEDY}")
         code = regex.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "''", code)    # no texts
         if "__" in code:
             raise ValueError(f"the chat template has code in it: {code.strip()[:60]!r}; {REMEDY}")
-        for word in regex.findall(r"(\w+)\s*\(|\|\s*(\w+)", code):
+        for word in found_in(code, r"\b(\w+)\s*\(|\|\s*(\w+)"):
             name = "".join(word)
             if name not in CALLS:
                 raise ValueError(f"the chat template calls {name}, which is not served; {REMEDY}")
@@ -122,11 +134,12 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "", eos: 
 
     Raises ValueError, with the way out, for another one.
     """
+    jinja = "".join(found_in(jinja or "", r"(.*?)(?:\{#.*?#\}|$)"))           # without comments
     if jinja and not form:
         check_template(jinja)
     if jinja:                                          # some call the end of a turn by this name
         jinja = regex.sub(r"\beos_token\b", lambda _: f"'{eos}'", jinja)
-    texts = texts_in(jinja or "")
+    texts = texts_in(jinja)
     fitting = []
     for name, (before, after, _, marks) in FORMS.items():
         needed = marks or regex.findall(r"<\|\w+\|>", before.format(role="user") + after)
@@ -147,8 +160,9 @@ def template_of(jinja: str | None, special: dict[str, int], bos: str = "", eos: 
         has_bos = "bos_token" in jinja or is_spelled_out
     found = Template(bos if has_bos else "", {role: before.format(role=role) for role in ROLES},
                      dict.fromkeys(ROLES, after), default_system(texts, before, after),
-                     is_trimmed(jinja or ""))
-    if others := other_texts(texts, found):
+                     is_trimmed(jinja))
+    outside = found_in(jinja, r"(?:^|[%}]\})([^{}]+)(?=\{[{%]|$)")
+    if others := other_texts([*texts, *outside], found):
         print("the chat template writes other texts, too, which conversations here do not have: "
               f"{others[0]!r} (and {len(others) - 1} more)", file=sys.stderr)
     return found
@@ -164,7 +178,7 @@ def texts_in(jinja: str) -> list[str]:
     """The texts that a template writes, as it spells them in {{ }} and {% set %}: neither names of
     fields, in brackets, nor what a call is given."""
     found = []
-    for code in regex.findall(WRITTEN, jinja):
+    for code in found_in(jinja, WRITTEN):
         code = "".join(code)                           # one of the two is empty
         for match in regex.finditer(STRING, code):
             if not code[:match.start()].rstrip().endswith(("(", "[")):
@@ -321,8 +335,12 @@ def check_kinds(where: str, fields: dict, kinds: dict[str, tuple[type, ...]]) ->
 
 def jinja_in(folder: Path, settings: dict) -> str | None:
     """The chat template of a folder: a file, a field, or of several that which is the default."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: no text in UTF-8 ({error})") from None
     jinja = settings.get("chat_template")
     if isinstance(jinja, list):                        # several, for different uses
         named = {}
@@ -338,9 +356,19 @@ def read_json(file: Path, otherwise):
     if not file.is_file():
         return otherwise
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({str(error)[:100]})") from None
+
+
+def once(pairs: list[tuple]) -> dict:
+    """An object of JSON. Raises ValueError for one that has a field twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} stands twice")
+    return found
 
 
 def from_ranks(folder: Path, settings: dict) -> dict:
@@ -450,11 +478,16 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         if not line.strip():
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            spelled, rank = line.split()
+            token = base64.b64decode(spelled, validate=True)
+            rank = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"{file}, line {number}: {line[:40]!r} is no token in base64 and its "
                              "rank") from None
+        if token in ranks or len(token) > LONGEST_TOKEN:
+            raise ValueError(f"{file}, line {number}: the token {token[:40]!r} stands twice or has "
+                             f"more than {LONGEST_TOKEN} bytes")
+        ranks[token] = rank
     return ranks
 
 

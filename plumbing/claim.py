@@ -274,7 +274,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     temporary.unlink(missing_ok=True)          # of a run that was killed
     temporary.touch()
     mode = temporary.stat().st_mode            # what this user lets others do with new files
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     # Again, because safetensors lets nobody but the owner read its files.
     temporary.chmod(mode)
     fsync(temporary)

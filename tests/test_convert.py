@@ -244,6 +244,16 @@ def test_a_gguf_file_holds_the_same_model_and_tokenizer(kind, tmp_path):
     assert again_tokenizer.template == tokenizer.template
 
 
+def test_a_gguf_file_keeps_a_rope_whose_longest_wavelength_is_a_mixture(tmp_path):
+    # four channels of a head: the slowest turns once in 6,283 tokens, not in the original 8,192
+    model, _ = own_model(tmp_path / "own", rope_theta=10_000.0, rope_factor=8.0)
+    convert.main(convert.Config(init=str(tmp_path / "own"), out=str(tmp_path / "m.gguf"),
+                                to="gguf"))
+    back, _ = to_lifecycle(tmp_path / "m.gguf", tmp_path / "back")
+    assert 1 < convert.rope_factors(model.config).max() < 8
+    assert back.config.rope_factor == pytest.approx(8, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "tied", "llama3", "mistral", "qwen2", "qwen3",
                                   "mixtral"])
 def test_llama_cpp_opens_what_we_write_and_predicts_the_same(kind, tmp_path):
@@ -337,7 +347,8 @@ def test_an_adapter_of_two_different_a_for_gate_and_up_adds_what_peft_adds(tmp_p
     (tmp_path / "peft").mkdir()
     safetensors.torch.save_file(theirs, tmp_path / "peft/adapter_model.safetensors")
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_modules": ["gate_proj"]}))
+        {"peft_type": "LORA", "r": r, "lora_alpha": 6,
+         "target_modules": ["gate_proj", "mlp.up_proj"]}))
     merged, _ = to_lifecycle(tmp_path / "peft", tmp_path / "merged", base=str(tmp_path / "ours"))
     change = merged.blocks[1].mlp.w13.weight - base.blocks[1].mlp.w13.weight
     wanted = []
@@ -398,6 +409,14 @@ def test_a_model_of_this_project_comes_back_with_its_ids_and_its_answers(tmp_pat
     assert sample.generate(back, [ids], 8) == sample.generate(model, [ids], 8)
 
 
+def test_what_llama_cpp_would_refuse_does_not_go_out(tmp_path):
+    own_model(tmp_path / "own", qk_norm=True, rope_factor=8.0)
+    with pytest.raises(ValueError, match="rope_factor is 8.0"):
+        convert.main(convert.Config(init=str(tmp_path / "own"), out=str(tmp_path / "m.gguf"),
+                                    to="gguf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
 def test_what_no_llama_has_does_not_go_out(tmp_path):
     own_model(tmp_path / "own", token_shift=True)
     with pytest.raises(ValueError, match="token_shift is True"):
@@ -436,6 +455,14 @@ BAD_CONFIGS = {
     "rope_parameters: partial_rotary_factor is 0.5": {
         "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}},
     "rope_theta is None": {"rope_theta": None},
+    "rope_theta is 1e\\+39": {"rope_theta": 1e39},
+    "layer_types is 5": {"layer_types": 5},
+    "max_position_embeddings is 16,777,216": {
+        "model_type": "qwen3", "head_dim": 1 << 24, "max_position_embeddings": 1 << 24},
+    "num_experts_per_tok is 1": {
+        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1},
+    "sliding_window is 4": {         # a field of Qwen's alone switches it off
+        "model_type": "mistral", "sliding_window": 4, "use_sliding_window": False},
 }
 
 
@@ -447,6 +474,34 @@ def test_a_config_that_is_not_served_is_refused_by_its_field(message, tmp_path):
     with pytest.raises(ValueError, match=message):
         to_lifecycle(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+up = "model.layers.0.mlp.up_proj.weight"
+BAD_TENSORS = {
+    r"gate_proj.weight has the shape \(40, 32\)": {
+        "model.layers.0.mlp.gate_proj.weight": torch.ones(40, 32), up: torch.ones(56, 32)},
+    r"up_proj.weight has the shape \(48, 16\)": {up: torch.ones(48, 16)},
+    r"up_proj.weight has the shape \(48,\)": {up: torch.ones(48)},
+    "type torch.float64": {up: torch.ones(48, 32, dtype=torch.float64)},
+    "lm_head.weight is not the embedding": {"lm_head.weight": torch.ones(300, 32)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
+def test_a_tensor_that_is_not_the_configs_is_refused_by_its_name(message, tmp_path):
+    folder = write_folder(tmp_path / "hf", CONFIGS["tied"],
+                          tensors_of(CONFIGS["tied"]) | BAD_TENSORS[message])
+    with pytest.raises(ValueError, match=message):
+        to_lifecycle(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_an_embedding_that_is_written_twice_is_taken(tmp_path):
+    tensors = tensors_of(CONFIGS["tied"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    model, _ = to_lifecycle(write_folder(tmp_path / "hf", CONFIGS["tied"], tensors),
+                            tmp_path / "ours")
+    assert model.config.tied
 
 
 def test_a_field_that_classes_fill_in_differently_must_be_there(tmp_path):
@@ -462,7 +517,11 @@ def test_a_field_that_classes_fill_in_differently_must_be_there(tmp_path):
     ("init_lora_weights", "pissa", "changes the base"), ("use_dora", True, "use_dora is True"),
     ("r", 16, r"lora_A.weight has the shape \(2, 32\), and the config's r is 16"),
     ("r", 2.5, "r is 2.5; it must be a whole number"), ("r", True, "r is True"),
-    ("lora_alpha", float("nan"), "lora_alpha is nan")])
+    ("lora_alpha", float("nan"), "lora_alpha is nan"), ("lora_alpha", 10 ** 400, "lora_alpha is 1"),
+    ("target_modules", ["v_proj"], "target_modules does not name it"),
+    ("target_modules", ".*q_proj", "a list of modules is served"),
+    ("layers_to_transform", [1], r"layers_to_transform is \[1\]"),
+    ("exclude_modules", ["q_proj"], "exclude_modules is")])
 def test_an_adapter_that_would_add_something_else_is_refused(field, value, message, tmp_path):
     to_lifecycle(write_folder(tmp_path / "hf", BASE), tmp_path / "ours")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -490,6 +549,12 @@ def test_half_of_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--dtype float32: .* an adapter of peft"):
         to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"),
                      dtype="float32")
+    safetensors.torch.save_file({name: torch.full((2, 32), 1e25), name.replace("_A", "_B"):
+                                 torch.full((32, 2), 1e25)},
+                                tmp_path / "peft/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="it makes blocks.0.attention.wq infinite"):
+        to_lifecycle(tmp_path / "peft", tmp_path / "x", base=str(tmp_path / "ours"))
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="--base .*: .* is a model"):
         to_lifecycle(tmp_path / "hf", tmp_path / "x", base=str(tmp_path / "ours"))
 
@@ -549,6 +614,20 @@ def test_an_index_of_no_texts_is_refused(weight_map, tmp_path):
         to_lifecycle(folder, tmp_path / "ours")
 
 
+def test_an_index_that_is_not_the_folders_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "hf", BASE, shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = list(index["weight_map"])
+    index["weight_map"][names[0]] = index["weight_map"][names[-1]]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"does not hold the tensor {names[0]}"):
+        to_lifecycle(folder, tmp_path / "ours")
+    # left over from a model that was saved before
+    safetensors.torch.save_file(tensors_of(BASE, seed=1), folder / "model.safetensors")
+    with pytest.raises(ValueError, match="a model.safetensors and an index of shards"):
+        to_lifecycle(folder, tmp_path / "ours")
+
+
 def test_a_tensor_that_stands_in_two_shards_is_named(tmp_path):
     folder = write_folder(tmp_path / "hf", BASE, shards=2)
     first = safetensors.torch.load_file(folder / "model-00001-of-00002.safetensors")
@@ -593,6 +672,15 @@ def test_arrays_within_arrays_and_tensors_of_nothing_are_refused():
         + 5_000 * struct.pack("<IQ", 9, 1)
     with pytest.raises(ValueError, match="a is an array of arrays"):
         gguf_file.read(memoryview(nested))
+    twice = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * (text(b"a") + struct.pack("<IB", 0, 1))
+    with pytest.raises(ValueError, match="a stands twice"):
+        gguf_file.read(memoryview(twice))
+    for offset, message in ((0, "the tensors v and w overlap"), (4, "offset of w is 4")):
+        headers = [text(name) + struct.pack("<IQIQ", 1, 8, 0, at)
+                   for name, at in ((b"v", 0), (b"w", offset))]
+        both = b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + b"".join(headers) + bytes(128)
+        with pytest.raises(ValueError, match=message):
+            gguf_file.read(memoryview(both))
     empty = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text(b"w") \
         + struct.pack("<IQQIQ", 2, 0, 300_000, 0, 0)
     with pytest.raises(ValueError, match=r"w has the shape \(0, 300000\)"):
@@ -607,6 +695,9 @@ GGUF_DAMAGE = {
     "m.gguf: .*tokens has entries that are no texts": {"tokenizer.ggml.tokens": [1, 2]},
     "m.gguf: .*attention.head_count is 0": {"llama.attention.head_count": 0},
     "m.gguf: .*attention.head_count is '2'": {"llama.attention.head_count": "2"},
+    "m.gguf: .*attention.causal is False": {"llama.attention.causal": False},
+    "m.gguf: .*vocab_size is 1, and": {"llama.vocab_size": 1},
+    "m.gguf: .*rms_epsilon is 'x'": {"llama.attention.layer_norm_rms_epsilon": "x"},
 }
 
 
@@ -619,6 +710,10 @@ def test_damaged_metadata_of_a_gguf_file_are_refused_by_file_and_field(tmp_path)
         gguf_file.write(tmp_path / "m.gguf", metadata | damage, tensors)
         with pytest.raises(ValueError, match=message):
             to_lifecycle(tmp_path / "m.gguf", tmp_path / "x")
+    gguf_file.write(tmp_path / "m.gguf", metadata,
+                    tensors | {"blk.0.attn_k.weight": torch.ones(31, 32)})
+    with pytest.raises(ValueError, match="m.gguf: blk.0.attn_k.weight has 31 rows"):
+        to_lifecycle(tmp_path / "m.gguf", tmp_path / "x")
     (tmp_path / "m.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="m.gguf: the file is empty"):
         to_lifecycle(tmp_path / "m.gguf", tmp_path / "x")
@@ -638,8 +733,11 @@ def test_a_number_of_experts_that_are_not_there_is_refused(tmp_path):
                                 to="gguf"))
     metadata, packed = gguf_file.read(memoryview((tmp_path / "m.gguf").read_bytes()))
     assert packed["blk.1.ffn_down_exps.weight"].shape == (4, 32, 48)
-    with pytest.raises(ValueError, match="llama.expert_count is 1,000,000, and 4 are there"):
+    with pytest.raises(ValueError, match="llama.expert_count is 1000000; 1 .. 1,024 are served"):
         llama_family.config_of_gguf(metadata | {"llama.expert_count": 1_000_000}, packed)
+    more = packed["blk.1.ffn_up_exps.weight"]._replace(shape=(8, 24, 32))
+    with pytest.raises(ValueError, match="is 4, and in blk.1.ffn_up_exps.weight 8 are there"):
+        llama_family.config_of_gguf(metadata, packed | {"blk.1.ffn_up_exps.weight": more})
 
 
 def write_zip(file, entries: dict[str, bytes]):

@@ -284,6 +284,8 @@ def test_of_several_templates_the_default_is_taken(tmp_path):
     (CHATML.replace("message['content']", "message['content'] | upper"), "calls upper"),
     (CHATML + "{{ ''.__class__ }}", "has code in it"),
     (CHATML + "{{ open('/etc/passwd') }}", "calls open"),
+    (CHATML.replace("message['content']", "message['content'][:3]"), "cuts a content"),
+    ("{#" + CHATML + "#}{{ messages }}", "fits none of"),
     (CHATML + "{% include 'other' %}", "has include"),
     ("{{ messages | pprint }}", "calls pprint"),
     ("{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", "--template chatml"),
@@ -292,6 +294,12 @@ def test_a_template_of_another_form_is_refused_with_the_way_out(jinja, message):
     with pytest.raises(ValueError, match=message) as refused:
         imported(jinja)
     assert "--template" in str(refused.value)
+
+
+def test_a_template_that_would_take_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenizer_formats, "SECONDS", 0.1)
+    with pytest.raises(ValueError, match="takes more than 0.1 seconds"):
+        imported(CHATML + 5_000 * "{{")
 
 
 def test_the_template_that_goes_out_writes_what_comes_in():
@@ -363,6 +371,8 @@ DAMAGE = {
         saved["added_tokens"][2].update(id=299),
     "the merge 'a b c' is no pair": lambda saved: saved["model"]["merges"].append("a b c"),
     "the merge 5 is no pair": lambda saved: saved["model"]["merges"].append(5),
+    "the control token '' is empty": lambda saved: saved["added_tokens"].append(
+        {"id": 299, "content": ""}),
     r"the pattern '\(a' is none": lambda saved: saved.update(pre_tokenizer={
         "type": "Sequence", "pretokenizers": [
             {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(a"}},
@@ -400,6 +410,22 @@ def test_a_damaged_list_of_merges_is_not_blamed_on_another_file(tmp_path):
     with pytest.raises(ValueError) as refused:
         tokenizer_formats.read_folder(tmp_path, 300, "chatml")
     assert "tokenizer_config.json" not in str(refused.value)
+
+
+def test_what_stands_twice_in_a_file_is_refused(tmp_path):
+    saved, settings = vocabulary(300)
+    text = json.dumps(saved).replace('"low": ', '"low": 5, "low": ', 1)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json: not JSON .'low' stands twice"):
+        tokenizer_formats.read_folder(tmp_path, 300)
+    (tmp_path / "x.tiktoken").write_text("YQ== 97\nYQ== 270\n")
+    with pytest.raises(ValueError, match="line 2: the token b'a' stands twice"):
+        tokenizer_formats.read_ranks(tmp_path / "x.tiktoken")
+
+
+def test_a_text_outside_of_the_turns_is_said(capsys):
+    imported("You are EVIL.\n" + CHATML)
+    assert "You are EVIL." in capsys.readouterr().err
 
 
 def test_a_vocabulary_whose_only_control_token_ends_turns_is_refused():

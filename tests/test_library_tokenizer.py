@@ -172,6 +172,28 @@ def test_ids_beyond_the_model_and_other_vocabularies_are_refused():
         LibraryTokenizer(byte_level, 300, {}, ZEPHYR, "</s>", "<unk>", "</s>")
 
 
+def test_what_was_set_when_the_file_was_written_changes_no_ids():
+    wanted = tokenizer().encode("Hello the bear, Paris!")
+    saved = sentencepiece()
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
+                           "stride": 0}
+    saved["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                        "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    found = LibraryTokenizer(saved, SIZE, SPECIAL, ZEPHYR, "</s>", "<unk>", "</s>")
+    assert found.encode("Hello the bear, Paris!") == wanted and len(wanted) > 4
+    saved["model"]["dropout"] = 0.5                    # other ids at each call
+    with pytest.raises(ValueError, match="model.dropout is 0.5"):
+        LibraryTokenizer(saved, SIZE, SPECIAL, ZEPHYR, "</s>", "<unk>", "</s>")
+
+
+def test_an_id_that_two_tokens_have_is_refused():
+    pytest.importorskip("tokenizers")
+    saved = sentencepiece()
+    saved["model"]["vocab"]["zz"] = 5
+    with pytest.raises(ValueError, match="the id 5 of the token .* stands twice"):
+        LibraryTokenizer(saved, SIZE, SPECIAL, ZEPHYR, "</s>", "<unk>", "</s>")
+
+
 def test_spans_are_refused_because_the_blank_before_a_text_is_no_byte_of_it():
     row = {"question": "the", "text": "the bear", "answer": "bear", "start": 4, "where": "f:1"}
     with pytest.raises(ValueError, match="f:1: the tokens of the passage are not its bytes"):
