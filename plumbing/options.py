@@ -45,6 +45,7 @@ class Options:
 
 
 INTERRUPTED = 130                     # exit code after Ctrl-C, as shells have it
+LONGEST_ERROR = 2000                  # characters of a message that are shown
 NUMBERS = "Numbers are finite and at least 0 where nothing else is said."
 # At the end of a comment: > 0 | >= 1 | in [0, 1) | any number
 RANGE = re.compile(r", (?:(?P<sign>>=?) (?P<bound>\S+)|in (?P<open>[\[(])(?P<low>\S+), "
@@ -215,7 +216,9 @@ def command_line(main: Callable, Config: type, description: str,
     # Options or data that do not fit, a run that diverged, a file or disk: all else is a bug of
     # ours and keeps its traceback, because that is how it gets reported.
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        # one line, and no page of what a damaged file holds
+        text = " ".join(str(error).splitlines())
+        sys.exit(f"{Path(sys.argv[0]).name}: {text[:LONGEST_ERROR]}")
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted before there was anything to save",
               file=sys.stderr)

@@ -149,6 +149,17 @@ def test_a_users_mistake_ends_in_one_line(monkeypatch):
         assert exit.value.code == "train_x.py: --lr is odd"
 
 
+def test_what_a_damaged_file_holds_makes_no_page_of_a_message(monkeypatch):
+    def main(cfg):
+        raise ValueError("field a\nb is " + "x" * 1_000_000)
+
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        options.command_line(main, Config, "")
+    assert exit.value.code.startswith("train_x.py: field a b is xxx")
+    assert len(exit.value.code) < 2_100
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
     with pytest.raises(ZeroDivisionError):
