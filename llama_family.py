@@ -8,12 +8,13 @@ here. convert.py reads and writes by these tables.
     config_of_gguf(metadata, tensors)        the same from a GGUF file
 """
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 import gguf_file
 from imported_tokenizer import ImportedTokenizer
-from model import ROPE_ORIGINAL, ModelConfig
+from model import ROPE_ORIGINAL, ModelConfig, rope_frequencies
 from plumbing.folders import sizes_of
 
 # ---------------------------------------------------------------------- names of tensors
@@ -379,6 +380,12 @@ def factor_of(longest: float, theta: float, head: int) -> float:
     share = min(1.0, max(0.0, share))
     # 1 / longest = (1 - share) / factor + share
     return (1 - share) / max(1e-9, 1 / longest - share) if share < 1 else 1.0
+
+
+def rope_factors(config: ModelConfig) -> Tensor:
+    """How many times longer the wavelength of each pair of channels is than without rope_factor,
+    (C / 2,)."""
+    return rope_frequencies(replace(config, rope_factor=1.0)) / rope_frequencies(config)
 
 
 def rounded(number: float) -> float:

@@ -250,7 +250,7 @@ def test_a_gguf_file_keeps_a_rope_whose_longest_wavelength_is_a_mixture(tmp_path
     convert.main(convert.Config(init=str(tmp_path / "own"), out=str(tmp_path / "m.gguf"),
                                 to="gguf"))
     back, _ = to_lifecycle(tmp_path / "m.gguf", tmp_path / "back")
-    assert 1 < convert.rope_factors(model.config).max() < 8
+    assert 1 < llama_family.rope_factors(model.config).max() < 8
     assert back.config.rope_factor == pytest.approx(8, rel=1e-3)
 
 
